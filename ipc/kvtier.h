@@ -1,0 +1,278 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * libkvtier: share a KV cache with kvtierd.
+ *
+ * Conventions. Functions return 0 or a positive count on success, KVT_AGAIN
+ * (1000) when nothing could be done yet, or a negative KVT_E_* code;
+ * kvtier_strerror() names it and kvtier_last_error() gives the daemon's line
+ * (field, value, limit). Option structs begin with `size`: set it to
+ * sizeof(struct) and zero the rest. Handles are opaque and owned by the caller
+ * until the matching close. Every call that talks to the daemon returns within
+ * kvtier_open_opts.timeout_ms; when the daemon is gone calls return
+ * KVT_E_DAEMON at once and the runtime keeps its cache; the library reconnects
+ * by itself. One struct kvtier may be used from several threads (a
+ * process-private mutex guards it); kvtier_plan_peek() takes no lock and makes
+ * no system call. After fork() the child gets KVT_E_FORKED from every call.
+ *
+ * Words: a lane is (sequence, layer, KV head); a row is one token's K and V in
+ * one lane; lanes are numbered layer by layer, head by head. Rows are packed in
+ * the device tier in ascending position: slot of row p = resident rows below p.
+ */
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVT_ABI_VERSION 0u
+#define KVT_PUBLIC __attribute__((visibility("default")))
+
+#define KVT_AGAIN 1000
+
+enum kvtier_error {
+	KVT_E_INVAL = -2001,    /* bad argument: last_error names field, value, limit */
+	KVT_E_NOMEM = -2002,    /* out of memory, here or in the daemon */
+	KVT_E_DAEMON = -2003,   /* daemon not reachable; reconnecting */
+	KVT_E_TIMEOUT = -2004,  /* deadline passed; the request may still happen */
+	KVT_E_VERSION = -2005,  /* daemon and library speak different protocols */
+	KVT_E_STALE = -2006,    /* handle or plan no longer valid */
+	KVT_E_LIMIT = -2007,    /* a quota or configured limit; last_error names it */
+	KVT_E_EXISTS = -2008,   /* sequence key already in use */
+	KVT_E_NOENT = -2009,    /* no such sequence, or wrong secret or tenant */
+	KVT_E_NOSPC = -2010,    /* tier or region full */
+	KVT_E_PERM = -2011,     /* not allowed for this peer */
+	KVT_E_PROTO = -2012,    /* malformed message: the connection is closed */
+	KVT_E_MODEL = -2013,    /* model description and use disagree */
+	KVT_E_FORKED = -2014,   /* called in a child of fork() */
+	KVT_E_IO = -2015,       /* I/O error */
+	KVT_E_CORRUPT = -2016,  /* a checksum or identity did not match: a counted miss */
+	KVT_E_BUSY = -2017,     /* try later: draining, frozen or a plan is outstanding */
+	KVT_E_INTERNAL = -2018,
+};
+
+struct kvtier;
+struct kvtier_model;
+struct kvtier_region;
+struct kvtier_seq;
+
+enum kvtier_tier { KVT_TIER_DEVICE = 0, KVT_TIER_DRAM = 1, KVT_TIER_NVME = 2, KVT_TIERS = 3 };
+enum kvtier_dtype { KVT_DTYPE_OPAQUE = 0, KVT_DTYPE_F32 = 1, KVT_DTYPE_F16 = 2, KVT_DTYPE_BF16 = 3 };
+enum kvtier_granularity { KVT_GRAN_HEAD = 0, KVT_GRAN_TOKEN = 1, KVT_GRAN_BLOCK = 2 };
+enum kvtier_lifetime { KVT_EPHEMERAL = 0, KVT_LEASED = 1 };
+enum kvtier_rope { KVT_ROPE_NONE = 0, KVT_ROPE_HALF = 1, KVT_ROPE_INTERLEAVED = 2 };
+enum kvtier_layer_kind { KVT_LAYER_FULL = 0, KVT_LAYER_SLIDING = 1, KVT_LAYER_MLA = 2 };
+enum { KVT_ALL_LAYERS = -1 };
+
+/* ---- connection ---------------------------------------------------------- */
+
+typedef void (*kvtier_log_fn)(void *arg, int level, const char *line); /* level: syslog(3) */
+
+struct kvtier_open_opts {
+	size_t size;
+	const char *socket;    /* NULL: $KVTIER_SOCKET, then /run/kvtier/kvtierd.sock */
+	const char *name;      /* shown by kvtierctl; NULL: the program's name */
+	uint32_t timeout_ms;   /* deadline of each call; 0: 2000 */
+	uint32_t max_seqs;     /* sequences open at once; 0: 64, at most 16384 */
+	uint64_t plan_bytes;   /* published memory for plans; 0: 64 MiB */
+	kvtier_log_fn log;     /* NULL: silent */
+	void *log_arg;
+};
+
+/* Connect. Waits for the daemon at most timeout_ms. *ret only on success. */
+KVT_PUBLIC int kvtier_open(const struct kvtier_open_opts *opts, struct kvtier **ret);
+/* Close everything it owns; NULL is fine. Ephemeral sequences end, leased ones wait for their TTL. */
+KVT_PUBLIC void kvtier_close(struct kvtier *c);
+/* A descriptor that polls readable when kvtier_process() has something to do. Owned by c. */
+KVT_PUBLIC int kvtier_event_fd(struct kvtier *c);
+/* Drain notifications, reconnect when due. Never blocks. Returns the number of events handled. */
+KVT_PUBLIC int kvtier_process(struct kvtier *c);
+KVT_PUBLIC const char *kvtier_strerror(int code);
+/* The daemon's or the library's line for the calling thread's last failure; never NULL. */
+KVT_PUBLIC const char *kvtier_last_error(void);
+KVT_PUBLIC uint32_t kvtier_abi_version(void);
+
+struct kvtier_stats {
+	size_t size;
+	uint64_t connects, reconnects, calls, timeouts;
+	uint64_t plans_seen, plans_applied, plans_nacked, plans_cancelled;
+	uint64_t rows_appended, rows_promoted, rows_evicted;
+	uint64_t bytes_released; /* device bytes given back to the kernel */
+	uint64_t wakeups;        /* eventfd writes made: a busy pair makes none */
+};
+KVT_PUBLIC int kvtier_stats(struct kvtier *c, struct kvtier_stats *ret);
+
+/* ---- model and device memory ---------------------------------------------- */
+
+struct kvtier_layer_desc {
+	uint32_t kind;       /* enum kvtier_layer_kind */
+	uint32_t kv_heads;   /* 1..256 */
+	uint32_t k_bytes;    /* bytes of one head's K row */
+	uint32_t v_bytes;    /* bytes of one head's V row; may be 0 */
+	uint32_t side_bytes; /* scales and the like, per row; 0 for now */
+	uint32_t window;     /* sliding window in rows, 0 = none */
+};
+
+struct kvtier_model_desc {
+	size_t size;
+	const char *name;                       /* e.g. "smollm2-135m-instruct"; picks the weight file */
+	const struct kvtier_layer_desc *layers; /* n_layers entries, copied */
+	uint32_t n_layers;                      /* 1..256; layers x heads <= 1024 */
+	uint32_t dtype;                         /* enum kvtier_dtype of K and V */
+	uint32_t head_dim;                      /* elements; 0 when dtype is opaque */
+	uint32_t rope;                          /* enum kvtier_rope */
+	uint32_t post_rope;                     /* keys are stored after RoPE */
+	float rope_theta;
+	uint32_t rank, world, first_head;       /* tensor parallel: 0, 1, 0 when not */
+};
+/* Describe a model. Two registrations of one description share it. Errors: INVAL, MODEL, LIMIT. */
+KVT_PUBLIC int kvtier_model_register(struct kvtier *c, const struct kvtier_model_desc *d,
+				     struct kvtier_model **ret);
+KVT_PUBLIC void kvtier_model_release(struct kvtier_model *m);
+
+/*
+ * Daemon-made exchange memory for device rows (CPU runtimes): sealed, never
+ * huge, given back page by page as rows leave. bytes is rounded up to 4 KiB;
+ * physical memory appears on use. Errors: LIMIT, NOMEM.
+ */
+KVT_PUBLIC int kvtier_region_create(struct kvtier *c, uint64_t bytes, struct kvtier_region **ret);
+KVT_PUBLIC void *kvtier_region_addr(struct kvtier_region *r);
+KVT_PUBLIC uint64_t kvtier_region_bytes(struct kvtier_region *r);
+/* Bytes that the kernel really holds behind the region now. */
+KVT_PUBLIC uint64_t kvtier_region_resident(struct kvtier_region *r);
+KVT_PUBLIC void kvtier_region_close(struct kvtier_region *r);
+
+/*
+ * Where one layer's rows live in the region, in bytes. Row in slot s of head h:
+ * K at k_off + h * k_head_stride + s * k_row_stride, V likewise. Slots
+ * [0, cap) are the runtime's; slots [cap, cap + stage) belong to the daemon
+ * while a plan promotes rows, and must exist in the region. score_off, when not
+ * 0, is a plane of float32 [head][row position] that the runtime fills (used by
+ * policy "client").
+ */
+struct kvtier_layout {
+	uint64_t k_off, v_off;
+	uint64_t k_head_stride, v_head_stride;
+	uint64_t score_off, score_head_stride;
+	uint32_t k_row_stride, v_row_stride;
+	uint32_t cap, stage;
+};
+/* Bytes of region needed by, and the layouts of, the plain layout [layer][K|V][head][cap + stage][row]. */
+KVT_PUBLIC int kvtier_layout_plain(struct kvtier_model *m, uint32_t cap, uint32_t stage, int with_scores,
+				   uint64_t base, struct kvtier_layout *ret_layers, uint64_t *ret_bytes);
+
+/* ---- sequences ------------------------------------------------------------- */
+
+enum { KVT_BUDGET_UNIFORM = 0, KVT_BUDGET_PER_LAYER = 1, KVT_BUDGET_PER_LANE = 2 };
+#define KVT_ROWS_ALL UINT32_MAX
+
+/* Rows per lane that each tier may hold. What fits nowhere is dropped: nvme_rows = KVT_ROWS_ALL drops nothing. */
+struct kvtier_budget {
+	size_t size;
+	uint32_t kind;             /* KVT_BUDGET_*; the tables below are used unless uniform */
+	uint32_t device_rows, dram_rows, nvme_rows;
+	const uint32_t *device_table; /* per layer or per lane; device tier only */
+	uint32_t table_n;
+	uint32_t slack_rows;       /* plan again when a lane holds this many above budget; 0: 64 */
+	uint32_t manual;           /* 1: never plan by itself, only on request */
+	const char *policy;        /* NULL: keep; else a policy name */
+};
+
+struct kvtier_seq_opts {
+	size_t size;
+	uint8_t key[16];           /* 128-bit name, unique in the tenant */
+	uint8_t secret[32];        /* leased: needed to resume */
+	uint32_t lifetime;         /* enum kvtier_lifetime */
+	uint32_t ttl_s;            /* leased: kept this long without a client */
+	uint32_t max_rows;         /* positions this sequence may ever reach; <= 1048576 */
+	uint32_t granularity;      /* enum kvtier_granularity */
+	uint32_t equal_lanes;      /* 1: every lane keeps the same count */
+	struct kvtier_region *region;
+	const struct kvtier_layout *layouts; /* one per layer, copied */
+	const struct kvtier_budget *budget;  /* NULL: the daemon's default for the tenant */
+};
+
+KVT_PUBLIC int kvtier_seq_open(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o,
+			       struct kvtier_seq **ret);
+/*
+ * Take over a leased sequence by key and secret. Its rows are in the lower tiers
+ * (the device tier is empty); request a plan to bring rows in. *ret_rows is its length.
+ */
+KVT_PUBLIC int kvtier_seq_resume(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o,
+				 struct kvtier_seq **ret, uint32_t *ret_rows);
+/*
+ * Rows [pos, pos + n) of this layer (or KVT_ALL_LAYERS) are complete in the
+ * region and immutable from now on. pos must be the layer's current length.
+ * No system call unless the daemon sleeps. Errors: INVAL, NOSPC (max_rows).
+ */
+KVT_PUBLIC int kvtier_seq_append(struct kvtier_seq *s, int layer, uint32_t pos, uint32_t n);
+/* Forget rows at and past n. Cancels any plan. */
+KVT_PUBLIC int kvtier_seq_truncate(struct kvtier_seq *s, uint32_t n);
+/*
+ * A child with the parent's first `prefix` rows: lower tiers are shared, device
+ * rows are copied into the child's own layouts by the library. Cancels the parent's plan.
+ */
+KVT_PUBLIC int kvtier_seq_fork(struct kvtier_seq *parent, uint32_t prefix, const struct kvtier_seq_opts *o,
+			       struct kvtier_seq **ret);
+/* Ephemeral: its rows are freed. Leased: kept for its TTL. NULL is fine. */
+KVT_PUBLIC void kvtier_seq_close(struct kvtier_seq *s);
+/* Close and free even when leased. */
+KVT_PUBLIC int kvtier_seq_drop(struct kvtier_seq *s);
+
+struct kvtier_seq_info {
+	size_t size;
+	uint64_t handle;
+	uint32_t rows, epoch, lanes, resident_max; /* resident_max: longest lane in the device tier */
+	uint64_t tier_rows[KVT_TIERS];  /* rows whose best copy is there, over all lanes */
+	uint64_t tier_bytes[KVT_TIERS]; /* allocated bytes, padding included */
+	uint64_t dropped_rows;
+	uint64_t plans, plan_ns_last, refaults, misses;
+	uint64_t index_bytes;
+	char policy[32];
+};
+/* Asks the daemon. */
+KVT_PUBLIC int kvtier_seq_info(struct kvtier_seq *s, struct kvtier_seq_info *ret);
+/* Rows of lane that are in the device tier now, ascending; returns the count (positions may be NULL). */
+KVT_PUBLIC int kvtier_seq_resident(struct kvtier_seq *s, uint32_t lane, uint32_t *positions, uint32_t cap);
+/* The sequence's length in rows as this library knows it. */
+KVT_PUBLIC uint32_t kvtier_seq_rows(struct kvtier_seq *s);
+
+/* ---- plans ------------------------------------------------------------------ */
+
+enum { KVT_PLAN_NONE = 0, KVT_PLAN_DECIDED = 1, KVT_PLAN_READY = 2, KVT_PLAN_CANCELLED = 3 };
+
+struct kvtier_plan {
+	size_t size;
+	uint64_t id;
+	uint32_t state, epoch, watermark, lanes, words, flags;
+	uint64_t decided_ns, rows_out, rows_in, rows_drop;
+	/* bitmaps: bit p of lane l is word[l * words + p / 64] >> (p % 64) & 1; valid until acknowledged */
+	const uint64_t *resident_after, *copy_out, *bring_in;
+};
+
+/* Set the budget (sticky) and ask for a plan; asynchronous. *ret_id: plans with id >= it reflect it. */
+KVT_PUBLIC int kvtier_plan_request(struct kvtier_seq *s, const struct kvtier_budget *b, uint64_t *ret_id);
+/* Newest plan not yet acknowledged: 1 found, 0 none. No lock, no system call. */
+KVT_PUBLIC int kvtier_plan_peek(struct kvtier_seq *s, struct kvtier_plan *ret);
+/* Wait until a plan with id >= min_id is in `state` (READY, or DECIDED and later). KVT_E_TIMEOUT. */
+KVT_PUBLIC int kvtier_plan_wait(struct kvtier_seq *s, uint64_t min_id, uint32_t state, uint32_t timeout_ms,
+				struct kvtier_plan *ret);
+/* Positions kept / promoted in one lane, ascending; returns the count. positions may be NULL. */
+KVT_PUBLIC int kvtier_plan_kept(const struct kvtier_plan *p, uint32_t lane, uint32_t *positions, uint32_t cap);
+KVT_PUBLIC int kvtier_plan_promoted(const struct kvtier_plan *p, uint32_t lane, uint32_t *positions,
+				    uint32_t cap);
+/*
+ * Region runtimes: carry out a READY plan in place: close the gaps, merge the
+ * staged rows, give the freed pages back to the kernel. The caller must not
+ * touch the region meanwhile. Does not acknowledge.
+ */
+KVT_PUBLIC int kvtier_plan_apply(struct kvtier_seq *s, const struct kvtier_plan *p);
+/* Done with the plan; nack_lanes (bitmap over lanes, may be NULL) names lanes left as they were. */
+KVT_PUBLIC int kvtier_plan_ack(struct kvtier_seq *s, uint64_t id, const uint64_t *nack_lanes);
+/* Promotion by hand: rows [pos, pos + n) of every lane are wanted in the next plan, within the budget. */
+KVT_PUBLIC int kvtier_fetch(struct kvtier_seq *s, uint32_t pos, uint32_t n, uint64_t *ret_id);
+
+#ifdef __cplusplus
+}
+#endif

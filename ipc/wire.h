@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * Messages on the socket (AF_UNIX, SEQPACKET): one message per packet, header
+ * first, fixed-width little-endian fields, variable tables last. The decoded
+ * form is the wire form; ipc/codec.c checks every length, count, enum and
+ * string before anybody looks at a field.
+ */
+#include <stddef.h>
+#include <stdint.h>
+
+#define WIRE_MAGIC 0x3154564bu /* "KVT1" */
+#define WIRE_VERSION 1
+#define WIRE_MAX 65536u  /* bytes of one message */
+#define WIRE_MAX_FDS 4
+#define WIRE_TEXT 200
+#define WIRE_MAX_LAYERS 256u
+#define WIRE_MAX_ROWS 1048576u
+
+enum wire_type {
+	W_HELLO = 1,
+	W_MODEL = 2,
+	W_REGION = 3,
+	W_REGION_CLOSE = 4,
+	W_SEQ_OPEN = 5,
+	W_SEQ_TRUNCATE = 6,
+	W_SEQ_CLOSE = 7,
+	W_SEQ_INFO = 8,
+	W_PLAN_REQUEST = 9,
+	W_FETCH = 10,
+	W_ADMIN = 32,
+	W_REPLY = 0x8000, /* ored into the request's type */
+};
+
+enum wire_feature {
+	WIRE_F_PLANS = 1 << 0,
+	WIRE_F_LEASES = 1 << 1,
+	WIRE_F_FORK = 1 << 2,
+};
+#define WIRE_FEATURES (WIRE_F_PLANS | WIRE_F_LEASES | WIRE_F_FORK)
+
+struct wire_hdr {
+	uint32_t magic;
+	uint16_t version;
+	uint16_t type;
+	uint32_t len;    /* whole message, header included */
+	uint32_t cookie; /* chosen by the requester, echoed in the reply */
+};
+
+/* Begins every reply. On failure nothing follows it. */
+struct wire_reply {
+	struct wire_hdr hdr;
+	int32_t status; /* 0 or KVT_E_* */
+	uint32_t pad;
+	char text[WIRE_TEXT]; /* one line, NUL-terminated, empty on success */
+};
+
+struct wire_hello {
+	struct wire_hdr hdr;
+	uint32_t features;
+	uint32_t max_seqs;    /* 1..16384 */
+	uint32_t ring_entries; /* power of two, 64..65536 */
+	uint32_t pid;         /* informative; the kernel's credentials count */
+	uint64_t plan_bytes;
+	char name[64];
+};
+/* fds: ctl (exchange), plans (published), eventfd to the daemon, eventfd to the client */
+struct wire_hello_reply {
+	struct wire_reply r;
+	uint32_t features, client, max_seqs, ring_entries;
+	uint64_t ctl_bytes, plan_bytes;
+	char version[32];
+};
+
+struct wire_layer {
+	uint32_t kind, kv_heads, k_bytes, v_bytes, side_bytes, window;
+};
+struct wire_model {
+	struct wire_hdr hdr;
+	char name[64];
+	uint32_t n_layers, dtype, head_dim, rope, post_rope, rank, world, first_head;
+	float rope_theta;
+	uint32_t pad;
+	struct wire_layer layer[]; /* n_layers */
+};
+struct wire_model_reply {
+	struct wire_reply r;
+	uint64_t model;
+	uint32_t lanes, pad;
+};
+
+struct wire_region {
+	struct wire_hdr hdr;
+	uint64_t bytes;
+};
+/* fds: region (exchange) */
+struct wire_region_reply {
+	struct wire_reply r;
+	uint64_t region, bytes;
+};
+struct wire_handle { /* W_REGION_CLOSE, W_SEQ_INFO */
+	struct wire_hdr hdr;
+	uint64_t handle;
+};
+
+struct wire_budget {
+	uint32_t kind, device_rows, dram_rows, nvme_rows;
+	uint32_t slack_rows, manual, table_n, set; /* set 0: use the default / keep */
+	char policy[32]; /* empty: keep */
+};
+struct wire_layout {
+	uint64_t k_off, v_off, k_head_stride, v_head_stride, score_off, score_head_stride;
+	uint32_t k_row_stride, v_row_stride, cap, stage;
+};
+enum wire_open_op { W_OP_OPEN = 0, W_OP_RESUME = 1, W_OP_FORK = 2 };
+struct wire_seq_open {
+	struct wire_hdr hdr;
+	uint32_t op; /* enum wire_open_op */
+	uint32_t lifetime, ttl_s, max_rows, granularity, equal_lanes;
+	uint32_t n_layers, prefix;
+	uint64_t model, region, parent;
+	uint8_t key[16], secret[32];
+	struct wire_budget budget;
+	/* then: struct wire_layout[n_layers], uint32_t table[budget.table_n] */
+};
+struct wire_seq_open_reply {
+	struct wire_reply r;
+	uint64_t seq;
+	uint64_t plan_off, plan_bytes; /* in the client's plan segment */
+	uint32_t slot;                 /* in the control segment */
+	uint32_t epoch, rows, pad;
+	/* FORK only: then resident bitmaps of the child, uint64_t[lanes][BITS_WORDS(rows)], in a memfd */
+};
+struct wire_seq_truncate {
+	struct wire_hdr hdr;
+	uint64_t seq;
+	uint32_t rows, pad;
+};
+struct wire_seq_truncate_reply {
+	struct wire_reply r;
+	uint32_t epoch, rows;
+};
+struct wire_seq_close {
+	struct wire_hdr hdr;
+	uint64_t seq;
+	uint32_t drop, pad;
+};
+struct wire_seq_info_reply {
+	struct wire_reply r;
+	uint32_t rows, epoch, lanes, resident_max;
+	uint64_t tier_rows[3], tier_bytes[3];
+	uint64_t dropped_rows, plans, plan_ns_last, refaults, misses, index_bytes;
+	char policy[32];
+};
+struct wire_plan_request {
+	struct wire_hdr hdr;
+	uint64_t seq;
+	struct wire_budget budget;
+	/* then: uint32_t table[budget.table_n] */
+};
+struct wire_plan_reply { /* W_PLAN_REQUEST, W_FETCH */
+	struct wire_reply r;
+	uint64_t plan_id; /* plans with this id or a later one reflect the request */
+};
+struct wire_fetch {
+	struct wire_hdr hdr;
+	uint64_t seq;
+	uint32_t pos, n;
+};
+/* Admin: argv as NUL-terminated strings back to back. Reply carries a memfd with JSON when json_bytes > 0. */
+struct wire_admin {
+	struct wire_hdr hdr;
+	uint32_t argc, argv_bytes;
+	char argv[];
+};
+struct wire_admin_reply {
+	struct wire_reply r;
+	uint64_t json_bytes;
+};

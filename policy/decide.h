@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * The decision: from one snapshot of a sequence to where every row goes.
+ * Pure and deterministic: the same snapshot gives the same bytes, on any CPU.
+ *
+ * Scores are 16-bit sortable keys (score_key()): unsigned, higher is kept, 0 is
+ * reserved for "dropped". Ties go to the later position.
+ *
+ * Per lane, over rows [0, watermark) that are not dropped:
+ *   1. protected rows (first `protect_first`, last `protect_last`, wanted and
+ *      pinned rows) come first, inside the budget;
+ *   2. the rest by key; a row that is where it would be for budget +
+ *      hysteresis stays there (so rows do not swing between tiers);
+ *   3. waterfall: the best `device` rows, the next `dram`, the next `nvme`,
+ *      the rest is dropped. Budgets are rows per lane.
+ * With equal_lanes every lane keeps min over lanes of what each could keep.
+ * Granularity TOKEN ranks the mean normalised rank over all lanes and gives every
+ * lane the same set; BLOCK does so for runs of block_rows positions.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define DECIDE_TIERS 3 /* device, dram, nvme */
+
+enum decide_gran { DECIDE_HEAD = 0, DECIDE_TOKEN = 1, DECIDE_BLOCK = 2 };
+
+struct decide_in {
+	uint32_t lanes, watermark; /* rows the decision speaks of */
+	uint32_t words;            /* stride of the bitmaps, in 64-bit words per lane */
+	uint32_t score_stride;     /* stride of scores, in rows per lane */
+	uint32_t protect_first, protect_last;
+	uint32_t granularity, block_rows;
+	uint32_t equal_lanes;
+	uint32_t hysteresis_permille; /* of the device budget */
+	const uint16_t *scores;       /* [lanes][score_stride] */
+	const uint64_t *on_device, *on_dram, *on_nvme; /* [lanes][words] residency now (inclusive) */
+	const uint64_t *pinned;       /* [words], every lane; may be NULL */
+	const uint64_t *wanted;       /* [words], every lane; may be NULL */
+	const uint32_t *budget[DECIDE_TIERS]; /* [lanes] rows; UINT32_MAX = all */
+};
+
+/* Caller's memory: bitmaps [lanes][words] with words = BITS_WORDS(watermark) packed; counts [lanes]. */
+struct decide_out {
+	uint32_t words;
+	uint64_t *resident;  /* device tier after the plan */
+	uint64_t *copy_out;  /* leave the device and have no copy below: bytes must be saved */
+	uint64_t *bring_in;  /* come up to the device */
+	uint64_t *to_dram;   /* best tier after the plan is dram */
+	uint64_t *to_nvme;   /* best tier after the plan is nvme */
+	uint64_t *drop;      /* alive now, gone after */
+	uint32_t *kept, *out, *in, *dropped; /* per lane */
+};
+
+/* 0, -EINVAL (a field is impossible), -ENOMEM. Any thread. */
+int policy_decide(const struct decide_in *in, struct decide_out *out);
+
+/* Sortable 16-bit key of a finite score (half precision, order-preserving, saturating; never 0). */
+uint16_t score_key(float score);
+void score_keys(const float *scores, uint16_t *keys, size_t n); /* vectorised; non-finite becomes the lowest key */
+
+/* Snapshots: a flat byte string (magic, version, lengths, CRC32C) that replays to the same plan. */
+size_t snapshot_bytes(const struct decide_in *in);
+int snapshot_write(const struct decide_in *in, void *buf, size_t bytes);
+/* Points *ret into buf (8-byte aligned). -EBADMSG with *err_off the offset of what is wrong. */
+struct snapshot { struct decide_in in; };
+int snapshot_read(struct snapshot *ret, const void *buf, size_t bytes, size_t *err_off);

@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * The plan area of one sequence, in published memory: the daemon writes, the
+ * client reads. One plan is outstanding at a time and its tables are immutable
+ * from the moment `id` becomes visible until the client acknowledges it or the
+ * daemon cancels it.
+ *
+ *   DECIDED  tables are final; rows in copy_out must not be overwritten yet
+ *   READY    every copy_out row is safe below, every bring_in row is staged:
+ *            the client may apply the plan
+ *   CANCELLED  forget it (truncate, fork, a missed promotion): nothing changed
+ *
+ * Rows at or past `watermark` always stay. In the device tier rows are packed in
+ * ascending position, so a row's slot is the number of resident rows below it.
+ * Promoted rows wait, ascending, in the lane's stage slots [cap, cap + in).
+ *
+ * Layout: plan_hdr, plan_lane[lanes], then three bitmaps per lane of `words`
+ * 64-bit words each, plane after plane: resident_after[lanes][words],
+ * copy_out[lanes][words], bring_in[lanes][words].
+ */
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum plan_state {
+	PLAN_EMPTY = 0,
+	PLAN_DECIDED = 1,
+	PLAN_READY = 2,
+	PLAN_CANCELLED = 3,
+};
+
+enum {
+	PLAN_F_EQUAL_LANES = 1, /* every lane keeps the same number of rows */
+};
+
+struct plan_hdr {
+	_Atomic uint64_t id;    /* 0 while the tables are being written; rises by 1 per plan */
+	_Atomic uint32_t state; /* enum plan_state */
+	uint32_t epoch;         /* of the sequence when decided */
+	uint32_t watermark;     /* rows the plan speaks of */
+	uint32_t lanes;
+	uint32_t words;         /* per bitmap: BITS_WORDS(watermark) */
+	uint32_t flags;
+	uint64_t decided_ns;    /* CLOCK_MONOTONIC */
+	uint64_t rows_out, rows_in, rows_drop; /* over all lanes */
+	uint32_t policy;        /* enum policy_id, for display */
+	uint32_t pad;
+	uint64_t reserved[6];
+};
+_Static_assert(sizeof(struct plan_hdr) == 128, "two cache lines");
+_Static_assert(offsetof(struct plan_hdr, decided_ns) == 32, "layout");
+
+struct plan_lane {
+	uint32_t kept; /* rows resident after the plan, below the watermark */
+	uint32_t out;  /* rows to copy out before they may be overwritten */
+	uint32_t in;   /* rows staged for promotion */
+	uint32_t drop; /* rows leaving for good */
+};
+
+/* A checked, private copy of where things are; the tables stay in published memory. */
+struct plan_view {
+	uint64_t id;
+	uint32_t state, epoch, watermark, lanes, words, flags;
+	uint32_t policy;
+	uint64_t decided_ns;
+	uint64_t rows_out, rows_in, rows_drop;
+	const struct plan_hdr *hdr;
+	const struct plan_lane *lane;
+	const uint64_t *resident, *copy_out, *bring_in; /* lane l starts at l * words */
+};
+
+/* Bytes of a plan area for `lanes` and up to `max_rows` rows, rounded to 64. */
+size_t plan_bytes(uint32_t lanes, uint32_t max_rows);
+
+/* Daemon. Begin a plan: hides the old one (id 0, state EMPTY), returns writable tables. */
+struct plan_tables {
+	struct plan_hdr *hdr;
+	struct plan_lane *lane;
+	uint64_t *resident, *copy_out, *bring_in;
+	uint32_t words;
+};
+int plan_begin(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, struct plan_tables *ret);
+/* Daemon. Make it visible with this id in state DECIDED (or READY when nothing has to move). */
+void plan_publish(struct plan_tables *t, uint64_t id, enum plan_state state);
+/* Daemon. Advance the state of the visible plan. */
+void plan_set_state(void *area, enum plan_state state);
+
+/*
+ * Client. Read the newest plan: no lock, no system call. 1 a plan is visible,
+ * 0 none, -EPROTO when the tables do not fit in `bytes` or in `lanes`.
+ */
+int plan_peek(const void *area, size_t bytes, uint32_t lanes, struct plan_view *ret);
+/* Client. True while the view still describes the visible plan. */
+bool plan_still(const struct plan_view *v);

@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * What a tier below the device offers: it stores opaque pages and gives them
+ * back. A tier decides where a page lies; the mover decides what lies in it; the
+ * manager decides whether. Pages are immutable once written.
+ *
+ * Life of a write:  prepare (place and buffer) → caller fills io->buf → submit →
+ *                   reap → release (buffer back; the page stays at io->addr).
+ * Life of a read:   prepare (buffer) → submit → reap → caller uses io->buf →
+ *                   release.
+ * struct tier_io is the caller's memory and must stay put from prepare to
+ * release; io->buf is the tier's memory and is the caller's to touch only
+ * before submit (writes) or after reap (reads). For a mapped tier the buffer is
+ * the page itself, so nothing is copied.
+ *
+ * Threads: prepare, submit, reap, release, free are called from one owner thread
+ * at a time (the event loop); filling io->buf may happen on any thread. None of
+ * them blocks on I/O. An fd polls readable when reap has something.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef uint64_t tier_addr; /* opaque; TIER_ADDR_NONE = nowhere */
+#define TIER_ADDR_NONE UINT64_MAX
+#define TIER_MAX_PAGE (1u << 20) /* bytes */
+
+/* Who a page is. Seeds its CRC32C, so a stale or misdirected page cannot pass. 48 bytes, no padding. */
+struct page_ident {
+	uint8_t key[16]; /* sequence key */
+	uint64_t page;   /* page number, unique in the daemon's life and on the disk */
+	uint64_t tenant; /* stable hash of the tenant's name */
+	uint32_t lane;
+	uint32_t epoch;
+	uint32_t rows;
+	uint32_t first; /* position of the first row */
+};
+_Static_assert(sizeof(struct page_ident) == 48, "hashed as bytes");
+
+/* What a tier that survives a restart keeps beside a page; opaque to the tier. */
+struct page_meta {
+	struct page_ident id;
+	uint32_t crc;      /* of the payload, seeded with id */
+	uint32_t bytes;    /* payload bytes, not rounded */
+	uint32_t pos_words; /* position bitmap, relative to id.first */
+	uint32_t seq_info; /* index into the segment's sequence table, set by the tier */
+	const uint64_t *pos;
+};
+
+enum tier_op { TIER_WRITE = 0, TIER_READ = 1 };
+enum tier_class { TIER_SHORT = 0, TIER_LONG = 1 }; /* expected lifetime: ephemeral / leased */
+
+struct tier_io {
+	enum tier_op op;
+	uint32_t bytes;        /* payload; the tier rounds up to its unit itself */
+	tier_addr addr;        /* set by prepare (write); given (read) */
+	void *buf;             /* set by prepare */
+	struct page_meta meta; /* write: what to remember beside the page; read: unused */
+	const struct seq_record *seq; /* write: owner of the page, copied by the tier before submit returns */
+	uint8_t life;          /* enum tier_class */
+	int32_t res;           /* after reap: 0 or -errno */
+	void *user;            /* the caller's */
+	struct tier_io *next;  /* the tier's while submitted */
+	uint64_t priv[4];      /* the tier's */
+};
+
+/* What is needed to recognise an orphaned sequence after a restart. */
+struct seq_record {
+	uint8_t key[16];
+	uint8_t secret_hash[32]; /* SHA-256; zero when ephemeral */
+	uint64_t tenant;
+	uint64_t model;          /* fingerprint of the model description */
+	uint32_t lanes, rows, epoch, lifetime;
+};
+
+enum {
+	TIER_CAP_MAPPED = 1,   /* io->buf is the page */
+	TIER_CAP_DURABLE = 2,  /* pages survive a restart */
+	TIER_CAP_ASYNC = 4,    /* completion comes later, through the fd */
+};
+
+struct tier_stat {
+	uint64_t capacity, used, free;      /* bytes; used counts what pages occupy, padding included */
+	uint64_t overhead;                  /* headers, footers, staging buffers */
+	uint64_t reads, writes, read_bytes, write_bytes;
+	uint64_t device_write_bytes;        /* bytes really sent to the device: / write_bytes = amplification */
+	uint64_t errors, inflight, leaked_bytes;
+	uint64_t cleaned_segments;
+	bool offline, huge, io_uring;       /* offline: a deadline passed; no new work */
+	int node;                           /* NUMA node, -1 interleaved or unknown */
+	char note[96];                      /* one human line, e.g. why the fallback runs */
+};
+
+struct tier_cfg {
+	const char *path;        /* nvme: directory of the container files */
+	uint64_t size;           /* capacity in bytes */
+	uint64_t segment;        /* nvme: log segment (default 64 MiB); dram: memfd size (default 256 MiB) */
+	uint64_t staging;        /* nvme: bytes of registered buffers (default 32 MiB) */
+	unsigned depth;          /* nvme: requests in flight (default 32) */
+	unsigned deadline_ms;    /* nvme: a request older than this takes the tier offline (default 10000) */
+	bool no_uring;           /* nvme: use the thread pool */
+	bool prealloc;           /* nvme: write containers over once at creation (default true in the daemon) */
+	bool no_huge;            /* dram */
+	int node;                /* dram: NUMA node, -1 = interleave over all */
+	const char *fault;       /* fault: "seed=N,write_eio=P,read_eio=P,flip=P,torn=P,lost=P,enospc=P,delay_us=N", P in 1/1000 */
+	const struct tier_ops *lower_ops; /* fault: what it wraps */
+};
+
+struct tier;
+
+/* Called once per live page found by the restart scan. Return false to have the page freed. */
+typedef bool (*tier_found_fn)(void *arg, tier_addr addr, const struct page_meta *m, const struct seq_record *s);
+
+struct tier_ops {
+	const char *name;
+	unsigned caps;
+	/* May block. On failure writes one line (field, value, limit) to err. */
+	int (*open)(struct tier **ret, const struct tier_cfg *cfg, char *err, size_t errsize);
+	/* May block until I/O in flight ends or its deadline passes. NULL is fine. */
+	void (*close)(struct tier *t);
+	/* Durable tiers: walk what a previous life left. Before any other use. NULL: nothing to find. */
+	int (*scan)(struct tier *t, tier_found_fn fn, void *arg);
+	/* Reserve place (write) and buffer (both). -ENOSPC no place, -EAGAIN no buffer now: reap and retry. */
+	int (*prepare)(struct tier *t, struct tier_io *io);
+	/* Start n prepared requests; never fails as a whole: a request's failure is its res. */
+	void (*submit)(struct tier *t, struct tier_io *const *ios, unsigned n);
+	/* Up to max finished requests. A failed write's place is already free (addr = NONE). */
+	unsigned (*reap)(struct tier *t, struct tier_io **ret, unsigned max);
+	/* Give back the buffer. Also undoes a prepare that was never submitted (a write's place too). */
+	void (*release)(struct tier *t, struct tier_io *io);
+	/* The page at addr is dead. `bytes` as given at the write. Never while it is being read. */
+	void (*free)(struct tier *t, tier_addr addr, uint32_t bytes);
+	/* Flush what is buffered so that it survives a restart. May block. NULL for volatile tiers. */
+	int (*sync)(struct tier *t);
+	int (*event_fd)(struct tier *t); /* -1 when everything completes in submit */
+	void (*stat)(struct tier *t, struct tier_stat *ret);
+	/*
+	 * Housekeeping from a timer: cleaning, deadlines. Where the cleaner moves a live page it calls
+	 * moved(arg, meta, old, new) once the copy is durable; the owner answers false when the page died.
+	 */
+	void (*tick)(struct tier *t, bool (*moved)(void *arg, const struct page_meta *m, tier_addr from, tier_addr to),
+		     void *arg);
+};
+
+struct tier { /* first member of every tier's own struct */
+	const struct tier_ops *ops;
+};
+
+/* CRC32C of a page: payload checksum seeded by identity. */
+uint32_t page_crc_seed(const struct page_ident *id);
+
+/* The registry: NULL-terminated. */
+extern const struct tier_ops *const tier_registry[];
+const struct tier_ops *tier_find(const char *name);
+extern const struct tier_ops tier_dram_ops, tier_nvme_ops, tier_fault_ops;
