@@ -47,7 +47,7 @@ struct plan_hdr {
 	uint64_t rows_out, rows_in, rows_drop; /* over all lanes */
 	uint32_t policy;        /* enum policy_id, for display */
 	uint32_t pad;
-	uint64_t reserved[6];
+	uint64_t reserved[7];
 };
 _Static_assert(sizeof(struct plan_hdr) == 128, "two cache lines");
 _Static_assert(offsetof(struct plan_hdr, decided_ns) == 32, "layout");

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * The daemon's configuration: one INI file, every key listed in
+ * kvtierd.conf(5); an unknown section or key is refused with file, line and
+ * key. Sizes accept K, M, G, T (powers of 1024); shares are in percent with one decimal
+ * and kept in permille.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define CONFIG_MAX_TENANTS 64
+#define CONFIG_PATH 256
+
+struct config_tenant {        /* [tenant NAME] */
+	char name[32];
+	char socket[108];     /* listening socket; a relative path is below run_dir */
+	uint32_t socket_mode; /* octal */
+	char socket_group[32]; /* empty: the daemon's own */
+	uint32_t max_clients_per_uid, max_seqs; /* sequences in the tenant */
+	uint64_t region_bytes; /* exchange memory of all its clients */
+	uint64_t dram_bytes, nvme_bytes; /* quota per lower tier; UINT64_MAX: none */
+};
+
+struct config_watermarks { uint32_t min, low, high; }; /* permille of capacity that must be free */
+
+struct config {
+	char file[CONFIG_PATH]; /* where it came from; empty: built-in defaults */
+	/* [kvtierd] */
+	char run_dir[CONFIG_PATH], admin_socket[108], admin_group[32];
+	uint32_t workers;       /* threads that score, rank and copy; 0: cores - 1, at least 1 */
+	uint32_t log_level;     /* syslog(3) */
+	bool observe;           /* mode=observe: plans are computed, counted and not published */
+	uint32_t orphan_ttl_s;  /* sequences found after a restart are kept this long */
+	/* [dram] */
+	uint64_t dram_size, dram_segment;
+	struct config_watermarks dram_marks;
+	int dram_node;          /* -1 interleave */
+	bool dram_huge;
+	char dram_fault[128];   /* fault spec for tests; empty: none */
+	/* [nvme] */
+	bool nvme_enabled;
+	char nvme_path[CONFIG_PATH];
+	uint64_t nvme_size, nvme_segment, nvme_staging;
+	struct config_watermarks nvme_marks;
+	uint32_t nvme_depth, nvme_deadline_ms;
+	bool nvme_io_uring, nvme_prealloc;
+	char nvme_fault[128];
+	/* [policy] */
+	char policy[32];        /* default policy */
+	char fallback[32];      /* runs when the default cannot (no weight file for the model) */
+	char model_dir[CONFIG_PATH]; /* <model name>.kvp */
+	uint32_t protect_first, protect_last, hysteresis_permille, slack_rows;
+	uint64_t seed;
+	/* [budget]: default shares of a sequence's rows, permille of the watermark; all zero: keep everything on the device */
+	uint32_t budget_device, budget_dram, budget_nvme;
+	/* [tenant ...] */
+	struct config_tenant tenant[CONFIG_MAX_TENANTS];
+	uint32_t tenants;
+};
+
+/* Fill with the built-in defaults (one tenant, "default"). */
+void config_defaults(struct config *c);
+/* Read `path` over the defaults. On failure err holds one line: file:line: key: value, limit. */
+int config_load(struct config *c, const char *path, char *err, size_t errsize);
+/* What SIGHUP may not change: returns 0, or -EINVAL with the reason (field, old, new). */
+int config_reloadable(const struct config *old, const struct config *new_, char *err, size_t errsize);
+/* Print every key with its value and one comment line, in config syntax. */
+void config_print(const struct config *c, int fd);
+/* Log through the journal's level prefixes on stderr (the only logging in the house). */
+void log_set_level(uint32_t level);
+void log_line(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
