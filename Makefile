@@ -141,12 +141,127 @@ $(BUILD)/tests/integration/%: tests/integration/%.c $(SOLIB) $(BUILD)/librooms.a
 tests-bin: all $(UNIT_BINS) $(HELPER_BINS)
 bench-bin: all $(BENCH_BINS)
 
+# The interpreter that .ci/deps found or made; tests of the Python package run under it.
+PY = $$(cat build/python 2>/dev/null || echo $(PYTHON))
+INTEGRATION := $(wildcard tests/integration/*.bats tests/integration/*.py)
+RUNTIME     := $(wildcard tests/runtime/check_*.py)
+TESTENV      = KVT_BUILD=$(abspath $(BUILD)) PYTHONPATH=$(abspath ipc/python)
+
+.PHONY: deps
+deps: ## install what is missing (apt and pip; root or sudo)
+	$(Q).ci/deps all
+
+.PHONY: demo
+demo: ## the main job on a real model: keep, demote to DRAM and NVMe, drop, bring back
+	$(Q).ci/deps all
+	$(Q)$(MAKE) --no-print-directory all
+	$(Q)$(TESTENV) $(PY) -m kvtier.demo $(DEMO_ARGS)
+
+.PHONY: test
+test: ## install what is missing, build, run every test
+	$(Q).ci/deps all
+	$(Q)$(MAKE) --no-print-directory -j2 tests-bin
+	$(Q)$(TESTENV) $(PY) tests/run --timeout 240 tests/check-layers $(sort $(UNIT_BINS)) $(INTEGRATION) $(RUNTIME)
+
+.PHONY: test-unit
+test-unit: tests-bin ## unit tests alone (no model needed)
+	$(Q)$(TESTENV) $(PYTHON) tests/run $(sort $(UNIT_BINS))
+
+.PHONY: bench
+bench: bench-bin ## measure against floors and rivals; writes build/bench.json
+	$(Q)$(TESTENV) tests/bench/run --json $(BUILD)/bench.json $(BENCH_BINS)
+
+.PHONY: check-asan check-tsan
+check-asan: ## unit tests under AddressSanitizer and UBSan
+	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/asan SAN=address,undefined OPT="-O1 -g" tests-bin
+	$(Q)KVT_BUILD=$(abspath build/asan) UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(PYTHON) tests/run --timeout 600 $(patsubst $(BUILD)/%,build/asan/%,$(sort $(UNIT_BINS)))
+check-tsan: ## unit tests under ThreadSanitizer
+	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/tsan SAN=thread OPT="-O1 -g" tests-bin
+	$(Q)KVT_BUILD=$(abspath build/tsan) TSAN_OPTIONS=halt_on_error=1 \
+		$(PYTHON) tests/run --timeout 600 $(patsubst $(BUILD)/%,build/tsan/%,$(sort $(UNIT_BINS)))
+
+.PHONY: check-layers check-docs
+check-layers: ## who includes whom
+	$(Q)tests/check-layers
+check-docs: all ## manual pages, --help, configuration and README agree
+	$(Q)$(TESTENV) $(PYTHON) tests/run $(wildcard tests/integration/docs.* tests/integration/readme.*)
+
+# ---- fuzzing ------------------------------------------------------------------------
+FUZZ      := $(patsubst tests/fuzz/%.c,build/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+FUZZ_RUNS ?= 200000
+build/fuzz/%: tests/fuzz/%.c
+	@mkdir -p $(@D)
+	$(Q)$(MAKE) --no-print-directory -j2 CC=clang BUILD=build/fuzzobj SAN=address,undefined,fuzzer-no-link OPT="-O1 -g" \
+		build/fuzzobj/librooms.a build/fuzzobj/libdaemon.a
+	$(say) FUZZ $@
+	$(Q)clang $(CPPFLAGS) -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -o $@ $< \
+		build/fuzzobj/libdaemon.a build/fuzzobj/librooms.a $(LIBS) -pthread
+.PHONY: fuzz
+fuzz: $(FUZZ) ## libFuzzer over every parser, FUZZ_RUNS executions each
+	$(Q)for f in $(FUZZ); do mkdir -p $$f.corpus; echo "== $$f"; \
+		$$f -runs=$(FUZZ_RUNS) -max_len=8192 -print_final_stats=1 $$f.corpus 2>&1 | tail -n 4 || exit 1; done
+
+# ---- hygiene --------------------------------------------------------------------------
+CSRC = $(shell git ls-files '*.c' '*.h')
+.PHONY: tidy format-check format
+tidy: ## clang-tidy over the sources
+	$(Q)clang-tidy --quiet -checks='-*,clang-analyzer-*,bugprone-*,-bugprone-easily-swappable-parameters,-bugprone-narrowing-conversions,-bugprone-reserved-identifier,-bugprone-assignment-in-if-condition,-clang-analyzer-security.insecureAPI.DeprecatedOrUnsafeBufferHandling' \
+		$(filter-out tests/%,$(filter %.c,$(filter-out policy/%_avx2.c policy/%_avx512.c,$(CSRC)))) -- $(CPPFLAGS) -std=gnu11
+format-check: ## the sources follow .clang-format
+	$(Q)clang-format --dry-run -Werror $(CSRC)
+format:
+	$(Q)clang-format -i $(CSRC)
+
+# ---- running by hand ----------------------------------------------------------------------
+RUNDIR ?= build/run
+.PHONY: run gdb
+run gdb: all ## a private daemon in build/run (gdb: under the debugger)
+	@mkdir -p $(RUNDIR)/nvme
+	$(Q)printf '[kvtierd]\nrun_dir=%s\n[nvme]\npath=%s\nsize=1G\n[policy]\nmodel_dir=%s\n' $(abspath $(RUNDIR)) \
+		$(abspath $(RUNDIR)/nvme) $(abspath policy/models) > $(RUNDIR)/kvtierd.conf
+	$(Q)$(if $(filter gdb,$@),gdb --args) $(BUILD)/kvtierd --config $(RUNDIR)/kvtierd.conf
+
+# ---- install ------------------------------------------------------------------------------
+D = $(DESTDIR)
+.PHONY: install uninstall
+install: all ## into DESTDIR, PREFIX, SYSCONFDIR
+	install -d $(D)$(PREFIX)/bin $(D)$(PREFIX)/sbin $(D)$(LIBDIR)/pkgconfig $(D)$(PREFIX)/include/kvtier \
+		$(D)$(UNITDIR) $(D)$(PREFIX)/lib/sysusers.d $(D)$(PREFIX)/lib/tmpfiles.d $(D)$(SYSCONFDIR)/kvtier \
+		$(D)$(PREFIX)/share/kvtier/models $(D)$(PREFIX)/share/doc/kvtier $(D)$(PREFIX)/share/kvtier/python/kvtier \
+		$(addprefix $(D)$(PREFIX)/share/man/man,1 3 5 8)
+	install -m 755 $(BUILD)/kvtierd $(D)$(PREFIX)/sbin/
+	install -m 755 $(BUILD)/kvtierctl $(TOOL_BINS) $(D)$(PREFIX)/bin/
+	install -m 755 $(SOLIB) $(D)$(LIBDIR)/libkvtier.so.$(VERSION)
+	ln -sf libkvtier.so.$(VERSION) $(D)$(LIBDIR)/libkvtier.so.$(SOVERSION)
+	ln -sf libkvtier.so.$(SOVERSION) $(D)$(LIBDIR)/libkvtier.so
+	install -m 644 $(BUILD)/libkvtier.a $(D)$(LIBDIR)/
+	install -m 644 $(BUILD)/libkvtier.pc $(D)$(LIBDIR)/pkgconfig/
+	install -m 644 ipc/kvtier.h $(D)$(PREFIX)/include/kvtier/
+	install -m 644 $(wildcard systemd/*.service systemd/*.socket) $(D)$(UNITDIR)/
+	install -m 644 $(wildcard systemd/sysusers.d/*.conf) $(D)$(PREFIX)/lib/sysusers.d/
+	install -m 644 $(wildcard systemd/tmpfiles.d/*.conf) $(D)$(PREFIX)/lib/tmpfiles.d/
+	install -m 644 systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/
+	install -m 644 $(wildcard ipc/python/kvtier/*.py) $(D)$(PREFIX)/share/kvtier/python/kvtier/
+	install -m 644 README.md LICENSE daemon/DESIGN.md $(D)$(PREFIX)/share/doc/kvtier/
+	for m in $(notdir $(MAN)); do install -m 644 $(BUILD)/man/$$m $(D)$(PREFIX)/share/man/man$${m##*.}/; done
+	set -e; for w in $(wildcard policy/models/*.kvp); do install -m 644 $$w $(D)$(PREFIX)/share/kvtier/models/; done
+
+uninstall: ## remove what install put there (configuration that was edited stays)
+	rm -f $(D)$(PREFIX)/sbin/kvtierd $(addprefix $(D)$(PREFIX)/bin/,kvtierctl $(notdir $(TOOL_BINS))) \
+		$(D)$(LIBDIR)/libkvtier.* $(D)$(LIBDIR)/pkgconfig/libkvtier.pc \
+		$(addprefix $(D)$(UNITDIR)/,$(notdir $(wildcard systemd/*.service systemd/*.socket))) \
+		$(D)$(PREFIX)/lib/sysusers.d/kvtier.conf $(D)$(PREFIX)/lib/tmpfiles.d/kvtier.conf
+	for m in $(notdir $(MAN)); do rm -f $(D)$(PREFIX)/share/man/man$${m##*.}/$$m; done
+	rm -rf $(D)$(PREFIX)/include/kvtier $(D)$(PREFIX)/share/kvtier $(D)$(PREFIX)/share/doc/kvtier
+	cmp -s systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/kvtierd.conf && rm -f $(D)$(SYSCONFDIR)/kvtier/kvtierd.conf || true
+
 .PHONY: clean
 clean: ## remove build output
 	rm -rf $(BUILD)
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z -]+):.*## /  \1\t/' | expand -t 20
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
