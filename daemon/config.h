@@ -64,6 +64,10 @@ struct config {
 void config_defaults(struct config *c);
 /* Read `path` over the defaults. On failure err holds one line: file:line: key: value, limit. */
 int config_load(struct config *c, const char *path, char *err, size_t errsize);
+/* The same relations that config_load checks, after an option changed a field. 0 or -EINVAL. */
+int config_check(const struct config *c, char *err, size_t errsize);
+/* Path of a tenant's socket (index) or of the admin socket (-1). 0 or -ENAMETOOLONG. */
+int config_socket_path(const struct config *c, int tenant, char *ret, size_t size);
 /* What SIGHUP may not change: returns 0, or -EINVAL with the reason (field, old, new). */
 int config_reloadable(const struct config *old, const struct config *new_, char *err, size_t errsize);
 /* Print every key with its value and one comment line, in config syntax. */

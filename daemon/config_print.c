@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: MIT */
+/* What an operator sees of a configuration: the whole of it, and what a reload may change. */
+#include <stdio.h>
+#include <string.h>
+#include "daemon/config_keys.h"
+#include "shm/util.h"
+
+static void print_key(int fd, const struct config_key *k, const void *base)
+{
+	char value[CONFIG_PATH];
+
+	config_value_format(k, base, value, sizeof(value));
+	dprintf(fd, "# %s", k->doc);
+	if (k->unit)
+		dprintf(fd, " [%s]", k->unit);
+	dprintf(fd, "\n%s =%s%s\n", k->name, *value ? " " : "", value);
+}
+
+void config_print(const struct config *c, int fd)
+{
+	const char *section = "";
+
+	for (unsigned i = 0; i < config_n_keys; i++) {
+		const struct config_key *k = &config_keys[i];
+
+		if (!strcmp(k->section, "tenant"))
+			continue;
+		if (strcmp(k->section, section)) {
+			dprintf(fd, "%s[%s]\n", *section ? "\n" : "", k->section);
+			section = k->section;
+		}
+		print_key(fd, k, c);
+	}
+	for (unsigned t = 0; t < c->tenants; t++) {
+		dprintf(fd, "\n[tenant %s]\n", c->tenant[t].name);
+		for (unsigned i = 0; i < config_n_keys; i++)
+			if (!strcmp(config_keys[i].section, "tenant"))
+				print_key(fd, &config_keys[i], &c->tenant[t]);
+	}
+}
+
+/* 0 when the key may differ or does not. */
+static int compare(const struct config_key *k, const void *old, const void *new_, const char *where, char *err,
+		   size_t errsize)
+{
+	char was[CONFIG_PATH], is[CONFIG_PATH];
+
+	if (k->reload || !memcmp((const char *)old + k->off, (const char *)new_ + k->off, k->size))
+		return 0;
+	config_value_format(k, old, was, sizeof(was));
+	config_value_format(k, new_, is, sizeof(is));
+	snprintf(err, errsize, "[%s] %s: \"%.96s\" cannot become \"%.96s\" without a restart", where, k->name,
+		 was, is);
+	return -EINVAL;
+}
+
+int config_reloadable(const struct config *old, const struct config *new_, char *err, size_t errsize)
+{
+	for (unsigned i = 0; i < config_n_keys; i++) {
+		const struct config_key *k = &config_keys[i];
+
+		if (strcmp(k->section, "tenant") && compare(k, old, new_, k->section, err, errsize))
+			return -EINVAL;
+	}
+	if (old->tenants != new_->tenants) {
+		snprintf(err, errsize, "tenants: %u cannot become %u without a restart", old->tenants,
+			 new_->tenants);
+		return -EINVAL;
+	}
+	for (unsigned t = 0; t < old->tenants; t++) {
+		char where[48];
+
+		if (strcmp(old->tenant[t].name, new_->tenant[t].name)) {
+			snprintf(err, errsize, "tenant %u: \"%s\" cannot become \"%s\" without a restart", t,
+				 old->tenant[t].name, new_->tenant[t].name);
+			return -EINVAL;
+		}
+		snprintf(where, sizeof(where), "tenant %s", old->tenant[t].name);
+		for (unsigned i = 0; i < config_n_keys; i++) {
+			const struct config_key *k = &config_keys[i];
+
+			if (!strcmp(k->section, "tenant") &&
+			    compare(k, &old->tenant[t], &new_->tenant[t], where, err, errsize))
+				return -EINVAL;
+		}
+	}
+	return 0;
+}
