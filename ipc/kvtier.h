@@ -32,23 +32,23 @@ extern "C" {
 #define KVT_AGAIN 1000
 
 enum kvtier_error {
-	KVT_E_INVAL = -2001,    /* bad argument: last_error names field, value, limit */
-	KVT_E_NOMEM = -2002,    /* out of memory, here or in the daemon */
-	KVT_E_DAEMON = -2003,   /* daemon not reachable; reconnecting */
-	KVT_E_TIMEOUT = -2004,  /* deadline passed; the request may still happen */
-	KVT_E_VERSION = -2005,  /* daemon and library speak different protocols */
-	KVT_E_STALE = -2006,    /* handle or plan no longer valid */
-	KVT_E_LIMIT = -2007,    /* a quota or configured limit; last_error names it */
-	KVT_E_EXISTS = -2008,   /* sequence key already in use */
-	KVT_E_NOENT = -2009,    /* no such sequence, or wrong secret or tenant */
-	KVT_E_NOSPC = -2010,    /* tier or region full */
-	KVT_E_PERM = -2011,     /* not allowed for this peer */
-	KVT_E_PROTO = -2012,    /* malformed message: the connection is closed */
-	KVT_E_MODEL = -2013,    /* model description and use disagree */
-	KVT_E_FORKED = -2014,   /* called in a child of fork() */
-	KVT_E_IO = -2015,       /* I/O error */
-	KVT_E_CORRUPT = -2016,  /* a checksum or identity did not match: a counted miss */
-	KVT_E_BUSY = -2017,     /* try later: draining, frozen or a plan is outstanding */
+	KVT_E_INVAL = -2001,   /* bad argument: last_error names field, value, limit */
+	KVT_E_NOMEM = -2002,   /* out of memory, here or in the daemon */
+	KVT_E_DAEMON = -2003,  /* daemon not reachable; reconnecting */
+	KVT_E_TIMEOUT = -2004, /* deadline passed; the request may still happen */
+	KVT_E_VERSION = -2005, /* daemon and library speak different protocols */
+	KVT_E_STALE = -2006,   /* handle or plan no longer valid */
+	KVT_E_LIMIT = -2007,   /* a quota or configured limit; last_error names it */
+	KVT_E_EXISTS = -2008,  /* sequence key already in use */
+	KVT_E_NOENT = -2009,   /* no such sequence, or wrong secret or tenant */
+	KVT_E_NOSPC = -2010,   /* tier or region full */
+	KVT_E_PERM = -2011,    /* not allowed for this peer */
+	KVT_E_PROTO = -2012,   /* malformed message: the connection is closed */
+	KVT_E_MODEL = -2013,   /* model description and use disagree */
+	KVT_E_FORKED = -2014,  /* called in a child of fork() */
+	KVT_E_IO = -2015,      /* I/O error */
+	KVT_E_CORRUPT = -2016, /* a checksum or identity did not match: a counted miss */
+	KVT_E_BUSY = -2017,    /* try later: draining, frozen or a plan is outstanding */
 	KVT_E_INTERNAL = -2018,
 };
 
@@ -71,12 +71,12 @@ typedef void (*kvtier_log_fn)(void *arg, int level, const char *line); /* level:
 
 struct kvtier_open_opts {
 	size_t size;
-	const char *socket;    /* NULL: $KVTIER_SOCKET, then /run/kvtier/kvtierd.sock */
-	const char *name;      /* shown by kvtierctl; NULL: the program's name */
-	uint32_t timeout_ms;   /* deadline of each call; 0: 2000 */
-	uint32_t max_seqs;     /* sequences open at once; 0: 64, at most 16384 */
-	uint64_t plan_bytes;   /* published memory for plans; 0: 64 MiB */
-	kvtier_log_fn log;     /* NULL: silent */
+	const char *socket;  /* NULL: $KVTIER_SOCKET, then /run/kvtier/kvtierd.sock */
+	const char *name;    /* shown by kvtierctl; NULL: the program's name */
+	uint32_t timeout_ms; /* deadline of each call; 0: 2000 */
+	uint32_t max_seqs;   /* sequences open at once; 0: 64, at most 16384 */
+	uint64_t plan_bytes; /* published memory for plans; 0: 64 MiB */
+	kvtier_log_fn log;   /* NULL: silent */
 	void *log_arg;
 };
 
@@ -124,7 +124,7 @@ struct kvtier_model_desc {
 	uint32_t rope;                          /* enum kvtier_rope */
 	uint32_t post_rope;                     /* keys are stored after RoPE */
 	float rope_theta;
-	uint32_t rank, world, first_head;       /* tensor parallel: 0, 1, 0 when not */
+	uint32_t rank, world, first_head; /* tensor parallel: 0, 1, 0 when not */
 };
 /* Describe a model. Two registrations of one description share it. Errors: INVAL, MODEL, LIMIT. */
 KVT_PUBLIC int kvtier_model_register(struct kvtier *c, const struct kvtier_model_desc *d,
@@ -167,27 +167,28 @@ KVT_PUBLIC int kvtier_layout_plain(struct kvtier_model *m, uint32_t cap, uint32_
 enum { KVT_BUDGET_UNIFORM = 0, KVT_BUDGET_PER_LAYER = 1, KVT_BUDGET_PER_LANE = 2 };
 #define KVT_ROWS_ALL UINT32_MAX
 
-/* Rows per lane that each tier may hold. What fits nowhere is dropped: nvme_rows = KVT_ROWS_ALL drops nothing. */
+/* Rows per lane that each tier may hold. What fits nowhere is dropped: nvme_rows = KVT_ROWS_ALL drops nothing.
+ */
 struct kvtier_budget {
 	size_t size;
-	uint32_t kind;             /* KVT_BUDGET_*; the tables below are used unless uniform */
+	uint32_t kind; /* KVT_BUDGET_*; the tables below are used unless uniform */
 	uint32_t device_rows, dram_rows, nvme_rows;
 	const uint32_t *device_table; /* per layer or per lane; device tier only */
 	uint32_t table_n;
-	uint32_t slack_rows;       /* plan again when a lane holds this many above budget; 0: 64 */
-	uint32_t manual;           /* 1: never plan by itself, only on request */
-	const char *policy;        /* NULL: keep; else a policy name */
+	uint32_t slack_rows; /* plan again when a lane holds this many above budget; 0: 64 */
+	uint32_t manual;     /* 1: never plan by itself, only on request */
+	const char *policy;  /* NULL: keep; else a policy name */
 };
 
 struct kvtier_seq_opts {
 	size_t size;
-	uint8_t key[16];           /* 128-bit name, unique in the tenant */
-	uint8_t secret[32];        /* leased: needed to resume */
-	uint32_t lifetime;         /* enum kvtier_lifetime */
-	uint32_t ttl_s;            /* leased: kept this long without a client */
-	uint32_t max_rows;         /* positions this sequence may ever reach; <= 1048576 */
-	uint32_t granularity;      /* enum kvtier_granularity */
-	uint32_t equal_lanes;      /* 1: every lane keeps the same count */
+	uint8_t key[16];      /* 128-bit name, unique in the tenant */
+	uint8_t secret[32];   /* leased: needed to resume */
+	uint32_t lifetime;    /* enum kvtier_lifetime */
+	uint32_t ttl_s;       /* leased: kept this long without a client */
+	uint32_t max_rows;    /* positions this sequence may ever reach; <= 1048576 */
+	uint32_t granularity; /* enum kvtier_granularity */
+	uint32_t equal_lanes; /* 1: every lane keeps the same count */
 	struct kvtier_region *region;
 	const struct kvtier_layout *layouts; /* one per layer, copied */
 	const struct kvtier_budget *budget;  /* NULL: the daemon's default for the tenant */
@@ -224,8 +225,8 @@ struct kvtier_seq_info {
 	size_t size;
 	uint64_t handle;
 	uint32_t rows, epoch, lanes, resident_max; /* resident_max: longest lane in the device tier */
-	uint64_t tier_rows[KVT_TIERS];  /* rows whose best copy is there, over all lanes */
-	uint64_t tier_bytes[KVT_TIERS]; /* allocated bytes, padding included */
+	uint64_t tier_rows[KVT_TIERS];             /* rows whose best copy is there, over all lanes */
+	uint64_t tier_bytes[KVT_TIERS];            /* allocated bytes, padding included */
 	uint64_t dropped_rows;
 	uint64_t plans, plan_ns_last, refaults, misses;
 	uint64_t index_bytes;

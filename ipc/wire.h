@@ -11,11 +11,21 @@
 
 #define WIRE_MAGIC 0x3154564bu /* "KVT1" */
 #define WIRE_VERSION 1
-#define WIRE_MAX 65536u  /* bytes of one message */
+#define WIRE_MAX 65536u /* bytes of one message */
 #define WIRE_MAX_FDS 4
 #define WIRE_TEXT 200
 #define WIRE_MAX_LAYERS 256u
 #define WIRE_MAX_ROWS 1048576u
+#define WIRE_MAX_SEQS 16384u
+#define WIRE_MIN_RING 64u
+#define WIRE_MAX_RING 65536u
+#define WIRE_MAX_ROW_BYTES 65536u
+#define WIRE_MAX_HEAD_DIM 1024u
+#define WIRE_MAX_TTL 2592000u /* seconds: 30 days */
+#define WIRE_MAX_ARGS 64u
+#define WIRE_MAX_REGION (UINT64_C(1) << 46)
+#define WIRE_MAX_PLAN_BYTES (UINT64_C(1) << 40)
+#define WIRE_MAX_JSON (UINT64_C(1) << 32)
 
 enum wire_type {
 	W_HELLO = 1,
@@ -58,9 +68,9 @@ struct wire_reply {
 struct wire_hello {
 	struct wire_hdr hdr;
 	uint32_t features;
-	uint32_t max_seqs;    /* 1..16384 */
-	uint32_t ring_entries; /* power of two, 64..65536 */
-	uint32_t pid;         /* informative; the kernel's credentials count */
+	uint32_t max_seqs;     /* 1..WIRE_MAX_SEQS */
+	uint32_t ring_entries; /* power of two, WIRE_MIN_RING..WIRE_MAX_RING */
+	uint32_t pid;          /* informative; the kernel's credentials count */
 	uint64_t plan_bytes;
 	char name[64];
 };
@@ -106,12 +116,27 @@ struct wire_handle { /* W_REGION_CLOSE, W_SEQ_INFO */
 struct wire_budget {
 	uint32_t kind, device_rows, dram_rows, nvme_rows;
 	uint32_t slack_rows, manual, table_n, set; /* set 0: use the default / keep */
-	char policy[32]; /* empty: keep */
+	char policy[32];                           /* empty: keep */
 };
 struct wire_layout {
 	uint64_t k_off, v_off, k_head_stride, v_head_stride, score_off, score_head_stride;
 	uint32_t k_row_stride, v_row_stride, cap, stage;
 };
+/*
+ * Both sides know what is resident without telling each other:
+ *   OPEN    nothing.
+ *   RESUME  nothing: the region is new, every row is below or dropped.
+ *   FORK    the parent's acknowledged residency, cut at prefix. The library has
+ *           copied those rows into the child's layouts before it sends the
+ *           message and lets no acknowledgement pass meanwhile; the daemon
+ *           takes the parent's slot.acked into account first.
+ * The same holds for TRUNCATE: slot.acked first, then rows at and past `rows`
+ * are forgotten; the library stores the new epoch in slot.len after the reply.
+ * Before the daemon replies to SEQ_OPEN it sets the slot to
+ * len = seq_len_pack(epoch, rows), acked = 0.
+ * Plans are cancelled, and READY is taken back, only by what the client asked
+ * for (truncate, fork, close): a client may apply a READY plan at leisure.
+ */
 enum wire_open_op { W_OP_OPEN = 0, W_OP_RESUME = 1, W_OP_FORK = 2 };
 struct wire_seq_open {
 	struct wire_hdr hdr;
@@ -128,8 +153,7 @@ struct wire_seq_open_reply {
 	uint64_t seq;
 	uint64_t plan_off, plan_bytes; /* in the client's plan segment */
 	uint32_t slot;                 /* in the control segment */
-	uint32_t epoch, rows, pad;
-	/* FORK only: then resident bitmaps of the child, uint64_t[lanes][BITS_WORDS(rows)], in a memfd */
+	uint32_t epoch, rows, pad;     /* rows: 0 (OPEN), its length (RESUME), prefix (FORK) */
 };
 struct wire_seq_truncate {
 	struct wire_hdr hdr;
