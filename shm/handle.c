@@ -1,0 +1,150 @@
+/* SPDX-License-Identifier: MIT */
+#include "shm/handle.h"
+#include "shm/util.h"
+
+#define NO_SLOT UINT32_MAX
+#define FIRST_CAP 16u
+
+struct handle_slot {
+	void *obj; /* NULL: free or retired */
+	const void *owner;
+	uint32_t gen; /* of the live handle, or of the next one; starts at 1 so that no handle is 0 */
+	uint32_t next_free;
+};
+
+struct handle_table {
+	struct handle_slot *slot;
+	uint32_t max;  /* slots it may ever have */
+	uint32_t cap;  /* slots allocated */
+	uint32_t used; /* slots ever handed out */
+	uint32_t free_head;
+	uint32_t count;
+};
+
+int handle_table_new(struct handle_table **ret, uint32_t max)
+{
+	struct handle_table *t = calloc(1, sizeof(*t));
+
+	if (!t)
+		return -ENOMEM;
+	t->max = MIN(max, NO_SLOT);
+	t->free_head = NO_SLOT;
+	*ret = t;
+	return 0;
+}
+
+void handle_table_free(struct handle_table *t)
+{
+	if (!t)
+		return;
+	free(t->slot);
+	free(t);
+}
+
+static bool grow(struct handle_table *t)
+{
+	uint32_t cap = t->cap > t->max / 2 ? t->max : MIN(t->max, MAX(t->cap * 2, FIRST_CAP));
+	struct handle_slot *slot;
+
+	if (t->cap == t->max)
+		return false;
+	slot = reallocarray(t->slot, cap, sizeof(*slot));
+	if (!slot)
+		return false;
+	t->slot = slot;
+	t->cap = cap;
+	return true;
+}
+
+static uint32_t take_slot(struct handle_table *t)
+{
+	uint32_t i = t->free_head;
+
+	if (i != NO_SLOT) {
+		t->free_head = t->slot[i].next_free;
+		return i;
+	}
+	if (t->used == t->cap && !grow(t))
+		return NO_SLOT;
+	t->slot[t->used].gen = 1;
+	return t->used++;
+}
+
+static uint64_t make_handle(const struct handle_table *t, uint32_t i)
+{
+	return (uint64_t)t->slot[i].gen << 32 | i;
+}
+
+static struct handle_slot *find(const struct handle_table *t, uint64_t handle)
+{
+	uint32_t i = (uint32_t)handle;
+
+	if (i >= t->used || !t->slot[i].obj || t->slot[i].gen != handle >> 32)
+		return NULL;
+	return &t->slot[i];
+}
+
+uint64_t handle_add(struct handle_table *t, void *obj, const void *owner)
+{
+	uint32_t i;
+
+	if (!obj)
+		return 0;
+	i = take_slot(t);
+	if (i == NO_SLOT)
+		return 0;
+	t->slot[i].obj = obj;
+	t->slot[i].owner = owner;
+	t->count++;
+	return make_handle(t, i);
+}
+
+void *handle_get(const struct handle_table *t, uint64_t handle, const void *owner)
+{
+	const struct handle_slot *s = find(t, handle);
+
+	return s && (!owner || s->owner == owner) ? s->obj : NULL;
+}
+
+void handle_set_owner(struct handle_table *t, uint64_t handle, const void *owner)
+{
+	struct handle_slot *s = find(t, handle);
+
+	if (s)
+		s->owner = owner;
+}
+
+void handle_del(struct handle_table *t, uint64_t handle)
+{
+	struct handle_slot *s = find(t, handle);
+
+	if (!s)
+		return;
+	s->obj = NULL;
+	s->owner = NULL;
+	t->count--;
+	if (s->gen == UINT32_MAX)
+		return; /* retired: one generation more would revive the first handle */
+	s->gen++;
+	s->next_free = t->free_head;
+	t->free_head = (uint32_t)handle;
+}
+
+uint32_t handle_count(const struct handle_table *t)
+{
+	return t->count;
+}
+
+void *handle_next(const struct handle_table *t, uint32_t *cursor, uint64_t *ret_handle)
+{
+	while (*cursor < t->used) {
+		uint32_t i = (*cursor)++;
+
+		if (!t->slot[i].obj)
+			continue;
+		if (ret_handle)
+			*ret_handle = make_handle(t, i);
+		return t->slot[i].obj;
+	}
+	return NULL;
+}

@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: MIT */
+#include <string.h>
+#include "shm/bits.h"
+#include "shm/plan.h"
+#include "shm/util.h"
+
+/*
+ * The header is a seqlock whose sequence word is `id`. Its plain fields are
+ * stored with release and loaded with acquire, so that a reader who saw a field
+ * of the next plan also sees that id has changed. The tables need no such care
+ * from a reader who keeps the protocol (they stand still until the plan is
+ * acknowledged or cancelled); plan_still() tells one who does not.
+ */
+#define field_set(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+#define field_get(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+
+/* A reader that meets a writer this often in a row says "none" and comes back later. */
+#define PEEK_TRIES 8
+
+#if defined(__SANITIZE_THREAD__)
+#define HAVE_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define HAVE_TSAN 1
+#endif
+#endif
+
+/* ThreadSanitizer models no fences; it only runs where the hardware needs none of these two. */
+static inline void fence(memory_order order)
+{
+#ifdef HAVE_TSAN
+	atomic_signal_fence(order);
+#else
+	atomic_thread_fence(order);
+#endif
+}
+
+/* Bytes in use, without rounding; cannot overflow for any 32-bit arguments. */
+static uint64_t plan_need(uint32_t lanes, uint32_t rows)
+{
+	return sizeof(struct plan_hdr) + (uint64_t)lanes * sizeof(struct plan_lane) +
+	       3 * (uint64_t)lanes * BITS_WORDS(rows) * sizeof(uint64_t);
+}
+
+size_t plan_bytes(uint32_t lanes, uint32_t max_rows)
+{
+	return ALIGN_UP(plan_need(lanes, max_rows), KVT_CACHELINE);
+}
+
+int plan_begin(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, struct plan_tables *ret)
+{
+	struct plan_hdr *h = area;
+	uint32_t words = (uint32_t)BITS_WORDS(watermark);
+	uint64_t plane = (uint64_t)lanes * words;
+
+	if (!area || !lanes || (uintptr_t)area % _Alignof(struct plan_hdr))
+		return -EINVAL;
+	if (plan_need(lanes, watermark) > bytes)
+		return -ENOSPC;
+	atomic_store_explicit(&h->id, 0, memory_order_release);
+	fence(memory_order_seq_cst); /* hidden before the first table word changes */
+	atomic_store_explicit(&h->state, PLAN_EMPTY, memory_order_release);
+	field_set(&h->epoch, 0);
+	field_set(&h->watermark, watermark);
+	field_set(&h->lanes, lanes);
+	field_set(&h->words, words);
+	field_set(&h->flags, 0);
+	field_set(&h->decided_ns, 0);
+	field_set(&h->rows_out, 0);
+	field_set(&h->rows_in, 0);
+	field_set(&h->rows_drop, 0);
+	field_set(&h->policy, 0);
+	ret->hdr = h;
+	ret->lane = (struct plan_lane *)(h + 1);
+	ret->resident = (uint64_t *)(ret->lane + lanes);
+	ret->copy_out = ret->resident + plane;
+	ret->bring_in = ret->copy_out + plane;
+	ret->words = words;
+	memset(ret->lane, 0, plan_need(lanes, watermark) - sizeof(*h));
+	return 0;
+}
+
+void plan_publish(struct plan_tables *t, uint64_t id, enum plan_state state)
+{
+	atomic_store_explicit(&t->hdr->state, state, memory_order_release);
+	atomic_store_explicit(&t->hdr->id, id, memory_order_release);
+}
+
+void plan_set_state(void *area, enum plan_state state)
+{
+	struct plan_hdr *h = area;
+
+	atomic_store_explicit(&h->state, state, memory_order_release);
+}
+
+/* One attempt at a consistent copy of the header: 1, 0 nothing visible, -EAGAIN changed meanwhile. */
+static int copy_header(const struct plan_hdr *h, struct plan_view *v)
+{
+	v->id = atomic_load_explicit(&h->id, memory_order_acquire);
+	if (!v->id)
+		return 0;
+	v->state = atomic_load_explicit(&h->state, memory_order_acquire);
+	v->epoch = field_get(&h->epoch);
+	v->watermark = field_get(&h->watermark);
+	v->lanes = field_get(&h->lanes);
+	v->words = field_get(&h->words);
+	v->flags = field_get(&h->flags);
+	v->policy = field_get(&h->policy);
+	v->decided_ns = field_get(&h->decided_ns);
+	v->rows_out = field_get(&h->rows_out);
+	v->rows_in = field_get(&h->rows_in);
+	v->rows_drop = field_get(&h->rows_drop);
+	return atomic_load_explicit(&h->id, memory_order_relaxed) == v->id ? 1 : -EAGAIN;
+}
+
+int plan_peek(const void *area, size_t bytes, uint32_t lanes, struct plan_view *ret)
+{
+	const struct plan_hdr *h = area;
+	struct plan_view v = {.hdr = h};
+	uint64_t plane;
+	int r = -EAGAIN;
+
+	if (!area || bytes < sizeof(*h) || (uintptr_t)area % _Alignof(struct plan_hdr))
+		return -EPROTO;
+	for (int i = 0; i < PEEK_TRIES && r == -EAGAIN; i++)
+		r = copy_header(h, &v);
+	if (r <= 0)
+		return 0;
+	if (v.state < PLAN_DECIDED || v.state > PLAN_CANCELLED)
+		return -EPROTO;
+	if (!v.lanes || v.lanes > lanes || v.words != BITS_WORDS(v.watermark) ||
+	    plan_need(v.lanes, v.watermark) > bytes)
+		return -EPROTO;
+	plane = (uint64_t)v.lanes * v.words;
+	v.lane = (const struct plan_lane *)(h + 1);
+	v.resident = (const uint64_t *)(v.lane + v.lanes);
+	v.copy_out = v.resident + plane;
+	v.bring_in = v.copy_out + plane;
+	*ret = v;
+	return 1;
+}
+
+bool plan_still(const struct plan_view *v)
+{
+	uint32_t state;
+
+	fence(memory_order_acquire); /* what was read from the tables was read before this */
+	state = atomic_load_explicit(&v->hdr->state, memory_order_acquire);
+	if (atomic_load_explicit(&v->hdr->id, memory_order_acquire) != v->id)
+		return false;
+	return (state == PLAN_CANCELLED) == (v->state == PLAN_CANCELLED);
+}
