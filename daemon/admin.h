@@ -11,12 +11,13 @@
 struct admin_peer {
 	uint32_t uid;
 	int pid;
-	int tenant;   /* -1: came through the admin socket and may do everything */
+	int tenant; /* -1: came through the admin socket and may do everything */
 };
 struct admin_result {
-	char *json;       /* malloc'ed, caller frees; NULL when the verb has none */
+	char *json; /* malloc'ed, caller frees; NULL when the verb has none */
 	size_t json_bytes;
-	int fd;           /* extra read-only fd for the peer (the feed), owned by the core; -1 none */
+	int fd;             /* extra read-only fd for the peer (the feed), owned by the core; -1 none. In the
+			       reply the JSON memfd is first, this one second. */
 	bool drain, reload; /* the verb asked for these; main acts */
 };
 /* 0 or KVT_E_* with one line in err. Verbs that look are allowed to tenants for their own sequences. */
@@ -24,3 +25,5 @@ int admin_dispatch(struct core *c, const struct admin_peer *peer, int argc, char
 		   struct admin_result *ret, char *err, size_t errsize);
 /* main registers what drain and reload do. */
 void admin_set_hooks(void (*drain)(void *), int (*reload)(void *, char *, size_t), void *arg);
+/* The live configuration (tenant names), kept by the caller. Needed before a tenant's call is dispatched. */
+void admin_set_config(const struct config *cfg);

@@ -1,0 +1,236 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Admin verbs: who may call them, their arguments, and the audit line. What they
+ * do is in admin_look.c and admin_steer.c.
+ */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <strings.h>
+#include <syslog.h>
+#include "daemon/admin_call.h"
+#include "shm/util.h"
+
+#define KEY_PREFIX_MIN 4
+
+struct verb {
+	const char *name, *args;
+	unsigned flags;
+	int (*run)(struct admin_call *a);
+};
+
+static const struct verb verbs[] = {
+#define ADMIN_ROW(name, args, flags, doc) {#name, args, flags, verb_##name},
+	ADMIN_VERBS(ADMIN_ROW)
+#undef ADMIN_ROW
+};
+
+void (*admin_hook_drain)(void *);
+int (*admin_hook_reload)(void *, char *, size_t);
+void *admin_hook_arg;
+static const struct config *admin_config;
+
+void admin_set_hooks(void (*drain)(void *), int (*reload)(void *, char *, size_t), void *arg)
+{
+	admin_hook_drain = drain;
+	admin_hook_reload = reload;
+	admin_hook_arg = arg;
+}
+
+void admin_set_config(const struct config *cfg)
+{
+	admin_config = cfg;
+}
+
+static const struct verb *find_verb(const char *name)
+{
+	for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++)
+		if (!strcmp(verbs[i].name, name))
+			return &verbs[i];
+	return NULL;
+}
+
+/* ---- helpers of the verbs ------------------------------------------------------ */
+
+const char *admin_tenant(const struct admin_call *a)
+{
+	return a->peer->tenant < 0 ? NULL : admin_config->tenant[a->peer->tenant].name;
+}
+
+int admin_refuse(struct admin_call *a, int code, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(a->err, a->errsize, fmt, ap);
+	va_end(ap);
+	return code;
+}
+
+int admin_usage(struct admin_call *a)
+{
+	const struct verb *v = find_verb(a->argv[0]);
+
+	return admin_refuse(a, KVT_E_INVAL, "usage: %s%s%s", v->name, *v->args ? " " : "", v->args);
+}
+
+bool admin_sees(const struct admin_call *a, const struct core_seq_stat *s)
+{
+	const char *tenant = admin_tenant(a);
+
+	return !tenant || !strcmp(tenant, s->tenant);
+}
+
+/* 0 name is a handle, else the number of hex digits, or -1: neither. */
+static int parse_seq_name(const char *name, uint64_t *ret_handle)
+{
+	size_t n = strspn(name, "0123456789abcdefABCDEF");
+	char *end;
+
+	if (!strncmp(name, "0x", 2) || !strncmp(name, "0X", 2)) {
+		size_t digits = strspn(name + 2, "0123456789abcdefABCDEF");
+
+		*ret_handle = strtoull(name + 2, &end, 16);
+		return digits && digits <= 16 && !*end ? 0 : -1;
+	}
+	return !name[n] && n >= KEY_PREFIX_MIN && n <= 32 ? (int)n : -1;
+}
+
+static bool key_matches(const uint8_t key[16], const char *prefix)
+{
+	char hex[33];
+
+	for (int i = 0; i < 16; i++)
+		snprintf(hex + 2 * i, 3, "%02x", key[i]);
+	return !strncasecmp(hex, prefix, strlen(prefix));
+}
+
+/* Among the tenant's own sequences only: a name must not tell what others have. */
+static int find_own(struct admin_call *a, const char *name, uint64_t *ret)
+{
+	struct core_seq_stat s;
+	uint64_t handle = 0, found = 0;
+	uint32_t cursor = 0;
+	int digits = parse_seq_name(name, &handle);
+
+	while (core_seq_next(a->core, &cursor, &s)) {
+		if (!admin_sees(a, &s) || (digits ? !key_matches(s.key, name) : s.handle != handle))
+			continue;
+		if (found)
+			return admin_refuse(a, KVT_E_INVAL, "SEQ: \"%.40s\", several keys begin so", name);
+		found = s.handle;
+	}
+	if (!found)
+		return admin_refuse(a, KVT_E_NOENT, "SEQ: \"%.40s\", no such sequence", name);
+	*ret = found;
+	return 0;
+}
+
+int admin_seq_arg(struct admin_call *a, int i, uint64_t *ret)
+{
+	const char *name = a->argv[i];
+	uint64_t handle;
+
+	if (parse_seq_name(name, &handle) < 0)
+		return admin_refuse(
+			a, KVT_E_INVAL,
+			"SEQ: \"%.40s\", must be a handle (0x...), a key (32 hex digits) or %d or more of them",
+			name, KEY_PREFIX_MIN);
+	if (admin_tenant(a))
+		return find_own(a, name, ret);
+	return core_seq_find(a->core, name, ret, a->err, a->errsize);
+}
+
+int admin_number_arg(struct admin_call *a, int i, const char *what, uint32_t min, uint32_t max, uint32_t *ret)
+{
+	const char *s = a->argv[i];
+	unsigned long long v;
+	char *end;
+
+	errno = 0;
+	v = strtoull(s, &end, 10);
+	if (*s < '0' || *s > '9' || *end || errno || v < min || v > max)
+		return admin_refuse(a, KVT_E_INVAL, "%s: \"%.40s\", must be a number from %u to %u", what, s,
+				    min, max);
+	*ret = (uint32_t)v;
+	return 0;
+}
+
+json_t *admin_text(const char *s)
+{
+	json_t *j = json_string(s);
+	char buf[CONFIG_PATH];
+	size_t n = 0;
+
+	if (j)
+		return j;
+	for (; *s && n < sizeof(buf) - 1; s++)
+		buf[n++] = (unsigned char)*s < 0x80 ? *s : '?';
+	buf[n] = 0;
+	return json_string(buf);
+}
+
+json_t *admin_num(uint64_t v)
+{
+	return json_integer((json_int_t)MIN(v, (uint64_t)INT64_MAX));
+}
+
+/* ---- dispatch -------------------------------------------------------------------- */
+
+static void audit(const struct admin_call *a, int r)
+{
+	char what[256];
+	size_t n = 0;
+
+	what[0] = 0;
+	for (int i = 0; i < a->argc && n < sizeof(what); i++)
+		n += (size_t)snprintf(what + n, sizeof(what) - n, "%s%s", i ? " " : "", a->argv[i]);
+	log_line(r ? LOG_WARNING : LOG_NOTICE, "audit: uid %u pid %d %s%s: %s: %s%s%s", a->peer->uid,
+		 a->peer->pid, admin_tenant(a) ? "tenant " : "admin", admin_tenant(a) ?: "", what,
+		 r ? "refused: " : "ok", r ? a->err : "", n >= sizeof(what) ? " (arguments cut)" : "");
+}
+
+static int answer(struct admin_call *a, struct admin_result *ret)
+{
+	if (!a->json)
+		return 0;
+	ret->json = json_dumps(a->json, JSON_COMPACT);
+	if (!ret->json)
+		return admin_refuse(a, KVT_E_NOMEM, "out of memory");
+	ret->json_bytes = strlen(ret->json);
+	return 0;
+}
+
+int admin_dispatch(struct core *c, const struct admin_peer *peer, int argc, char *const argv[],
+		   struct admin_result *ret, char *err, size_t errsize)
+{
+	struct admin_result res = {.fd = -1};
+	struct admin_call a = {.core = c,
+			       .peer = peer,
+			       .argc = argc,
+			       .argv = argv,
+			       .result = &res,
+			       .err = err,
+			       .errsize = errsize};
+	const struct verb *v = argc > 0 ? find_verb(argv[0]) : NULL;
+	int r;
+
+	err[0] = 0;
+	if (!v)
+		return admin_refuse(&a, KVT_E_INVAL, "verb: \"%.40s\", unknown; see kvtierctl --help",
+				    argc > 0 ? argv[0] : "");
+	if (peer->tenant >= 0 && (!admin_config || (uint32_t)peer->tenant >= admin_config->tenants))
+		return admin_refuse(&a, KVT_E_INTERNAL, "tenant %d: not configured", peer->tenant);
+	if (peer->tenant >= 0 && v->flags & VERB_ADMIN)
+		r = admin_refuse(&a, KVT_E_PERM, "%s: only on the admin socket", v->name);
+	else
+		r = v->run(&a);
+	if (!r)
+		r = answer(&a, &res);
+	if (v->flags & VERB_AUDIT && !a.quiet)
+		audit(&a, r);
+	json_decref(a.json);
+	if (!r)
+		*ret = res;
+	return r;
+}

@@ -1,0 +1,303 @@
+/* SPDX-License-Identifier: MIT */
+/* Verbs that look: status, ls, show, watch, verify status, version. */
+#include <stdio.h>
+#include <string.h>
+#include "daemon/admin_call.h"
+#include "ipc/wire.h"
+#include "shm/util.h"
+
+#define LS_PAGE 128 /* sequences per reply: one reply is one slice of the event loop */
+
+static const char *const tier_names[KVT_TIERS] = {"device", "dram", "nvme"};
+
+static void set_num(json_t *o, const char *key, uint64_t v)
+{
+	json_object_set_new(o, key, admin_num(v));
+}
+
+static void set_text(json_t *o, const char *key, const char *v)
+{
+	json_object_set_new(o, key, admin_text(v));
+}
+
+static void set_bool(json_t *o, const char *key, bool v)
+{
+	json_object_set_new(o, key, json_boolean(v));
+}
+
+/* ---- status ----------------------------------------------------------------------- */
+
+static json_t *tier_json(const struct core_stat *s, unsigned t)
+{
+	const struct tier_stat *ts = &s->tier[t];
+	json_t *o = json_object();
+
+	set_text(o, "name", tier_names[t]);
+	set_num(o, "rows", s->rows[t]);
+	set_num(o, "bytes", s->bytes[t]);
+	set_num(o, "rows_demoted_into", s->rows_demoted[t]);
+	set_num(o, "rows_promoted_out", s->rows_promoted[t]);
+	set_num(o, "refaults", s->refaults[t]);
+	if (t == KVT_TIER_DEVICE)
+		return o;
+	set_num(o, "capacity_bytes", ts->capacity);
+	set_num(o, "used_bytes", ts->used);
+	set_num(o, "free_bytes", ts->free);
+	set_num(o, "overhead_bytes", ts->overhead);
+	set_num(o, "free_min_permille", s->marks[t].min);
+	set_num(o, "free_low_permille", s->marks[t].low);
+	set_num(o, "free_high_permille", s->marks[t].high);
+	set_num(o, "reads", ts->reads);
+	set_num(o, "writes", ts->writes);
+	set_num(o, "read_bytes", ts->read_bytes);
+	set_num(o, "write_bytes", ts->write_bytes);
+	set_num(o, "device_write_bytes", ts->device_write_bytes);
+	set_num(o, "errors", ts->errors);
+	set_num(o, "inflight", ts->inflight);
+	set_num(o, "leaked_bytes", ts->leaked_bytes);
+	set_num(o, "cleaned_segments", ts->cleaned_segments);
+	set_bool(o, "offline", ts->offline);
+	set_bool(o, "huge_pages", ts->huge);
+	set_bool(o, "io_uring", ts->io_uring);
+	json_object_set_new(o, "node", json_integer(ts->node));
+	set_text(o, "note", ts->note);
+	return o;
+}
+
+static json_t *status_head(const struct core_stat *s)
+{
+	json_t *o = json_object();
+
+	set_text(o, "version", KVT_VERSION);
+	set_num(o, "uptime_ns", s->uptime_ns);
+	set_text(o, "mode", s->observe ? "observe" : "publish");
+	set_bool(o, "frozen", s->frozen);
+	set_bool(o, "draining", s->draining);
+	set_text(o, "policy", s->policy);
+	return o;
+}
+
+/* The whole daemon, for the admin socket. */
+static json_t *status_all(const struct core_stat *s)
+{
+	json_t *o = status_head(s), *tiers = json_array(), *plans = json_object(), *misses = json_object();
+
+	set_num(o, "clients", s->clients);
+	set_num(o, "sequences", s->seqs);
+	set_num(o, "orphans", s->orphans);
+	set_num(o, "models", s->models);
+	for (unsigned t = 0; t < KVT_TIERS; t++)
+		json_array_append_new(tiers, tier_json(s, t));
+	json_object_set_new(o, "tiers", tiers);
+	set_num(plans, "decided", s->plans);
+	set_num(plans, "acked", s->plans_acked);
+	set_num(plans, "cancelled", s->plans_cancelled);
+	set_num(plans, "nacked", s->plans_nacked);
+	set_num(plans, "ns_last", s->plan_ns_last);
+	set_num(plans, "ns_max", s->plan_ns_max);
+	set_num(plans, "ns_total", s->plan_ns_total);
+	json_object_set_new(o, "plans", plans);
+	set_num(misses, "corrupt", s->miss_corrupt);
+	set_num(misses, "mutated", s->miss_mutated);
+	set_num(misses, "io", s->miss_io);
+	set_num(misses, "stale", s->miss_stale);
+	set_num(misses, "nospace", s->miss_nospace);
+	json_object_set_new(o, "misses", misses);
+	set_num(o, "rows_dropped", s->rows_dropped);
+	set_num(o, "direct_demotions", s->direct_demotions);
+	set_num(o, "hangups_protocol", s->hangups_protocol);
+	set_num(o, "admin_mutations", s->admin_mutations);
+	set_num(o, "index_bytes", s->index_bytes);
+	set_num(o, "staging_bytes", s->staging_bytes);
+	set_num(o, "plan_bytes", s->plan_bytes);
+	set_num(o, "loop_max_ns", s->loop_max_ns);
+	return o;
+}
+
+/* A tenant's share: nothing that another tenant could have caused. */
+static json_t *status_own(struct admin_call *a, const struct core_stat *s)
+{
+	uint64_t seqs = 0, orphans = 0, plans = 0, misses = 0, dropped = 0, rows[KVT_TIERS] = {},
+		 bytes[KVT_TIERS] = {};
+	json_t *o = status_head(s), *tiers = json_array();
+	struct core_seq_stat q;
+	uint32_t cursor = 0;
+
+	while (core_seq_next(a->core, &cursor, &q)) {
+		if (!admin_sees(a, &q))
+			continue;
+		seqs++;
+		orphans += !strcmp(q.client, "-");
+		plans += q.plans;
+		misses += q.misses;
+		dropped += q.dropped_rows;
+		for (unsigned t = 0; t < KVT_TIERS; t++) {
+			rows[t] += q.tier_rows[t];
+			bytes[t] += q.tier_bytes[t];
+		}
+	}
+	set_text(o, "tenant", admin_tenant(a));
+	set_num(o, "sequences", seqs);
+	set_num(o, "orphans", orphans);
+	for (unsigned t = 0; t < KVT_TIERS; t++) {
+		json_t *tier = json_object();
+
+		set_text(tier, "name", tier_names[t]);
+		set_num(tier, "rows", rows[t]);
+		set_num(tier, "bytes", bytes[t]);
+		json_array_append_new(tiers, tier);
+	}
+	json_object_set_new(o, "tiers", tiers);
+	set_num(o, "plans_decided", plans);
+	set_num(o, "misses_total", misses);
+	set_num(o, "rows_dropped", dropped);
+	return o;
+}
+
+int verb_status(struct admin_call *a)
+{
+	struct core_stat s;
+
+	if (a->argc != 1)
+		return admin_usage(a);
+	core_stat(a->core, &s);
+	a->json = admin_tenant(a) ? status_own(a, &s) : status_all(&s);
+	return 0;
+}
+
+/* ---- sequences ------------------------------------------------------------------------ */
+
+static json_t *seq_json(const struct core_seq_stat *s)
+{
+	json_t *o = json_object(), *budget = json_object(), *tiers = json_object();
+	char text[40];
+
+	snprintf(text, sizeof(text), "0x%llx", (unsigned long long)s->handle);
+	set_text(o, "handle", text);
+	for (int i = 0; i < 16; i++)
+		snprintf(text + 2 * i, 3, "%02x", s->key[i]);
+	set_text(o, "key", text);
+	set_text(o, "tenant", s->tenant);
+	set_text(o, "client", s->client);
+	set_text(o, "model", s->model);
+	set_text(o, "policy", s->policy);
+	set_num(o, "rows", s->rows);
+	set_num(o, "epoch", s->epoch);
+	set_num(o, "lanes", s->lanes);
+	set_text(o, "lifetime", s->lifetime == KVT_LEASED ? "leased" : "ephemeral");
+	set_num(o, "ttl_left_s", s->ttl_left_s);
+	set_num(o, "resident_max", s->resident_max);
+	for (unsigned t = 0; t < KVT_TIERS; t++) {
+		json_t *tier = json_object();
+
+		json_object_set_new(budget, tier_names[t],
+				    s->budget[t] == KVT_ROWS_ALL ? json_null() : admin_num(s->budget[t]));
+		set_num(tier, "rows", s->tier_rows[t]);
+		set_num(tier, "bytes", s->tier_bytes[t]);
+		json_object_set_new(tiers, tier_names[t], tier);
+	}
+	json_object_set_new(o, "budget", budget);
+	json_object_set_new(o, "tiers", tiers);
+	set_num(o, "rows_dropped", s->dropped_rows);
+	set_num(o, "rows_pinned", s->pinned_rows);
+	set_num(o, "plans", s->plans);
+	set_num(o, "plan_id", s->plan_id);
+	set_text(o, "plan_state", s->plan_state);
+	set_num(o, "plan_ns_last", s->plan_ns_last);
+	set_num(o, "refaults", s->refaults);
+	set_num(o, "misses", s->misses);
+	set_num(o, "index_bytes", s->index_bytes);
+	return o;
+}
+
+/* A page at a time: {"seqs": [...], "next": cursor or null}. */
+int verb_ls(struct admin_call *a)
+{
+	json_t *list;
+	struct core_seq_stat s;
+	uint32_t cursor = 0;
+	bool more = true;
+	int r;
+
+	if (a->argc > 2)
+		return admin_usage(a);
+	if (a->argc == 2) {
+		r = admin_number_arg(a, 1, "FROM", 0, UINT32_MAX, &cursor);
+		if (r)
+			return r;
+	}
+	list = json_array();
+	while (json_array_size(list) < LS_PAGE) {
+		more = core_seq_next(a->core, &cursor, &s);
+		if (!more)
+			break;
+		if (admin_sees(a, &s))
+			json_array_append_new(list, seq_json(&s));
+	}
+	a->json = json_pack("{s:o,s:o}", "seqs", list, "next", more ? admin_num(cursor) : json_null());
+	return 0;
+}
+
+static int add_lanes(struct admin_call *a, uint64_t handle, uint32_t lanes)
+{
+	_cleanup_free_ struct core_lane_stat *l = calloc(lanes ?: 1, sizeof(*l));
+	json_t *list = json_array();
+	int n;
+
+	json_object_set_new(a->json, "lane", list);
+	if (!l)
+		return admin_refuse(a, KVT_E_NOMEM, "out of memory");
+	n = core_seq_lanes(a->core, handle, l, lanes);
+	if (n < 0)
+		return admin_refuse(a, n, "SEQ: \"%.40s\", no such sequence", a->argv[1]);
+	for (int i = 0; i < n && i < (int)lanes; i++)
+		json_array_append_new(list,
+				      json_pack("{s:o,s:o,s:o,s:o}", "device", admin_num(l[i].device), "dram",
+						admin_num(l[i].dram), "nvme", admin_num(l[i].nvme), "dropped",
+						admin_num(l[i].dropped)));
+	return 0;
+}
+
+int verb_show(struct admin_call *a)
+{
+	struct core_seq_stat s;
+	uint64_t handle;
+	int r;
+
+	if (a->argc < 2 || a->argc > 3 || (a->argc == 3 && strcmp(a->argv[2], "lanes")))
+		return admin_usage(a);
+	r = admin_seq_arg(a, 1, &handle);
+	if (r)
+		return r;
+	r = core_seq_stat(a->core, handle, &s);
+	if (r)
+		return admin_refuse(a, r, "SEQ: \"%.40s\", no such sequence", a->argv[1]);
+	a->json = seq_json(&s);
+	return a->argc == 3 ? add_lanes(a, handle, s.lanes) : 0;
+}
+
+/* ---- the rest ------------------------------------------------------------------------- */
+
+int verb_watch(struct admin_call *a)
+{
+	size_t bytes = 0;
+	int fd;
+
+	if (a->argc != 1)
+		return admin_usage(a);
+	fd = core_feed_fd(a->core, &bytes);
+	if (fd < 0)
+		return admin_refuse(a, KVT_E_INTERNAL, "feed: not available");
+	a->result->fd = fd;
+	a->json = json_pack("{s:o}", "feed_bytes", admin_num(bytes));
+	return 0;
+}
+
+int verb_version(struct admin_call *a)
+{
+	if (a->argc != 1)
+		return admin_usage(a);
+	a->json = json_pack("{s:s,s:i,s:i}", "version", KVT_VERSION, "protocol", WIRE_VERSION, "abi",
+			    (int)KVT_ABI_VERSION);
+	return 0;
+}
