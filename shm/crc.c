@@ -6,6 +6,7 @@
 
 /* Copied bytes are checksummed this many at a time, while they are still in the L1 cache. */
 #define CHUNK ((size_t)8192)
+#define AHEAD ((size_t)2048)
 #define ISAL_MAX ((size_t)1 << 30) /* crc32_iscsi() counts in int */
 
 /* crc32_iscsi() leaves both inversions to its caller; `raw` is the inverted state. */
@@ -42,29 +43,35 @@ static uint32_t gather_bytes(uint32_t raw, uint8_t *dst, const uint8_t *src, siz
 	return raw;
 }
 
-/* Inlined once per width, so that the copy of a row is a handful of vector moves. */
-static inline __attribute__((always_inline)) void copy_rows(uint8_t *dst, const uint8_t *src, size_t stride,
-							    size_t width, const uint32_t *idx, uint32_t n)
+static const uint8_t *row_at(const uint8_t *src, size_t stride, const uint32_t *idx, uint32_t i)
 {
-	for (uint32_t i = 0; i < n; i++)
-		memcpy(dst + i * width, src + (idx ? idx[i] : i) * stride, width);
+	return src + (idx ? idx[i] : i) * stride;
 }
 
-static void copy_some(uint8_t *dst, const uint8_t *src, size_t stride, size_t width, const uint32_t *idx,
-		      uint32_t n)
+/*
+ * Copy k of the n rows that are left. Which row comes next is data, so the
+ * processor's prefetcher cannot know it; we do, and ask AHEAD bytes early.
+ */
+static void copy_rows(uint8_t *dst, const uint8_t *src, size_t stride, size_t width, const uint32_t *idx,
+		      uint32_t k, uint32_t n)
 {
-	switch (width) {
-	case 128:
-		copy_rows(dst, src, stride, 128, idx, n);
-		break;
-	case 256:
-		copy_rows(dst, src, stride, 256, idx, n);
-		break;
-	case 512:
-		copy_rows(dst, src, stride, 512, idx, n);
-		break;
-	default:
-		copy_rows(dst, src, stride, width, idx, n);
+	uint32_t ahead = width ? (uint32_t)DIV_UP(AHEAD, width) : 0;
+
+	for (uint32_t i = 0; i < k; i++, dst += width) {
+		const uint8_t *row = row_at(src, stride, idx, i);
+
+		if (ahead < n - i) {
+			const uint8_t *next = row_at(src, stride, idx, i + ahead);
+
+			for (size_t o = 0; o < width; o += KVT_CACHELINE)
+				__builtin_prefetch(next + o);
+		}
+		if (width % KVT_CACHELINE) {
+			memcpy(dst, row, width);
+			continue;
+		}
+		for (size_t o = 0; o < width; o += KVT_CACHELINE) /* four vector moves a line, no call */
+			memcpy(dst + o, row + o, KVT_CACHELINE);
 	}
 }
 
@@ -79,14 +86,14 @@ uint32_t crc32c_gather(uint32_t crc, void *dst, const void *src, size_t stride, 
 		return ~gather_bytes(raw, d, s, (size_t)n * width);
 	if (width > CHUNK) {
 		for (uint32_t i = 0; i < n; i++, d += width)
-			raw = gather_bytes(raw, d, s + (idx ? idx[i] : i) * stride, width);
+			raw = gather_bytes(raw, d, row_at(s, stride, idx, i), width);
 		return ~raw;
 	}
 	step = width ? (uint32_t)(CHUNK / width) : n;
 	while (n) {
 		uint32_t k = MIN(n, step);
 
-		copy_some(d, s, stride, width, idx, k);
+		copy_rows(d, s, stride, width, idx, k, n);
 		raw = raw_update(raw, d, k * width);
 		d += k * width;
 		if (idx)
