@@ -103,7 +103,7 @@ struct tier_cfg {
 	bool prealloc;           /* nvme: write containers over once at creation (default true in the daemon) */
 	bool no_huge;            /* dram */
 	int node;                /* dram: NUMA node, -1 = interleave over all */
-	const char *fault;       /* fault: "seed=N,write_eio=P,read_eio=P,flip=P,torn=P,lost=P,enospc=P,delay_us=N", P in 1/1000 */
+	const char *fault;       /* fault: "seed=N,write_eio=P,...,delay_us=N", keys in tiers/fault.h, P in 1/1000 */
 	const struct tier_ops *lower_ops; /* fault: what it wraps */
 };
 
