@@ -15,12 +15,13 @@
 
 struct verb {
 	const char *name, *args;
+	int least, most;
 	unsigned flags;
 	int (*run)(struct admin_call *a);
 };
 
 static const struct verb verbs[] = {
-#define ADMIN_ROW(name, args, flags, doc) {#name, args, flags, verb_##name},
+#define ADMIN_ROW(name, args, least, most, flags, doc) {#name, args, least, most, flags, verb_##name},
 	ADMIN_VERBS(ADMIN_ROW)
 #undef ADMIN_ROW
 };
@@ -223,6 +224,8 @@ int admin_dispatch(struct core *c, const struct admin_peer *peer, int argc, char
 		return admin_refuse(&a, KVT_E_INTERNAL, "tenant %d: not configured", peer->tenant);
 	if (peer->tenant >= 0 && v->flags & VERB_ADMIN)
 		r = admin_refuse(&a, KVT_E_PERM, "%s: only on the admin socket", v->name);
+	else if (argc - 1 < v->least || argc - 1 > v->most)
+		r = admin_usage(&a);
 	else
 		r = v->run(&a);
 	if (!r)

@@ -39,6 +39,6 @@ json_t *admin_text(const char *s);
 /* JSON integers are signed: what does not fit is capped. */
 json_t *admin_num(uint64_t v);
 
-#define ADMIN_DECLARE(name, args, flags, doc) int verb_##name(struct admin_call *a);
+#define ADMIN_DECLARE(name, args, least, most, flags, doc) int verb_##name(struct admin_call *a);
 ADMIN_VERBS(ADMIN_DECLARE)
 #undef ADMIN_DECLARE

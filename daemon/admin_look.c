@@ -158,8 +158,6 @@ int verb_status(struct admin_call *a)
 {
 	struct core_stat s;
 
-	if (a->argc != 1)
-		return admin_usage(a);
 	core_stat(a->core, &s);
 	a->json = admin_tenant(a) ? status_own(a, &s) : status_all(&s);
 	return 0;
@@ -219,8 +217,6 @@ int verb_ls(struct admin_call *a)
 	bool more = true;
 	int r;
 
-	if (a->argc > 2)
-		return admin_usage(a);
 	if (a->argc == 2) {
 		r = admin_number_arg(a, 1, "FROM", 0, UINT32_MAX, &cursor);
 		if (r)
@@ -264,7 +260,7 @@ int verb_show(struct admin_call *a)
 	uint64_t handle;
 	int r;
 
-	if (a->argc < 2 || a->argc > 3 || (a->argc == 3 && strcmp(a->argv[2], "lanes")))
+	if (a->argc == 3 && strcmp(a->argv[2], "lanes"))
 		return admin_usage(a);
 	r = admin_seq_arg(a, 1, &handle);
 	if (r)
@@ -283,8 +279,6 @@ int verb_watch(struct admin_call *a)
 	size_t bytes = 0;
 	int fd;
 
-	if (a->argc != 1)
-		return admin_usage(a);
 	fd = core_feed_fd(a->core, &bytes);
 	if (fd < 0)
 		return admin_refuse(a, KVT_E_INTERNAL, "feed: not available");
@@ -295,8 +289,6 @@ int verb_watch(struct admin_call *a)
 
 int verb_version(struct admin_call *a)
 {
-	if (a->argc != 1)
-		return admin_usage(a);
 	a->json = json_pack("{s:s,s:i,s:i}", "version", KVT_VERSION, "protocol", WIRE_VERSION, "abi",
 			    (int)KVT_ABI_VERSION);
 	return 0;

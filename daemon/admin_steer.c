@@ -46,8 +46,6 @@ int verb_budget(struct admin_call *a)
 	uint64_t handle;
 	int r;
 
-	if (a->argc < 3)
-		return admin_usage(a);
 	r = admin_seq_arg(a, 1, &handle);
 	if (r)
 		return r;
@@ -69,8 +67,6 @@ static int pin(struct admin_call *a, bool on)
 	uint64_t handle;
 	int r;
 
-	if (a->argc != 4)
-		return admin_usage(a);
 	r = admin_seq_arg(a, 1, &handle);
 	if (!r)
 		r = admin_number_arg(a, 2, "POS", 0, WIRE_MAX_ROWS - 1, &pos);
@@ -95,8 +91,6 @@ int verb_demote(struct admin_call *a)
 	uint64_t handle;
 	int r;
 
-	if (a->argc < 2 || a->argc > 3)
-		return admin_usage(a);
 	r = admin_seq_arg(a, 1, &handle);
 	if (!r && a->argc == 3)
 		r = admin_number_arg(a, 2, "KEEP", 0, WIRE_MAX_ROWS, &keep);
@@ -108,8 +102,6 @@ int verb_promote(struct admin_call *a)
 	uint64_t handle;
 	int r;
 
-	if (a->argc != 2)
-		return admin_usage(a);
 	r = admin_seq_arg(a, 1, &handle);
 	return r ?: core_seq_promote(a->core, handle, a->err, a->errsize);
 }
@@ -119,8 +111,6 @@ int verb_drop(struct admin_call *a)
 	uint64_t handle;
 	int r;
 
-	if (a->argc != 2)
-		return admin_usage(a);
 	r = admin_seq_arg(a, 1, &handle);
 	return r ?: core_seq_drop(a->core, handle, a->err, a->errsize);
 }
@@ -154,7 +144,7 @@ static int policy_set(struct admin_call *a)
 	uint64_t handle = 0;
 	int r;
 
-	if (a->argc < 3 || a->argc > 4)
+	if (a->argc < 3)
 		return admin_usage(a);
 	if (a->argc == 3 && admin_tenant(a))
 		return admin_refuse(a, KVT_E_PERM, "policy set: the default, only on the admin socket");
@@ -222,7 +212,7 @@ int verb_verify(struct admin_call *a)
 
 	if (!strcmp(sub, "status") && a->argc == 2)
 		return verify_status(a);
-	if (!strcmp(sub, "start") && a->argc <= 3)
+	if (!strcmp(sub, "start"))
 		return verify_start(a);
 	return admin_usage(a);
 }
@@ -233,7 +223,7 @@ int verb_freeze(struct admin_call *a)
 {
 	bool on;
 
-	if (a->argc != 2 || (strcmp(a->argv[1], "on") && strcmp(a->argv[1], "off")))
+	if (strcmp(a->argv[1], "on") && strcmp(a->argv[1], "off"))
 		return admin_usage(a);
 	on = !strcmp(a->argv[1], "on");
 	return core_freeze(a->core, on) ? admin_refuse(a, KVT_E_INTERNAL, "freeze: refused by the core") : 0;
@@ -241,8 +231,6 @@ int verb_freeze(struct admin_call *a)
 
 int verb_drain(struct admin_call *a)
 {
-	if (a->argc != 1)
-		return admin_usage(a);
 	if (!admin_hook_drain)
 		return admin_refuse(a, KVT_E_INTERNAL, "drain: not available");
 	admin_hook_drain(admin_hook_arg);
@@ -254,8 +242,6 @@ int verb_reload(struct admin_call *a)
 {
 	int r;
 
-	if (a->argc != 1)
-		return admin_usage(a);
 	if (!admin_hook_reload)
 		return admin_refuse(a, KVT_E_INTERNAL, "reload: not available");
 	r = admin_hook_reload(admin_hook_arg, a->err, a->errsize);

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/* kvtierctl: one connection, one verb, one exit status. */
+#include <jansson.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum ctl_exit {
+	CTL_OK = 0,
+	CTL_REFUSED = 1, /* by the daemon; its line is on stderr */
+	CTL_USAGE = 2,
+	CTL_UNREACHABLE = 3, /* no daemon there, or it hung up */
+	CTL_TIMEOUT = 4,
+	CTL_BAD_PAGES = 5, /* verify found some */
+};
+
+struct ctl {
+	const char *socket;
+	uint32_t timeout_ms; /* of each exchange with the daemon */
+	bool json;
+	bool past;      /* watch: begin with what the feed still holds */
+	uint64_t count; /* watch: end after so many events; 0: never */
+	int fd;         /* the connection, -1: none yet */
+	uint32_t cookie;
+};
+
+/*
+ * Ask the daemon. *ret is its answer (NULL when it has none; the caller's),
+ * *ret_fd the descriptor that came with it, or -1 (ret_fd NULL: any is closed). An
+ * enum ctl_exit; when not CTL_OK a line is on stderr.
+ */
+int ctl_call(struct ctl *c, unsigned argc, const char *const argv[], json_t **ret, int *ret_fd);
+/* A line on stderr, then `status`. */
+int __attribute__((format(printf, 2, 3))) ctl_fail(int status, const char *fmt, ...);
+/* Print JSON, one line. */
+void ctl_print_json(const json_t *j);
+
+/* One per verb that does more than ask and print. */
+int ctl_ls(struct ctl *c, unsigned argc, const char *const argv[]);
+int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[]);
+int ctl_verify(struct ctl *c, unsigned argc, const char *const argv[]);
+
+/* What the daemon's JSON looks like to people. */
+void show_status(const json_t *j);
+void show_seqs(const json_t *list);
+void show_seq(const json_t *j);
+void show_policies(const json_t *j);
+void show_verify(const json_t *j);
+void show_version(const json_t *j);

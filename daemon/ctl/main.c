@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: MIT */
+/* kvtierctl: options, and what each verb does besides asking the daemon. */
+#include <getopt.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include "daemon/ctl/ctl.h"
+#include "daemon/verbs.h"
+#include "shm/util.h"
+
+#define DEFAULT_SOCKET "/run/kvtier/admin.sock"
+#define DEFAULT_TIMEOUT_MS 5000
+#define VERIFY_POLL_NS 100000000
+
+struct verb {
+	const char *name, *args, *doc;
+	unsigned least, most;
+};
+
+static const struct verb verbs[] = {
+#define CTL_ROW(name, args, least, most, flags, doc) {#name, args, doc, least, most},
+	ADMIN_VERBS(CTL_ROW)
+#undef CTL_ROW
+};
+
+/* Verbs whose answer is more than yes; the others ask and are silent. */
+static const struct {
+	const char *name;
+	int (*run)(struct ctl *c, unsigned argc, const char *const argv[]);
+	void (*show)(const json_t *j);
+} special[] = {
+	{"status", NULL, show_status},   {"ls", ctl_ls, NULL},       {"show", NULL, show_seq},
+	{"policy", NULL, show_policies}, {"watch", ctl_watch, NULL}, {"verify", ctl_verify, NULL},
+	{"version", NULL, show_version},
+};
+
+static void print_answer(const struct ctl *c, const json_t *j, void (*show)(const json_t *))
+{
+	if (c->json && j)
+		ctl_print_json(j);
+	else if (c->json)
+		puts("{\"ok\":true}");
+	else if (j && show)
+		show(j);
+}
+
+/* The daemon lists a page at a time. */
+int ctl_ls(struct ctl *c, unsigned argc, const char *const argv[])
+{
+	const char *page[2] = {argv[0], argc > 1 ? argv[1] : "0"};
+	json_t *all = json_object(), *list = json_array();
+	char next[24];
+	int r;
+
+	json_object_set_new(all, "seqs", list);
+	for (;;) {
+		json_t *j = NULL;
+		const json_t *more;
+
+		r = ctl_call(c, 2, page, &j, NULL);
+		if (r)
+			break;
+		json_array_extend(list, json_object_get(j, "seqs"));
+		more = json_object_get(j, "next");
+		snprintf(next, sizeof(next), "%lld", (long long)json_integer_value(more));
+		page[1] = next;
+		r = json_is_integer(more);
+		json_decref(j);
+		if (!r)
+			break;
+	}
+	if (!r && c->json)
+		ctl_print_json(all);
+	else if (!r)
+		show_seqs(list);
+	json_decref(all);
+	return r;
+}
+
+static int ask_verify(struct ctl *c, json_t **ret)
+{
+	static const char *const argv[] = {"verify", "status"};
+	int r = ctl_call(c, 2, argv, ret, NULL);
+
+	return r ?: *ret ? r : ctl_fail(CTL_UNREACHABLE, "verify: an answer without numbers");
+}
+
+/* Start a scrub and wait for its end; `verify status` only looks. */
+int ctl_verify(struct ctl *c, unsigned argc, const char *const argv[])
+{
+	const struct timespec nap = {.tv_nsec = VERIFY_POLL_NS};
+	bool only_look = argc == 2 && !strcmp(argv[1], "status");
+	json_t *j = NULL;
+	int r;
+
+	if (!only_look) {
+		r = ctl_call(c, argc, argv, &j, NULL);
+		json_decref(j);
+		if (r)
+			return r;
+	}
+	for (;;) {
+		r = ask_verify(c, &j);
+		if (r || only_look || !json_is_true(json_object_get(j, "running")))
+			break;
+		json_decref(j);
+		nanosleep(&nap, NULL);
+	}
+	if (r)
+		return r;
+	print_answer(c, j, show_verify);
+	r = json_integer_value(json_object_get(j, "bad")) ? CTL_BAD_PAGES : CTL_OK;
+	json_decref(j);
+	return r;
+}
+
+static const struct verb *find_verb(const char *name)
+{
+	for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++)
+		if (!strcmp(verbs[i].name, name))
+			return &verbs[i];
+	return NULL;
+}
+
+static int run(struct ctl *c, unsigned argc, const char *const argv[])
+{
+	const struct verb *v = find_verb(argv[0]);
+	void (*show)(const json_t *) = NULL;
+	json_t *j = NULL;
+	int r;
+
+	if (!v)
+		return ctl_fail(CTL_USAGE, "verb \"%s\": unknown; see kvtierctl --help", argv[0]);
+	if (argc - 1 < v->least || argc - 1 > v->most)
+		return ctl_fail(CTL_USAGE, "usage: kvtierctl %s%s%s", v->name, *v->args ? " " : "", v->args);
+	for (unsigned i = 0; i < ARRAY_SIZE(special); i++) {
+		if (strcmp(special[i].name, v->name))
+			continue;
+		if (special[i].run)
+			return special[i].run(c, argc, argv);
+		show = special[i].show;
+	}
+	r = ctl_call(c, argc, argv, &j, NULL);
+	if (!r)
+		print_answer(c, j, show);
+	json_decref(j);
+	return r;
+}
+
+static void usage(void)
+{
+	printf("Usage: kvtierctl [OPTION]... VERB [ARGUMENT]...\n"
+	       "Look at and steer kvtierd.\n\n"
+	       "      --socket PATH     the daemon's socket: the admin socket, or a tenant's\n"
+	       "                        (default $KVTIER_ADMIN_SOCKET, then\n"
+	       "                        " DEFAULT_SOCKET ")\n"
+	       "      --json            print JSON instead of tables\n"
+	       "      --timeout SECONDS give up when the daemon is silent this long (default 5)\n"
+	       "      --count N         watch: end after N events\n"
+	       "      --past            watch: begin with events that are already over\n"
+	       "      --version         print the version, exit\n"
+	       "  -h, --help            print this, exit\n\n"
+	       "Verbs:\n");
+	for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
+		char left[64];
+
+		snprintf(left, sizeof(left), "%s %s", verbs[i].name, verbs[i].args);
+		if (strlen(left) > 26)
+			printf("  %s\n%30s%s\n", left, "", verbs[i].doc);
+		else
+			printf("  %-26s  %s\n", left, verbs[i].doc);
+	}
+	printf("\nSEQ is a handle (0x...), a key (32 hex digits) or a unique prefix of one.\n"
+	       "Exit status: 0 done, 1 refused by the daemon, 2 bad usage, 3 no daemon there,\n"
+	       "4 no answer in time, 5 verify found bad pages. See kvtierctl(1).\n");
+}
+
+/* A decimal number in [min, max]; -1 and a line on stderr otherwise. */
+static double number(const char *option, const char *s, double min, double max)
+{
+	char *end;
+	double v = strtod(s, &end);
+
+	if (*end || end == s || !(v >= min && v <= max)) {
+		ctl_fail(CTL_USAGE, "--%s: \"%s\", must be a number from %g to %.0f", option, s, min, max);
+		return -1;
+	}
+	return v;
+}
+
+int main(int argc, char *argv[])
+{
+	enum { OPT_SOCKET = 256, OPT_JSON, OPT_TIMEOUT, OPT_COUNT, OPT_PAST, OPT_VERSION };
+	static const struct option options[] = {
+		{"socket", required_argument, NULL, OPT_SOCKET},
+		{"json", no_argument, NULL, OPT_JSON},
+		{"timeout", required_argument, NULL, OPT_TIMEOUT},
+		{"count", required_argument, NULL, OPT_COUNT},
+		{"past", no_argument, NULL, OPT_PAST},
+		{"version", no_argument, NULL, OPT_VERSION},
+		{"help", no_argument, NULL, 'h'},
+		{},
+	};
+	struct ctl c = {.fd = -1, .timeout_ms = DEFAULT_TIMEOUT_MS};
+	double v;
+	int o, r;
+
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	c.socket = getenv("KVTIER_ADMIN_SOCKET");
+	if (!c.socket || !*c.socket)
+		c.socket = DEFAULT_SOCKET;
+	while ((o = getopt_long(argc, argv, "h", options, NULL)) >= 0) {
+		switch (o) {
+		case OPT_SOCKET:
+			c.socket = optarg;
+			break;
+		case OPT_JSON:
+			c.json = true;
+			break;
+		case OPT_PAST:
+			c.past = true;
+			break;
+		case OPT_TIMEOUT:
+			v = number("timeout", optarg, 0.001, 86400);
+			if (v < 0)
+				return CTL_USAGE;
+			c.timeout_ms = (uint32_t)(v * 1000);
+			break;
+		case OPT_COUNT:
+			v = number("count", optarg, 1, 1e15);
+			if (v < 0)
+				return CTL_USAGE;
+			c.count = (uint64_t)v;
+			break;
+		case OPT_VERSION:
+			puts("kvtierctl " KVT_VERSION);
+			return CTL_OK;
+		case 'h':
+			usage();
+			return CTL_OK;
+		default:
+			fputs("See kvtierctl --help.\n", stderr);
+			return CTL_USAGE;
+		}
+	}
+	if (optind == argc)
+		return ctl_fail(CTL_USAGE, "no verb; see kvtierctl --help");
+	r = run(&c, (unsigned)(argc - optind), (const char *const *)argv + optind);
+	close_fdp(&c.fd);
+	return r;
+}

@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: MIT */
+/* The daemon's JSON as people read it. A field that is missing reads as 0 or "-": an older daemon is no error.
+ */
+#include <stdio.h>
+#include <string.h>
+#include "daemon/ctl/ctl.h"
+#include "daemon/ctl/table.h"
+#include "shm/util.h"
+
+static const char *const tier_names[] = {"device", "dram", "nvme"};
+
+static uint64_t num(const json_t *o, const char *key)
+{
+	json_int_t v = json_integer_value(json_object_get(o, key));
+
+	return v > 0 ? (uint64_t)v : 0;
+}
+
+static const char *text(const json_t *o, const char *key)
+{
+	const char *s = json_string_value(json_object_get(o, key));
+
+	return s && *s ? s : "-";
+}
+
+static bool flag(const json_t *o, const char *key)
+{
+	return json_is_true(json_object_get(o, key));
+}
+
+/* For lines that are not tables: what clients named may hold anything. */
+static const char *clean(const char *s)
+{
+	static char buf[4][128];
+	static unsigned n;
+	char *b = buf[n++ % ARRAY_SIZE(buf)];
+	size_t i;
+
+	for (i = 0; s[i] && i < sizeof(buf[0]) - 1; i++)
+		b[i] = s[i] >= 0x20 && s[i] < 0x7f ? s[i] : '?';
+	b[i] = 0;
+	return b;
+}
+
+/* ---- status ----------------------------------------------------------------------------- */
+
+static void show_tier_table(const json_t *tiers)
+{
+	char spec[] = "lTIER rROWS rBYTES rCAPACITY rFREE rDEMOTED rPROMOTED rREFAULTS";
+	struct table t;
+	const json_t *o;
+	size_t i;
+
+	table_init(&t, spec);
+	json_array_foreach(tiers, i, o)
+	{
+		bool sized = json_object_get(o, "capacity_bytes");
+		uint64_t capacity = num(o, "capacity_bytes");
+
+		table_add(&t, "%s", text(o, "name"));
+		table_add(&t, "%s", fmt_count(num(o, "rows")));
+		table_add(&t, "%s", fmt_bytes(num(o, "bytes")));
+		table_add(&t, "%s", sized ? fmt_bytes(capacity) : "-");
+		if (capacity)
+			table_add(&t, "%.1f %%", 100.0 * (double)num(o, "free_bytes") / (double)capacity);
+		else
+			table_add(&t, "-");
+		table_add(&t, "%s", fmt_count(num(o, "rows_demoted_into")));
+		table_add(&t, "%s", fmt_count(num(o, "rows_promoted_out")));
+		table_add(&t, "%s", fmt_count(num(o, "refaults")));
+	}
+	table_print(&t);
+	table_free(&t);
+}
+
+static void show_io_table(const json_t *tiers)
+{
+	char spec[] = "lTIER rREADS rREAD rWRITES rWRITTEN rTO-DEVICE rERRORS rIN-FLIGHT rLEAKED";
+	struct table t;
+	const json_t *o;
+	size_t i;
+
+	table_init(&t, spec);
+	json_array_foreach(tiers, i, o)
+	{
+		if (!num(o, "capacity_bytes"))
+			continue;
+		table_add(&t, "%s", text(o, "name"));
+		table_add(&t, "%s", fmt_count(num(o, "reads")));
+		table_add(&t, "%s", fmt_bytes(num(o, "read_bytes")));
+		table_add(&t, "%s", fmt_count(num(o, "writes")));
+		table_add(&t, "%s", fmt_bytes(num(o, "write_bytes")));
+		table_add(&t, "%s", fmt_bytes(num(o, "device_write_bytes")));
+		table_add(&t, "%s", fmt_count(num(o, "errors")));
+		table_add(&t, "%s", fmt_count(num(o, "inflight")));
+		table_add(&t, "%s", fmt_bytes(num(o, "leaked_bytes")));
+	}
+	if (t.rows) {
+		putchar('\n');
+		table_print(&t);
+	}
+	table_free(&t);
+}
+
+static void show_tier_notes(const json_t *tiers)
+{
+	const json_t *o;
+	size_t i;
+
+	json_array_foreach(tiers, i, o)
+	{
+		json_int_t node = json_integer_value(json_object_get(o, "node"));
+
+		if (!num(o, "capacity_bytes"))
+			continue;
+		printf("%-10s ", text(o, "name"));
+		if (flag(o, "offline"))
+			printf("OFFLINE, ");
+		if (!strcmp(text(o, "name"), "nvme"))
+			printf("%s, %s segments cleaned", flag(o, "io_uring") ? "io_uring" : "no io_uring",
+			       fmt_count(num(o, "cleaned_segments")));
+		else
+			printf("%s pages, node %s", flag(o, "huge_pages") ? "huge" : "small",
+			       node < 0 ? "interleaved" : fmt_count((uint64_t)node));
+		printf(", free marks %.1f %.1f %.1f %%\n", (double)num(o, "free_min_permille") / 10,
+		       (double)num(o, "free_low_permille") / 10, (double)num(o, "free_high_permille") / 10);
+		if (strcmp(text(o, "note"), "-"))
+			printf("           %s\n", clean(text(o, "note")));
+	}
+}
+
+static void show_counters(const json_t *j)
+{
+	const json_t *plans = json_object_get(j, "plans"), *misses = json_object_get(j, "misses");
+	uint64_t decided = num(plans, "decided");
+
+	printf("plans      %s decided, %s acked, %s cancelled, %s nacked\n", fmt_count(decided),
+	       fmt_count(num(plans, "acked")), fmt_count(num(plans, "cancelled")),
+	       fmt_count(num(plans, "nacked")));
+	printf("plan time  last %s, mean %s, longest %s\n", fmt_ns(num(plans, "ns_last")),
+	       fmt_ns(decided ? num(plans, "ns_total") / decided : 0), fmt_ns(num(plans, "ns_max")));
+	printf("misses     %s corrupt, %s mutated, %s I/O, %s stale, %s no space\n",
+	       fmt_count(num(misses, "corrupt")), fmt_count(num(misses, "mutated")),
+	       fmt_count(num(misses, "io")), fmt_count(num(misses, "stale")),
+	       fmt_count(num(misses, "nospace")));
+	printf("dropped    %s rows\n", fmt_count(num(j, "rows_dropped")));
+	printf("memory     index %s, staging %s, plans %s\n", fmt_bytes(num(j, "index_bytes")),
+	       fmt_bytes(num(j, "staging_bytes")), fmt_bytes(num(j, "plan_bytes")));
+	printf("loop       longest slice %s, %s direct demotions, %s clients cut off\n",
+	       fmt_ns(num(j, "loop_max_ns")), fmt_count(num(j, "direct_demotions")),
+	       fmt_count(num(j, "hangups_protocol")));
+}
+
+void show_status(const json_t *j)
+{
+	const json_t *tiers = json_object_get(j, "tiers");
+
+	printf("kvtierd %s, up %s, mode %s, policy %s%s%s\n", text(j, "version"),
+	       fmt_age(num(j, "uptime_ns") / 1000000000u), text(j, "mode"), clean(text(j, "policy")),
+	       flag(j, "frozen") ? ", FROZEN" : "", flag(j, "draining") ? ", DRAINING" : "");
+	if (json_object_get(j, "tenant"))
+		printf("tenant %s, ", clean(text(j, "tenant")));
+	else
+		printf("%s clients, %s models, ", fmt_count(num(j, "clients")), fmt_count(num(j, "models")));
+	printf("%s sequences (%s orphaned)\n\n", fmt_count(num(j, "sequences")), fmt_count(num(j, "orphans")));
+	show_tier_table(tiers);
+	if (json_object_get(j, "tenant")) {
+		printf("\n%s plans decided, %s misses, %s rows dropped\n", fmt_count(num(j, "plans_decided")),
+		       fmt_count(num(j, "misses_total")), fmt_count(num(j, "rows_dropped")));
+		return;
+	}
+	show_io_table(tiers);
+	putchar('\n');
+	show_tier_notes(tiers);
+	show_counters(j);
+}
+
+/* ---- sequences --------------------------------------------------------------------------- */
+
+static uint64_t tier_num(const json_t *seq, unsigned t, const char *key)
+{
+	return num(json_object_get(json_object_get(seq, "tiers"), tier_names[t]), key);
+}
+
+void show_seqs(const json_t *list)
+{
+	char spec[] = "lHANDLE lKEY lTENANT lCLIENT rROWS rDEVICE rDRAM rNVME rDROPPED lLIFE";
+	struct table t;
+	const json_t *o;
+	size_t i;
+
+	table_init(&t, spec);
+	json_array_foreach(list, i, o)
+	{
+		table_add(&t, "%s", text(o, "handle"));
+		table_add(&t, "%.8s", text(o, "key"));
+		table_add(&t, "%s", text(o, "tenant"));
+		table_add(&t, "%s", text(o, "client"));
+		table_add(&t, "%s", fmt_count(num(o, "rows")));
+		for (unsigned k = 0; k < ARRAY_SIZE(tier_names); k++)
+			table_add(&t, "%s", fmt_count(tier_num(o, k, "rows")));
+		table_add(&t, "%s", fmt_count(num(o, "rows_dropped")));
+		if (strcmp(text(o, "lifetime"), "leased"))
+			table_add(&t, "client");
+		else
+			table_add(&t, "%s",
+				  strcmp(text(o, "client"), "-") ? "leased" : fmt_age(num(o, "ttl_left_s")));
+	}
+	table_print(&t);
+	table_free(&t);
+}
+
+static void show_lanes(const json_t *lanes)
+{
+	char spec[] = "rLANE rDEVICE rDRAM rNVME rDROPPED";
+	struct table t;
+	const json_t *o;
+	size_t i;
+
+	if (!lanes)
+		return;
+	putchar('\n');
+	table_init(&t, spec);
+	json_array_foreach(lanes, i, o)
+	{
+		table_add(&t, "%zu", i);
+		for (unsigned k = 0; k < ARRAY_SIZE(tier_names); k++)
+			table_add(&t, "%s", fmt_count(num(o, tier_names[k])));
+		table_add(&t, "%s", fmt_count(num(o, "dropped")));
+	}
+	table_print(&t);
+	table_free(&t);
+}
+
+void show_seq(const json_t *j)
+{
+	char spec[] = "lTIER rBUDGET rROWS rBYTES";
+	const json_t *budget = json_object_get(j, "budget");
+	struct table t;
+
+	printf("handle     %s\nkey        %s\n", text(j, "handle"), text(j, "key"));
+	printf("tenant     %s, client %s\n", clean(text(j, "tenant")), clean(text(j, "client")));
+	printf("model      %s, policy %s\n", clean(text(j, "model")), clean(text(j, "policy")));
+	printf("rows       %s in %s lanes, epoch %s, longest device lane %s\n", fmt_count(num(j, "rows")),
+	       fmt_count(num(j, "lanes")), fmt_count(num(j, "epoch")), fmt_count(num(j, "resident_max")));
+	printf("lifetime   %s", text(j, "lifetime"));
+	if (num(j, "ttl_left_s"))
+		printf(", %s left", fmt_age(num(j, "ttl_left_s")));
+	printf("\nplans      %s, the last %s (%s) took %s\n", fmt_count(num(j, "plans")),
+	       fmt_count(num(j, "plan_id")), clean(text(j, "plan_state")), fmt_ns(num(j, "plan_ns_last")));
+	printf("counters   %s rows pinned, %s dropped, %s refaults, %s misses, index %s\n\n",
+	       fmt_count(num(j, "rows_pinned")), fmt_count(num(j, "rows_dropped")),
+	       fmt_count(num(j, "refaults")), fmt_count(num(j, "misses")), fmt_bytes(num(j, "index_bytes")));
+	table_init(&t, spec);
+	for (unsigned k = 0; k < ARRAY_SIZE(tier_names); k++) {
+		const json_t *b = json_object_get(budget, tier_names[k]);
+
+		table_add(&t, "%s", tier_names[k]);
+		table_add(&t, "%s", json_is_null(b) ? "all" : fmt_count((uint64_t)json_integer_value(b)));
+		table_add(&t, "%s", fmt_count(tier_num(j, k, "rows")));
+		table_add(&t, "%s", fmt_bytes(tier_num(j, k, "bytes")));
+	}
+	table_print(&t);
+	table_free(&t);
+	show_lanes(json_object_get(j, "lane"));
+}
+
+/* ---- the rest ------------------------------------------------------------------------------ */
+
+void show_policies(const json_t *j)
+{
+	char spec[] = "lNAME rSEQS lWEIGHTS lWHAT";
+	struct table t;
+	const json_t *o;
+	size_t i;
+
+	table_init(&t, spec);
+	json_array_foreach(json_object_get(j, "policies"), i, o)
+	{
+		table_add(&t, "%s%s", text(o, "name"), flag(o, "default") ? "*" : "");
+		table_add(&t, "%s", fmt_count(num(o, "sequences")));
+		table_add(&t, "%s", text(o, "weights"));
+		table_add(&t, "%s", text(o, "doc"));
+	}
+	table_print(&t);
+	table_free(&t);
+	puts("* default");
+}
+
+void show_verify(const json_t *j)
+{
+	printf("%s: %s of %s pages, %s, %s bad\n", flag(j, "running") ? "running" : "done",
+	       fmt_count(num(j, "pages")), fmt_count(num(j, "total")), fmt_bytes(num(j, "bytes")),
+	       fmt_count(num(j, "bad")));
+}
+
+void show_version(const json_t *j)
+{
+	printf("kvtierd %s, protocol %llu, ABI %llu\n", text(j, "version"),
+	       (unsigned long long)num(j, "protocol"), (unsigned long long)num(j, "abi"));
+}
