@@ -36,8 +36,8 @@ struct feed_event {
 _Static_assert(sizeof(struct feed_event) == 56, "56 bytes plus the sequence word fill a line");
 
 struct feed;
-size_t feed_bytes(uint32_t entries); /* power of two */
-/* Writer: initialise over zeroed memory and write. Private state in *ret. */
+size_t feed_bytes(uint32_t entries); /* power of two, 2..2^24; 0 if invalid */
+/* Writer: initialise over zeroed, 64-byte aligned memory and write. Private state in *ret. -EINVAL. */
 struct feed_writer {
 	void *mem;
 	uint32_t entries;
@@ -45,12 +45,15 @@ struct feed_writer {
 };
 int feed_writer_init(struct feed_writer *ret, void *mem, uint32_t entries);
 void feed_write(struct feed_writer *w, const struct feed_event *e);
-/* Reader: starts at the oldest entry still there (from_start) or at the next one. */
+/* Reader: starts at the oldest entry still there (from_start) or at the next one. -EPROTO: no feed of `bytes`. */
 struct feed_reader {
 	const void *mem;
 	uint32_t entries;
 	uint64_t next;
 };
 int feed_reader_init(struct feed_reader *ret, const void *mem, size_t bytes, int from_start);
-/* 1 copied into *ret, 0 nothing new; *lost grows by the entries overwritten before they were read. */
+/*
+ * 1 copied into *ret, 0 nothing new (or lapped many times in a row: call again).
+ * *lost grows by the entries overwritten before they were read; lost may be NULL.
+ */
 int feed_read(struct feed_reader *r, struct feed_event *ret, uint64_t *lost);

@@ -74,7 +74,10 @@ struct plan_view {
 /* Bytes of a plan area for `lanes` and up to `max_rows` rows, rounded to 64. */
 size_t plan_bytes(uint32_t lanes, uint32_t max_rows);
 
-/* Daemon. Begin a plan: hides the old one (id 0, state EMPTY), returns writable tables. */
+/*
+ * Daemon. Begin a plan for rows [0, watermark): hides the old one (id 0, state EMPTY), returns writable tables,
+ * zeroed. -EINVAL, or -ENOSPC when they do not fit in `bytes`; then the old plan stays visible.
+ */
 struct plan_tables {
 	struct plan_hdr *hdr;
 	struct plan_lane *lane;
@@ -92,5 +95,5 @@ void plan_set_state(void *area, enum plan_state state);
  * 0 none, -EPROTO when the tables do not fit in `bytes` or in `lanes`.
  */
 int plan_peek(const void *area, size_t bytes, uint32_t lanes, struct plan_view *ret);
-/* Client. True while the view still describes the visible plan. */
+/* Client. True while the view still describes the visible plan: the same id, and not cancelled since. */
 bool plan_still(const struct plan_view *v);

@@ -7,9 +7,10 @@
  * private memory. Each side copies an entry once and validates the copy.
  * An impossible peer cursor is -EPROTO: the caller ends that peer.
  *
- * Wake-up: a consumer that is about to sleep calls ring_sleep(); only then does
- * the producer's push return 1, meaning "write the peer's eventfd now".
- * A busy pair makes no system call.
+ * Wake-up: a consumer calls ring_sleep() before every sleep; only then does the
+ * producer's push return 1, meaning "write the peer's eventfd now", and it does
+ * so once per sleep: that push takes the flag down. A busy pair makes no system
+ * call.
  */
 #include <stdbool.h>
 #include <stddef.h>

@@ -45,9 +45,12 @@ int seg_create(struct seg *ret, enum seg_class cls, const char *name, size_t siz
 int seg_map(struct seg *ret, enum seg_class cls, int fd, size_t size);
 /* Check seals and size of an fd without mapping it. 0 or -EPROTO / -errno. */
 int seg_verify(int fd, enum seg_class cls, size_t size);
-/* Give [off, off+len) back to the kernel (only whole pages inside it). Exchange and private only. */
+/*
+ * Give [off, off+len) back to the kernel (only whole pages inside it). Exchange and private only (-EPERM).
+ * A hole in a huge segment must be committed again before it is touched.
+ */
 int seg_punch(struct seg *s, size_t off, size_t len);
-/* Make sure [off, off+len) has memory behind it: 0, -ENOSPC, -errno. Exchange and private only. */
+/* Make sure [off, off+len) has memory behind it: 0, -ENOSPC, -errno. Exchange and private only (-EPERM). */
 int seg_commit(struct seg *s, size_t off, size_t len);
 /* Bytes that the kernel really holds for this segment (st_blocks). */
 size_t seg_resident(const struct seg *s);

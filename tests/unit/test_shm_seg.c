@@ -264,6 +264,7 @@ static void map_refuses_what_is_no_memfd(void **state)
 	map_refuses(SEG_EXCHANGE, ro, 8192, -EPROTO);
 	map_refuses(SEG_EXCHANGE, wo, 8192, -EPROTO);
 	map_refuses(SEG_EXCHANGE, path_only, 8192, -EPROTO);
+	map_refuses(SEG_PUBLISHED, path_only, 8192, -EPROTO);
 }
 
 /* A hole in hugetlb memory can be unfillable, which would be SIGBUS for the daemon. */
