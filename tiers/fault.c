@@ -6,6 +6,9 @@
  * shadow request that the lower tier sees.
  *
  * Requests wait in `done` from the moment the lower tier is through with them until they are due.
+ *
+ * Capabilities: never mapped. Whether pages survive a restart is the lower tier's
+ * affair: scan and sync pass through.
  */
 #include "tiers/fault.h"
 #include "tiers/tier.h"
@@ -18,8 +21,6 @@
 #include <sys/queue.h>
 #include <sys/timerfd.h>
 
-#define SECTOR 512u
-#define STASH 4u /* pages remembered for misdirected reads */
 #define BATCH 32u
 
 enum shadow_state { SH_READY, SH_LOWER, SH_DONE, SH_REAPED };
@@ -35,21 +36,13 @@ struct shadow {
 	bool lower_ready; /* the lower tier holds a buffer for it */
 };
 
-struct stash {
-	void *buf;
-	tier_addr addr;
-	uint32_t bytes;
-};
-
 struct fault {
 	struct tier tier, *lower;
-	struct fault_spec spec;
-	uint64_t ops, count[FAULT_KINDS], inflight;
+	struct fault_inject inject;
+	uint64_t ops, inflight;
 	TAILQ_HEAD(, shadow) all;
 	TAILQ_HEAD(, shadow) done; /* by due time: the delay is the same for all */
-	struct stash stash[STASH];
-	unsigned stashed;
-	int epoll, timer, kick; /* kick: something is due already */
+	int epoll, timer, kick;    /* kick: something is due already */
 };
 
 static struct fault *fault_of(struct tier *t)
@@ -60,11 +53,6 @@ static struct fault *fault_of(struct tier *t)
 static struct shadow *shadow_of(const struct tier_io *io)
 {
 	return (struct shadow *)(uintptr_t)io->priv[0];
-}
-
-static bool hit(struct fault *f, const struct shadow *s, enum fault_kind k)
-{
-	return fault_hits(&f->spec, s->op, k);
 }
 
 static void shadow_free(struct fault *f, struct shadow *s)
@@ -81,79 +69,6 @@ static void release_lower(struct fault *f, struct shadow *s)
 	s->lower_ready = false;
 }
 
-/* ---- what goes wrong ----------------------------------------------------------- */
-
-/* Bytes that are none of the caller's: each differs from what it replaces. */
-static void garble(struct fault *f, const struct shadow *s, enum fault_kind k, uint8_t *p, size_t from,
-		   size_t to)
-{
-	uint64_t x = fault_random(&f->spec, s->op, k) | 1;
-
-	for (; from < to; from++) {
-		x = x * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-		p[from] = (uint8_t)(p[from] ^ (x >> 56 | 1));
-	}
-	f->count[k]++;
-}
-
-static void spoil_write(struct fault *f, struct shadow *s)
-{
-	uint32_t bytes = s->lower.bytes, sectors = DIV_UP(bytes, SECTOR), sound;
-
-	memcpy(s->lower.buf, s->buf, bytes);
-	if (hit(f, s, FAULT_LOST)) {
-		garble(f, s, FAULT_LOST, s->lower.buf, 0, bytes);
-	} else if (hit(f, s, FAULT_TORN)) {
-		sound = (uint32_t)(fault_random(&f->spec, s->op, FAULT_TORN) % sectors);
-		garble(f, s, FAULT_TORN, s->lower.buf, (size_t)sound * SECTOR, bytes);
-	}
-}
-
-static void stash_put(struct fault *f, const struct shadow *s)
-{
-	struct stash *h = &f->stash[f->stashed % STASH];
-	void *p;
-
-	if (!f->spec.permille[FAULT_MISDIRECT])
-		return;
-	p = realloc(h->buf, s->lower.bytes);
-	if (!p)
-		return;
-	memcpy(p, s->buf, s->lower.bytes);
-	*h = (struct stash){.buf = p, .addr = s->lower.addr, .bytes = s->lower.bytes};
-	f->stashed++;
-}
-
-/* Another page's bytes instead of these. Counted only when the two differ. */
-static void misdirect(struct fault *f, struct shadow *s)
-{
-	uint64_t x = fault_random(&f->spec, s->op, FAULT_MISDIRECT);
-
-	for (unsigned i = 0; i < STASH; i++) {
-		const struct stash *h = &f->stash[(x + i) % STASH];
-		uint32_t n = MIN(h->bytes, s->lower.bytes);
-
-		if (!h->buf || h->addr == s->lower.addr || !memcmp(h->buf, s->buf, n))
-			continue;
-		memcpy(s->buf, h->buf, n);
-		f->count[FAULT_MISDIRECT]++;
-		return;
-	}
-}
-
-static void spoil_read(struct fault *f, struct shadow *s)
-{
-	uint64_t bit;
-
-	if (hit(f, s, FAULT_MISDIRECT))
-		misdirect(f, s);
-	if (hit(f, s, FAULT_FLIP)) {
-		bit = fault_random(&f->spec, s->op, FAULT_FLIP) % ((uint64_t)s->lower.bytes * 8);
-		((uint8_t *)s->buf)[bit / 8] ^= (uint8_t)(1u << bit % 8);
-		f->count[FAULT_FLIP]++;
-	}
-}
-
 /* ---- completion ------------------------------------------------------------------ */
 
 static void complete(struct fault *f, struct shadow *s, int res)
@@ -164,7 +79,7 @@ static void complete(struct fault *f, struct shadow *s, int res)
 	io->addr = s->lower.addr;
 	if (io->op == TIER_WRITE && res < 0)
 		io->addr = TIER_ADDR_NONE;
-	s->due = f->spec.delay_us ? now_ns() + f->spec.delay_us * UINT64_C(1000) : 0;
+	s->due = f->inject.spec.delay_us ? now_ns() + f->inject.spec.delay_us * UINT64_C(1000) : 0;
 	s->state = SH_DONE;
 	TAILQ_INSERT_TAIL(&f->done, s, queue);
 }
@@ -175,9 +90,7 @@ static void lower_done(struct fault *f, struct shadow *s)
 
 	if (res == 0 && s->lower.op == TIER_READ) {
 		memcpy(s->buf, s->lower.buf, s->lower.bytes);
-		spoil_read(f, s);
-	} else if (res == 0) {
-		stash_put(f, s);
+		fault_spoil_read(&f->inject, s->op, s->lower.addr, s->buf, s->lower.bytes);
 	}
 	release_lower(f, s);
 	complete(f, s, res);
@@ -224,8 +137,7 @@ static void fault_close(struct tier *t)
 		f->lower->ops->close(f->lower);
 	while ((s = TAILQ_FIRST(&f->all)))
 		shadow_free(f, s);
-	for (unsigned i = 0; i < STASH; i++)
-		free(f->stash[i].buf);
+	fault_inject_fini(&f->inject);
 	close_fdp(&f->epoll);
 	close_fdp(&f->timer);
 	close_fdp(&f->kick);
@@ -277,7 +189,7 @@ static int fault_open(struct tier **ret, const struct tier_cfg *cfg, char *err, 
 		return -ENOMEM;
 	}
 	f->tier.ops = &tier_fault_ops;
-	f->spec = spec;
+	f->inject.spec = spec;
 	f->epoll = f->timer = f->kick = -1;
 	TAILQ_INIT(&f->all);
 	TAILQ_INIT(&f->done);
@@ -314,9 +226,12 @@ static void copy_request(struct shadow *s, const struct tier_io *io)
 static int fault_prepare(struct tier *t, struct tier_io *io)
 {
 	struct fault *f = fault_of(t);
-	struct shadow *s = calloc(1, sizeof(*s));
+	struct shadow *s;
 	int r = -ENOMEM;
 
+	if (!io->bytes || io->bytes > TIER_MAX_PAGE)
+		return -EINVAL;
+	s = calloc(1, sizeof(*s));
 	if (!s)
 		return r;
 	TAILQ_INSERT_TAIL(&f->all, s, all);
@@ -324,13 +239,12 @@ static int fault_prepare(struct tier *t, struct tier_io *io)
 	s->op = f->ops;
 	s->lower = (struct tier_io){.op = io->op, .bytes = io->bytes, .addr = io->addr, .user = s};
 	copy_request(s, io);
-	if (io->op == TIER_WRITE && hit(f, s, FAULT_ENOSPC)) {
+	if (io->op == TIER_WRITE && fault_now(&f->inject, s->op, FAULT_ENOSPC)) {
 		f->ops++;
-		f->count[FAULT_ENOSPC]++;
 		r = -ENOSPC;
 		goto fail;
 	}
-	if (posix_memalign(&s->buf, KVT_UNIT, ALIGN_UP((size_t)io->bytes, KVT_UNIT) + KVT_UNIT))
+	if (posix_memalign(&s->buf, KVT_UNIT, ALIGN_UP((size_t)io->bytes, KVT_UNIT)))
 		goto fail;
 	r = f->lower->ops->prepare(f->lower, &s->lower);
 	if (r < 0) {
@@ -357,15 +271,17 @@ static void submit_one(struct fault *f, struct tier_io *io)
 	enum fault_kind eio = io->op == TIER_READ ? FAULT_READ_EIO : FAULT_WRITE_EIO;
 
 	f->inflight++;
-	if (hit(f, s, eio)) {
-		f->count[eio]++;
+	if (fault_now(&f->inject, s->op, eio)) {
 		release_lower(f, s); /* frees a write's place as well */
 		complete(f, s, -EIO);
 		return;
 	}
 	copy_request(s, io);
-	if (io->op == TIER_WRITE)
-		spoil_write(f, s);
+	if (io->op == TIER_WRITE) {
+		fault_spoil_write(&f->inject, s->op, s->lower.buf, s->buf, s->lower.bytes);
+		/* Here rather than at completion, whose order may differ from run to run. */
+		fault_remember(&f->inject, s->lower.addr, s->buf, s->lower.bytes);
+	}
 	s->state = SH_LOWER;
 	f->lower->ops->submit(f->lower, &lower, 1);
 }
@@ -445,13 +361,13 @@ static void fault_stat(struct tier *t, struct tier_stat *ret)
 
 	f->lower->ops->stat(f->lower, ret);
 	ret->inflight = f->inflight;
-	ret->errors += f->count[FAULT_READ_EIO] + f->count[FAULT_WRITE_EIO];
+	ret->errors += f->inject.count[FAULT_READ_EIO] + f->inject.count[FAULT_WRITE_EIO];
 	memset(ret->note, 0, sizeof(ret->note));
 	for (enum fault_kind k = 0; k < FAULT_KINDS && at < sizeof(ret->note); k++) {
-		if (!f->spec.permille[k])
+		if (!f->inject.spec.permille[k])
 			continue;
 		n = snprintf(ret->note + at, sizeof(ret->note) - at, "%s%s=%llu", at ? " " : "injected ",
-			     fault_name(k), (unsigned long long)f->count[k]);
+			     fault_name(k), (unsigned long long)f->inject.count[k]);
 		at += n > 0 ? (size_t)n : 0;
 	}
 	if (!at)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #pragma once
 /*
- * What the fault tier does, as text: "seed=7,flip=3,delay_us=500". Rates are in
+ * The faults of the fault tier. They are asked for by text: "seed=7,flip=3,delay_us=500". Rates are in
  * 1/1000 of the operations of that kind, 0 to 1000. Whether an operation is hit
  * depends on the seed and on its number alone, so a run can be repeated.
  */
@@ -35,7 +35,31 @@ const char *fault_name(enum fault_kind k);
  * names key, value and limit.
  */
 int fault_parse(struct fault_spec *ret, const char *text, char *err, size_t errsize);
-/* Is operation `op` hit by fault `k`? */
+/* Would operation `op` be hit by fault `k`? Pure. */
 bool fault_hits(const struct fault_spec *s, uint64_t op, enum fault_kind k);
 /* A number for how operation `op` is hit by `k`: which bit, how many sectors, the seed of the garbage. */
 uint64_t fault_random(const struct fault_spec *s, uint64_t op, enum fault_kind k);
+
+#define FAULT_STASH 4u
+
+/* The faults at work: what to do, what was done. Zero it and set spec. One thread. */
+struct fault_inject {
+	struct fault_spec spec;
+	uint64_t count[FAULT_KINDS]; /* faults that really happened */
+	struct fault_page {          /* pages written lately, for misdirected reads */
+		void *buf;           /* owned */
+		uint64_t addr;
+		uint32_t bytes;
+	} stash[FAULT_STASH];
+	uint64_t stashed;
+};
+
+void fault_inject_fini(struct fault_inject *f);
+/* Is `op` hit by `k`? Counts it: for faults that need no more than to be reported. */
+bool fault_now(struct fault_inject *f, uint64_t op, enum fault_kind k);
+/* Put into dst what operation `op` stores of src: the same, or torn, or lost. */
+void fault_spoil_write(struct fault_inject *f, uint64_t op, void *dst, const void *src, uint32_t bytes);
+/* Turn what operation `op` read at addr into what it returns: the same, misdirected, with a bit flipped. */
+void fault_spoil_read(struct fault_inject *f, uint64_t op, uint64_t addr, void *buf, uint32_t bytes);
+/* A page was written: later reads may be led to it. */
+void fault_remember(struct fault_inject *f, uint64_t addr, const void *buf, uint32_t bytes);

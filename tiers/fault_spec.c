@@ -84,22 +84,3 @@ int fault_parse(struct fault_spec *ret, const char *text, char *err, size_t errs
 	*ret = s;
 	return 0;
 }
-
-/* The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every input bit moves every output bit. */
-static uint64_t mix(uint64_t x)
-{
-	x += UINT64_C(0x9e3779b97f4a7c15);
-	x = (x ^ x >> 30) * UINT64_C(0xbf58476d1ce4e5b9);
-	x = (x ^ x >> 27) * UINT64_C(0x94d049bb133111eb);
-	return x ^ x >> 31;
-}
-
-uint64_t fault_random(const struct fault_spec *s, uint64_t op, enum fault_kind k)
-{
-	return mix(mix(mix(s->seed) ^ op) + (uint64_t)k);
-}
-
-bool fault_hits(const struct fault_spec *s, uint64_t op, enum fault_kind k)
-{
-	return mix(fault_random(s, op, k)) % 1000 < s->permille[k];
-}
