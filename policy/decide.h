@@ -7,16 +7,25 @@
  * Scores are 16-bit sortable keys (score_key()): unsigned, higher is kept, 0 is
  * reserved for "dropped". Ties go to the later position.
  *
- * Per lane, over rows [0, watermark) that are not dropped:
- *   1. protected rows (first `protect_first`, last `protect_last`, wanted and
- *      pinned rows) come first, inside the budget;
- *   2. the rest by key; a row that is where it would be for budget +
- *      hysteresis stays there (so rows do not swing between tiers);
- *   3. waterfall: the best `device` rows, the next `dram`, the next `nvme`,
- *      the rest is dropped. Budgets are rows per lane.
+ * Per lane, over rows [0, watermark) that are not dropped (a row is alive while any tier holds it):
+ *   1. Rank: first `protect_first` rows, last `protect_last`, pinned, wanted, then
+ *      the rest; inside each of these by key. Protection is inside the budget.
+ *   2. Device: the best `keep` rows, keep = min(budget, alive rows). Hysteresis: with
+ *      h = keep * permille / 1000, rows ranked h or more inside are in, rows h or more
+ *      outside are out, and the seats left go to rows between that are on the device
+ *      now, best first, then to the others, best first. (Protected rows yield to none.)
+ *   3. Waterfall: of the others the best dram + nvme survive, what fits nowhere is
+ *      dropped. dram takes the best of those not only in nvme; rows that only nvme
+ *      holds stay there, and the best of them rise only when nvme would overflow.
+ * A tier's population is the rows whose best copy it holds. Budgets are rows per lane.
  * With equal_lanes every lane keeps min over lanes of what each could keep.
+ *
  * Granularity TOKEN ranks the mean normalised rank over all lanes and gives every
- * lane the same set; BLOCK does so for runs of block_rows positions.
+ * lane the same set; BLOCK does so for runs of block_rows positions. Budgets are then
+ * the least over the lanes (for BLOCK in whole blocks, the partial last one, which
+ * counts as recent, taking a whole one); a token or block that is not alive in every
+ * lane cannot be used and is dropped; it is on the device when it is there in every
+ * lane, and only in nvme when it is so in any.
  */
 #include <stdbool.h>
 #include <stddef.h>
