@@ -6,8 +6,6 @@
 #include "shm/bits.h"
 #include "shm/util.h"
 
-__extension__ typedef unsigned __int128 u128;
-
 struct ranks {
 	uint32_t n;       /* rows ranked: alive in every lane */
 	uint32_t *row;    /* [n] their positions, ascending */
@@ -123,7 +121,7 @@ static void block_keys(struct merged *m, const struct ranks *r, uint32_t lanes, 
 
 		for (uint32_t p = from; p < to; p++)
 			sum += r->sum[p];
-		m->keys[b] = (uint16_t)(1 + (uint64_t)((u128)sum * 65534 / (top * (to - from))));
+		m->keys[b] = (uint16_t)(1 + (uint64_t)((unsigned __int128)sum * 65534 / (top * (to - from))));
 	}
 }
 
