@@ -3,32 +3,9 @@
 #include <math.h>
 #include <string.h>
 #include "policy/cpu.h"
+#include "policy/learned.h"
 #include "policy/rows.h"
 #include "shm/util.h"
-
-static float from_bits(uint32_t u)
-{
-	float f;
-
-	memcpy(&f, &u, sizeof(f));
-	return f;
-}
-
-float half_to_float(uint16_t h)
-{
-	uint32_t sign = (uint32_t)(h & 0x8000) << 16, exp = h >> 10 & 31, frac = h & 0x3ff;
-
-	if (exp == 0)
-		return from_bits(sign | 0x3f800000) * (float)frac * 0x1p-24f;
-	if (exp == 31)
-		return from_bits(sign | 0x7f800000 | frac << 13);
-	return from_bits(sign | (exp + 112) << 23 | frac << 13);
-}
-
-float bf16_to_float(uint16_t b)
-{
-	return from_bits((uint32_t)b << 16);
-}
 
 static void load(float *x, const void *src, size_t stride, uint32_t dim, uint32_t n, enum row_dtype dtype)
 {
@@ -39,12 +16,8 @@ static void load(float *x, const void *src, size_t stride, uint32_t dim, uint32_
 			memcpy(x, row, dim * sizeof(float));
 			continue;
 		}
-		for (uint32_t c = 0; c < dim; c++) {
-			uint16_t e;
-
-			memcpy(&e, row + c * sizeof(e), sizeof(e));
-			x[c] = dtype == ROW_F16 ? half_to_float(e) : bf16_to_float(e);
-		}
+		for (uint32_t c = 0; c < dim; c++)
+			x[c] = row_element(row, c, dtype);
 	}
 }
 

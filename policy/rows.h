@@ -39,7 +39,3 @@ extern const struct rows_kern rows_portable, rows_avx2;
 /* Kernels for policy_cfg.isa: NULL best, "ref" portable, "avx2" and "avx512" the vector ones. NULL when there
  * are none. */
 const struct rows_kern *rows_kern(const char *isa);
-
-/* Half precision and bfloat16 to float, exact. */
-float half_to_float(uint16_t h);
-float bf16_to_float(uint16_t b);

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 #include "policy/heuristic.h"
+#include "policy/learned.h"
 #include "shm/util.h"
 
 /* ---- client: the runtime ranks ------------------------------------------------ */
@@ -46,7 +47,7 @@ static int random_score(struct policy *p, const struct policy_batch *b, float *s
 	for (uint32_t i = 0; i < b->n; i++) {
 		uint32_t u = (uint32_t)((mix64(lane, batch_pos(b, i)) >> 32) * 63487 >> 32);
 
-		scores[i] = half_to_float((uint16_t)(u < 0x7c00 ? u : 0x8000 | (u - 0x7bff)));
+		scores[i] = half_float((uint16_t)(u < 0x7c00 ? u : 0x8000 | (u - 0x7bff)));
 	}
 	return 0;
 }
