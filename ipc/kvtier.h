@@ -11,7 +11,7 @@
  * until the matching close. Every call that talks to the daemon returns within
  * kvtier_open_opts.timeout_ms; when the daemon is gone calls return
  * KVT_E_DAEMON at once and the runtime keeps its cache; the library reconnects
- * by itself. One struct kvtier may be used from several threads (a
+ * by itself (see below). One struct kvtier may be used from several threads (a
  * process-private mutex guards it); kvtier_plan_peek() takes no lock and makes
  * no system call. After fork() the child gets KVT_E_FORKED from every call.
  *
@@ -25,6 +25,20 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/*
+ * When the daemon goes away. Its end is noticed by the next call, by
+ * kvtier_process() and by a kvtier_plan_wait() in progress. From then on every
+ * call returns KVT_E_DAEMON at once, and kvtier_process() or any call tries to
+ * connect again, at most every 50 ms at first and every second later. Regions
+ * stay mapped: the runtime keeps its rows and goes on without eviction. Once
+ * connected again, models are registered anew by themselves; sequences opened
+ * before are detached: append, peek and the rest return KVT_E_STALE until the
+ * runtime closes them. Sequences are opened, or resumed by key, in a new region
+ * (one made before is KVT_E_STALE for that), whenever it suits the runtime.
+ * kvtier_seq_resident() and kvtier_seq_rows() still answer for a detached
+ * sequence.
+ */
 
 #define KVT_ABI_VERSION 0u
 #define KVT_PUBLIC __attribute__((visibility("default")))
@@ -76,17 +90,19 @@ struct kvtier_open_opts {
 	uint32_t timeout_ms; /* deadline of each call; 0: 2000 */
 	uint32_t max_seqs;   /* sequences open at once; 0: 64, at most 16384 */
 	uint64_t plan_bytes; /* published memory for plans; 0: 64 MiB */
-	kvtier_log_fn log;   /* NULL: silent */
+	kvtier_log_fn log;   /* NULL: silent; called under the library's locks: must not call back into it */
 	void *log_arg;
 };
 
-/* Connect. Waits for the daemon at most timeout_ms. *ret only on success. */
+/* Connect. Waits for the daemon at most timeout_ms. opts NULL: all defaults. Errors: DAEMON, LIMIT, PERM,
+ * VERSION. */
 KVT_PUBLIC int kvtier_open(const struct kvtier_open_opts *opts, struct kvtier **ret);
 /* Close everything it owns; NULL is fine. Ephemeral sequences end, leased ones wait for their TTL. */
 KVT_PUBLIC void kvtier_close(struct kvtier *c);
-/* A descriptor that polls readable when kvtier_process() has something to do. Owned by c. */
+/* A descriptor that polls readable when kvtier_process() has something to do (or a KVT_E_*). Owned by c. */
 KVT_PUBLIC int kvtier_event_fd(struct kvtier *c);
-/* Drain notifications, reconnect when due. Never blocks. Returns the number of events handled. */
+/* Drain notifications, see the daemon's end, reconnect when due. Never blocks. Returns the number of events
+ * handled. */
 KVT_PUBLIC int kvtier_process(struct kvtier *c);
 KVT_PUBLIC const char *kvtier_strerror(int code);
 /* The daemon's or the library's line for the calling thread's last failure; never NULL. */
@@ -101,6 +117,7 @@ struct kvtier_stats {
 	uint64_t bytes_released; /* device bytes given back to the kernel */
 	uint64_t wakeups;        /* eventfd writes made: a busy pair makes none */
 };
+/* ret->size is set by the caller, here and in every result struct that begins with it. */
 KVT_PUBLIC int kvtier_stats(struct kvtier *c, struct kvtier_stats *ret);
 
 /* ---- model and device memory ---------------------------------------------- */
@@ -129,18 +146,22 @@ struct kvtier_model_desc {
 /* Describe a model. Two registrations of one description share it. Errors: INVAL, MODEL, LIMIT. */
 KVT_PUBLIC int kvtier_model_register(struct kvtier *c, const struct kvtier_model_desc *d,
 				     struct kvtier_model **ret);
+/* Sequences open on it keep what they need. NULL is fine. */
 KVT_PUBLIC void kvtier_model_release(struct kvtier_model *m);
 
 /*
  * Daemon-made exchange memory for device rows (CPU runtimes): sealed, never
  * huge, given back page by page as rows leave. bytes is rounded up to 4 KiB;
- * physical memory appears on use. Errors: LIMIT, NOMEM.
+ * physical memory appears on use: also again when rows are written where an
+ * applied plan gave pages back. A host without memory for that raises SIGBUS in
+ * the writer, as with any shared memory. Errors: LIMIT, NOMEM.
  */
 KVT_PUBLIC int kvtier_region_create(struct kvtier *c, uint64_t bytes, struct kvtier_region **ret);
 KVT_PUBLIC void *kvtier_region_addr(struct kvtier_region *r);
 KVT_PUBLIC uint64_t kvtier_region_bytes(struct kvtier_region *r);
 /* Bytes that the kernel really holds behind the region now. */
 KVT_PUBLIC uint64_t kvtier_region_resident(struct kvtier_region *r);
+/* Unmapped when the last sequence in it is closed. NULL is fine. */
 KVT_PUBLIC void kvtier_region_close(struct kvtier_region *r);
 
 /*
@@ -148,8 +169,10 @@ KVT_PUBLIC void kvtier_region_close(struct kvtier_region *r);
  * K at k_off + h * k_head_stride + s * k_row_stride, V likewise. Slots
  * [0, cap) are the runtime's; slots [cap, cap + stage) belong to the daemon
  * while a plan promotes rows, and must exist in the region. score_off, when not
- * 0, is a plane of float32 [head][row position] that the runtime fills (used by
- * policy "client").
+ * 0, is a plane of float32 [head][row position < max_rows] that the runtime
+ * fills (used by policy "client"). The bytes from a plane's first to its last
+ * slot belong to its sequence alone: heads, K and V or layers of one sequence may
+ * be interleaved there, other sequences may not.
  */
 struct kvtier_layout {
 	uint64_t k_off, v_off;
@@ -158,8 +181,13 @@ struct kvtier_layout {
 	uint32_t k_row_stride, v_row_stride;
 	uint32_t cap, stage;
 };
-/* Bytes of region needed by, and the layouts of, the plain layout [layer][K|V][head][cap + stage][row]. */
-KVT_PUBLIC int kvtier_layout_plain(struct kvtier_model *m, uint32_t cap, uint32_t stage, int with_scores,
+/*
+ * The layouts of, and the bytes of region needed (from base on) by, the plain
+ * layout [layer][K|V][head][cap + stage][row], followed by [layer][head][score_rows]
+ * floats when score_rows (then the sequence's max_rows) is not 0. Talks to nobody.
+ * ret_layers has room for the model's layers; either result may be NULL.
+ */
+KVT_PUBLIC int kvtier_layout_plain(struct kvtier_model *m, uint32_t cap, uint32_t stage, uint32_t score_rows,
 				   uint64_t base, struct kvtier_layout *ret_layers, uint64_t *ret_bytes);
 
 /* ---- sequences ------------------------------------------------------------- */
@@ -182,10 +210,10 @@ struct kvtier_budget {
 
 struct kvtier_seq_opts {
 	size_t size;
-	uint8_t key[16];      /* 128-bit name, unique in the tenant */
+	uint8_t key[16];      /* 128-bit name, unique in the tenant; ephemeral: all zero picks a random one */
 	uint8_t secret[32];   /* leased: needed to resume */
 	uint32_t lifetime;    /* enum kvtier_lifetime */
-	uint32_t ttl_s;       /* leased: kept this long without a client */
+	uint32_t ttl_s;       /* leased: kept this long without a client; at most 30 days */
 	uint32_t max_rows;    /* positions this sequence may ever reach; <= 1048576 */
 	uint32_t granularity; /* enum kvtier_granularity */
 	uint32_t equal_lanes; /* 1: every lane keeps the same count */
@@ -194,6 +222,7 @@ struct kvtier_seq_opts {
 	const struct kvtier_budget *budget;  /* NULL: the daemon's default for the tenant */
 };
 
+/* Errors: INVAL, EXISTS, LIMIT, MODEL, STALE (a region of an earlier connection). */
 KVT_PUBLIC int kvtier_seq_open(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o,
 			       struct kvtier_seq **ret);
 /*
@@ -205,20 +234,29 @@ KVT_PUBLIC int kvtier_seq_resume(struct kvtier *c, struct kvtier_model *m, const
 /*
  * Rows [pos, pos + n) of this layer (or KVT_ALL_LAYERS) are complete in the
  * region and immutable from now on. pos must be the layer's current length.
- * No system call unless the daemon sleeps. Errors: INVAL, NOSPC (max_rows).
+ * No system call unless the daemon sleeps. The sequence's length is that of its
+ * shortest layer. Errors: INVAL (wrong pos), NOSPC (past max_rows, or more rows
+ * resident than cap), BUSY (while a plan is being applied); nothing changed then.
  */
 KVT_PUBLIC int kvtier_seq_append(struct kvtier_seq *s, int layer, uint32_t pos, uint32_t n);
-/* Forget rows at and past n. Cancels any plan. */
+/*
+ * Forget rows at and past n; begins a new epoch. Cancels any plan; one that was
+ * applied must be acknowledged before (BUSY). Their memory is given back when the
+ * next plan is applied. After KVT_E_TIMEOUT the outcome is not known and other
+ * calls return KVT_E_STALE until it is called again.
+ */
 KVT_PUBLIC int kvtier_seq_truncate(struct kvtier_seq *s, uint32_t n);
 /*
  * A child with the parent's first `prefix` rows: lower tiers are shared, device
- * rows are copied into the child's own layouts by the library. Cancels the parent's plan.
+ * rows are copied into the child's own layouts by the library. Cancels the parent's
+ * plan; one that was applied must be acknowledged before (BUSY). Errors: as open,
+ * and NOSPC when the child's cap is too small for a lane of the parent.
  */
 KVT_PUBLIC int kvtier_seq_fork(struct kvtier_seq *parent, uint32_t prefix, const struct kvtier_seq_opts *o,
 			       struct kvtier_seq **ret);
 /* Ephemeral: its rows are freed. Leased: kept for its TTL. NULL is fine. */
 KVT_PUBLIC void kvtier_seq_close(struct kvtier_seq *s);
-/* Close and free even when leased. */
+/* Close and free even when leased. s is gone whatever is returned. */
 KVT_PUBLIC int kvtier_seq_drop(struct kvtier_seq *s);
 
 struct kvtier_seq_info {
@@ -254,22 +292,40 @@ struct kvtier_plan {
 
 /* Set the budget (sticky) and ask for a plan; asynchronous. *ret_id: plans with id >= it reflect it. */
 KVT_PUBLIC int kvtier_plan_request(struct kvtier_seq *s, const struct kvtier_budget *b, uint64_t *ret_id);
-/* Newest plan not yet acknowledged: 1 found, 0 none. No lock, no system call. */
+/* Newest plan of this epoch, DECIDED or READY, not yet acknowledged: 1 found, 0 none. No lock, no system call.
+ */
 KVT_PUBLIC int kvtier_plan_peek(struct kvtier_seq *s, struct kvtier_plan *ret);
-/* Wait until a plan with id >= min_id is in `state` (READY, or DECIDED and later). KVT_E_TIMEOUT. */
+/*
+ * Wait until a plan with id >= min_id is in `state`: READY, DECIDED (or READY), or
+ * CANCELLED. A cancelled plan is followed by one with a later id, so a wait for
+ * READY just goes on. Errors: TIMEOUT, DAEMON as soon as its end is seen, STALE.
+ */
 KVT_PUBLIC int kvtier_plan_wait(struct kvtier_seq *s, uint64_t min_id, uint32_t state, uint32_t timeout_ms,
 				struct kvtier_plan *ret);
-/* Positions kept / promoted in one lane, ascending; returns the count. positions may be NULL. */
+/*
+ * Positions below the watermark resident in one lane after the plan (kept: the
+ * promoted ones included), and promoted by it, ascending; returns the count, of
+ * which the first cap are written. positions may be NULL.
+ */
 KVT_PUBLIC int kvtier_plan_kept(const struct kvtier_plan *p, uint32_t lane, uint32_t *positions, uint32_t cap);
 KVT_PUBLIC int kvtier_plan_promoted(const struct kvtier_plan *p, uint32_t lane, uint32_t *positions,
 				    uint32_t cap);
 /*
  * Region runtimes: carry out a READY plan in place: close the gaps, merge the
  * staged rows, give the freed pages back to the kernel. The caller must not
- * touch the region meanwhile. Does not acknowledge.
+ * touch the sequence's rows meanwhile, and rows that are written but not yet
+ * appended are lost. All or nothing; does not acknowledge: plan_ack comes next.
+ * Errors: STALE, BUSY (not ready, or applied before), NOSPC (no memory for rows
+ * that come in), PROTO (a plan that does not fit what is resident).
  */
 KVT_PUBLIC int kvtier_plan_apply(struct kvtier_seq *s, const struct kvtier_plan *p);
-/* Done with the plan; nack_lanes (bitmap over lanes, may be NULL) names lanes left as they were. */
+/*
+ * Done with a READY plan. nack_lanes (bitmap over lanes, may be NULL) names lanes
+ * left as they were: it is for runtimes that move rows themselves, lane by lane;
+ * kvtier_plan_apply() does all of them, and nacking after it is INVAL. Errors:
+ * STALE, BUSY (not ready). When the daemon is gone after an apply the error comes
+ * back, and kvtier_seq_resident() tells what is resident now.
+ */
 KVT_PUBLIC int kvtier_plan_ack(struct kvtier_seq *s, uint64_t id, const uint64_t *nack_lanes);
 /* Promotion by hand: rows [pos, pos + n) of every lane are wanted in the next plan, within the budget. */
 KVT_PUBLIC int kvtier_fetch(struct kvtier_seq *s, uint32_t pos, uint32_t n, uint64_t *ret_id);
