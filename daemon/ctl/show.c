@@ -269,22 +269,26 @@ void show_seq(const json_t *j)
 
 void show_policies(const json_t *j)
 {
-	char spec[] = "lNAME rSEQS lWEIGHTS lWHAT";
+	const json_t *list = json_object_get(j, "policies"), *o;
+	char spec[] = "lNAME rSEQS lWHAT";
 	struct table t;
-	const json_t *o;
 	size_t i;
 
 	table_init(&t, spec);
-	json_array_foreach(json_object_get(j, "policies"), i, o)
+	json_array_foreach(list, i, o)
 	{
 		table_add(&t, "%s%s", text(o, "name"), flag(o, "default") ? "*" : "");
 		table_add(&t, "%s", fmt_count(num(o, "sequences")));
-		table_add(&t, "%s", text(o, "weights"));
 		table_add(&t, "%s", text(o, "doc"));
 	}
 	table_print(&t);
 	table_free(&t);
 	puts("* default");
+	json_array_foreach(list, i, o)
+	{
+		if (strcmp(text(o, "weights"), "-"))
+			printf("%s: %s\n", text(o, "name"), clean(text(o, "weights")));
+	}
 }
 
 void show_verify(const json_t *j)

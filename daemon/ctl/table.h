@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define TABLE_COLUMNS 12
-#define TABLE_CELL 64
+#define TABLE_CELL 80
 
 struct table {
 	unsigned columns, rows, cap;
