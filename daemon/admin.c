@@ -79,7 +79,7 @@ bool admin_sees(const struct admin_call *a, const struct core_seq_stat *s)
 {
 	const char *tenant = admin_tenant(a);
 
-	return !tenant || !strcmp(tenant, s->tenant);
+	return !tenant || (!strcmp(tenant, s->tenant) && s->owner == a->peer->owner);
 }
 
 /* 0 name is a handle, else the number of hex digits, or -1: neither. */

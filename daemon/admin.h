@@ -11,7 +11,8 @@
 struct admin_peer {
 	uint32_t uid;
 	int pid;
-	int tenant; /* -1: came through the admin socket and may do everything */
+	uint64_t owner; /* as in core_seq_stat; unused on the admin socket */
+	int tenant;     /* -1: came through the admin socket and may do everything */
 };
 struct admin_result {
 	char *json; /* malloc'ed, caller frees; NULL when the verb has none */

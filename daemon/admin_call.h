@@ -31,7 +31,7 @@ int admin_usage(struct admin_call *a);
 int admin_seq_arg(struct admin_call *a, int i, uint64_t *ret);
 /* argv[i] as a decimal number in [min, max]; `what` names it in the error line. */
 int admin_number_arg(struct admin_call *a, int i, const char *what, uint32_t min, uint32_t max, uint32_t *ret);
-/* True when this peer may see the sequence. */
+/* True when this peer may see the sequence: on a tenant's socket every user is alone. */
 bool admin_sees(const struct admin_call *a, const struct core_seq_stat *s);
 
 /* JSON of client-given text, which may not be UTF-8. */

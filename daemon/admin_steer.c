@@ -173,15 +173,15 @@ int verb_policy(struct admin_call *a)
 
 /* ---- the scrub ------------------------------------------------------------------------- */
 
-static int verify_owner = -1; /* tenant that started the last scrub; what it found is its own business */
+/* Who started the last scrub: what it found is their own business. The admin socket sees everything. */
+static struct admin_peer verify_peer = {.tenant = -1};
 
 static int verify_status(struct admin_call *a)
 {
 	struct core_verify v;
 
-	if (admin_tenant(a) && verify_owner != a->peer->tenant)
-		return admin_refuse(a, KVT_E_PERM,
-				    "verify status: the last one was not started by this tenant");
+	if (admin_tenant(a) && (verify_peer.tenant != a->peer->tenant || verify_peer.owner != a->peer->owner))
+		return admin_refuse(a, KVT_E_PERM, "verify status: the last one was not started from here");
 	core_verify_stat(a->core, &v);
 	a->json = json_pack("{s:b,s:o,s:o,s:o,s:o}", "running", v.running, "pages", admin_num(v.pages), "total",
 			    admin_num(v.total), "bytes", admin_num(v.bytes), "bad", admin_num(v.bad));
@@ -202,7 +202,7 @@ static int verify_start(struct admin_call *a)
 	}
 	r = core_verify_start(a->core, handle, a->err, a->errsize);
 	if (!r)
-		verify_owner = a->peer->tenant;
+		verify_peer = *a->peer;
 	return r;
 }
 

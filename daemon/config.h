@@ -13,32 +13,34 @@
 #define CONFIG_MAX_TENANTS 64
 #define CONFIG_PATH 256
 
-struct config_tenant {        /* [tenant NAME] */
+struct config_tenant { /* [tenant NAME] */
 	char name[32];
-	char socket[108];     /* listening socket; a relative path is below run_dir */
-	uint32_t socket_mode; /* octal */
-	char socket_group[32]; /* empty: the daemon's own */
+	char socket[108];                       /* listening socket; a relative path is below run_dir */
+	uint32_t socket_mode;                   /* octal */
+	char socket_group[32];                  /* empty: the daemon's own */
 	uint32_t max_clients_per_uid, max_seqs; /* sequences in the tenant */
-	uint64_t region_bytes; /* exchange memory of all its clients */
-	uint64_t dram_bytes, nvme_bytes; /* quota per lower tier; UINT64_MAX: none */
+	uint64_t region_bytes;                  /* exchange memory of all its clients */
+	uint64_t dram_bytes, nvme_bytes;        /* quota per lower tier; UINT64_MAX: none */
 };
 
-struct config_watermarks { uint32_t min, low, high; }; /* permille of capacity that must be free */
+struct config_watermarks {
+	uint32_t min, low, high;
+}; /* permille of capacity that must be free */
 
 struct config {
 	char file[CONFIG_PATH]; /* where it came from; empty: built-in defaults */
 	/* [kvtierd] */
 	char run_dir[CONFIG_PATH], admin_socket[108], admin_group[32];
-	uint32_t workers;       /* threads that score, rank and copy; 0: cores - 1, at least 1 */
-	uint32_t log_level;     /* syslog(3) */
-	bool observe;           /* mode=observe: plans are computed, counted and not published */
-	uint32_t orphan_ttl_s;  /* sequences found after a restart are kept this long */
+	uint32_t workers;      /* threads that score, rank and copy; 0: cores - 1, at least 1 */
+	uint32_t log_level;    /* syslog(3) */
+	bool observe;          /* mode=observe: plans are computed, counted and not published */
+	uint32_t orphan_ttl_s; /* sequences found after a restart are kept this long */
 	/* [dram] */
 	uint64_t dram_size, dram_segment;
 	struct config_watermarks dram_marks;
-	int dram_node;          /* -1 interleave */
+	int dram_node; /* -1 interleave */
 	bool dram_huge;
-	char dram_fault[128];   /* fault spec for tests; empty: none */
+	char dram_fault[128]; /* fault spec for tests; empty: none */
 	/* [nvme] */
 	bool nvme_enabled;
 	char nvme_path[CONFIG_PATH];
@@ -48,12 +50,13 @@ struct config {
 	bool nvme_io_uring, nvme_prealloc;
 	char nvme_fault[128];
 	/* [policy] */
-	char policy[32];        /* default policy */
-	char fallback[32];      /* runs when the default cannot (no weight file for the model) */
+	char policy[32];             /* default policy */
+	char fallback[32];           /* runs when the default cannot (no weight file for the model) */
 	char model_dir[CONFIG_PATH]; /* <model name>.kvp */
 	uint32_t protect_first, protect_last, hysteresis_permille, slack_rows;
 	uint64_t seed;
-	/* [budget]: default shares of a sequence's rows, permille of the watermark; all zero: keep everything on the device */
+	/* [budget]: default shares of a sequence's rows, permille of the watermark; all zero: keep everything
+	 * on the device */
 	uint32_t budget_device, budget_dram, budget_nvme;
 	/* [tenant ...] */
 	struct config_tenant tenant[CONFIG_MAX_TENANTS];

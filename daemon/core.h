@@ -30,17 +30,18 @@ bool core_healthy(struct core *c);
 
 struct core_stat {
 	uint64_t uptime_ns, clients, seqs, orphans, models;
-	uint64_t rows[KVT_TIERS];           /* best copy there, all sequences */
-	uint64_t bytes[KVT_TIERS];          /* device: resident bytes of all regions */
-	struct tier_stat tier[KVT_TIERS];   /* [0] unused */
+	uint64_t rows[KVT_TIERS];         /* best copy there, all sequences */
+	uint64_t bytes[KVT_TIERS];        /* device: resident bytes of all regions */
+	struct tier_stat tier[KVT_TIERS]; /* [0] unused */
 	struct config_watermarks marks[KVT_TIERS];
 	uint64_t plans, plans_acked, plans_cancelled, plans_nacked, plan_ns_last, plan_ns_max, plan_ns_total;
-	uint64_t rows_demoted[KVT_TIERS], rows_promoted[KVT_TIERS], rows_dropped; /* demoted[t]: into t; promoted[t]: out of t */
-	uint64_t refaults[KVT_TIERS];       /* rows wanted back from t soon after they left */
+	uint64_t rows_demoted[KVT_TIERS], rows_promoted[KVT_TIERS],
+		rows_dropped;         /* demoted[t]: into t; promoted[t]: out of t */
+	uint64_t refaults[KVT_TIERS]; /* rows wanted back from t soon after they left */
 	uint64_t miss_corrupt, miss_mutated, miss_io, miss_stale, miss_nospace;
 	uint64_t direct_demotions, hangups_protocol, admin_mutations;
 	uint64_t index_bytes, staging_bytes, plan_bytes;
-	uint64_t loop_max_ns;               /* longest slice of the event loop */
+	uint64_t loop_max_ns; /* longest slice of the event loop */
 	bool observe, frozen, draining;
 	char policy[32];
 };
@@ -48,21 +49,25 @@ void core_stat(struct core *c, struct core_stat *ret);
 
 struct core_seq_stat {
 	uint64_t handle;
+	uint64_t owner; /* tenant and UID, hashed: the unit of isolation */
 	uint8_t key[16];
 	const char *tenant, *client, *model, *policy; /* client "-" when orphaned or detached */
 	uint32_t rows, epoch, lanes, lifetime, ttl_left_s, resident_max;
-	uint32_t budget[KVT_TIERS];         /* lane 0 */
+	uint32_t budget[KVT_TIERS]; /* lane 0 */
 	uint64_t tier_rows[KVT_TIERS], tier_bytes[KVT_TIERS], dropped_rows;
 	uint64_t plans, plan_id, plan_ns_last, refaults, misses, index_bytes, pinned_rows;
 	const char *plan_state;
 };
 /* Iterate; *cursor starts at 0. false at the end. Strings live until the loop runs again. */
 bool core_seq_next(struct core *c, uint32_t *cursor, struct core_seq_stat *ret);
-/* By handle ("0x..."), by key (32 hex digits) or a unique prefix of one (at least 4). KVT_E_NOENT, KVT_E_INVAL (ambiguous). */
+/* By handle ("0x..."), by key (32 hex digits) or a unique prefix of one (at least 4). KVT_E_NOENT, KVT_E_INVAL
+ * (ambiguous). */
 int core_seq_find(struct core *c, const char *name, uint64_t *ret, char *err, size_t errsize);
 int core_seq_stat(struct core *c, uint64_t handle, struct core_seq_stat *ret);
 /* Per lane: rows by tier. ret[lanes]. */
-struct core_lane_stat { uint32_t device, dram, nvme, dropped; };
+struct core_lane_stat {
+	uint32_t device, dram, nvme, dropped;
+};
 int core_seq_lanes(struct core *c, uint64_t handle, struct core_lane_stat *ret, uint32_t cap);
 /* Read-only fd of the feed for `watch` (owned by the core). */
 int core_feed_fd(struct core *c, size_t *ret_bytes);
@@ -70,7 +75,8 @@ int core_feed_fd(struct core *c, size_t *ret_bytes);
 /* ---- steering (each writes one audit line and one feed entry) ---------------- */
 
 int core_seq_budget(struct core *c, uint64_t handle, const uint32_t rows[KVT_TIERS], char *err, size_t errsize);
-int core_seq_pin(struct core *c, uint64_t handle, uint32_t pos, uint32_t n, bool pin, char *err, size_t errsize);
+int core_seq_pin(struct core *c, uint64_t handle, uint32_t pos, uint32_t n, bool pin, char *err,
+		 size_t errsize);
 /* Demote: at most keep device rows per lane until told otherwise. Promote: back to the budget. */
 int core_seq_demote(struct core *c, uint64_t handle, uint32_t keep_rows, char *err, size_t errsize);
 int core_seq_promote(struct core *c, uint64_t handle, char *err, size_t errsize);
@@ -79,10 +85,19 @@ int core_seq_drop(struct core *c, uint64_t handle, char *err, size_t errsize); /
 int core_policy_set(struct core *c, uint64_t handle, const char *name, char *err, size_t errsize);
 /* Validate a .kvp file and use it for its model from now on. */
 int core_policy_load(struct core *c, const char *path, char *err, size_t errsize);
-struct core_policy_info { const char *name, *doc; unsigned caps; uint64_t seqs; bool is_default; char weights[CONFIG_PATH]; };
+struct core_policy_info {
+	const char *name, *doc;
+	unsigned caps;
+	uint64_t seqs;
+	bool is_default;
+	char weights[CONFIG_PATH];
+};
 bool core_policy_next(struct core *c, uint32_t *cursor, struct core_policy_info *ret);
 int core_freeze(struct core *c, bool on);
 /* Scrub: read every page of one sequence (handle) or all (0) and check it. Runs in the background. */
-struct core_verify { bool running; uint64_t pages, bytes, bad, total; };
+struct core_verify {
+	bool running;
+	uint64_t pages, bytes, bad, total;
+};
 int core_verify_start(struct core *c, uint64_t handle, char *err, size_t errsize);
 void core_verify_stat(struct core *c, struct core_verify *ret);

@@ -163,14 +163,15 @@ static struct config cfg;
 static char err[256], audit[2048];
 static struct admin_result res;
 static const struct admin_peer root = {.uid = 0, .pid = 11, .tenant = -1};
-static const struct admin_peer alice = {.uid = 1000, .pid = 22, .tenant = 0};
-static const struct admin_peer bob = {.uid = 1001, .pid = 33, .tenant = 1};
+static const struct admin_peer alice = {.uid = 1000, .pid = 22, .owner = 1000, .tenant = 0};
+static const struct admin_peer bob = {.uid = 1001, .pid = 33, .owner = 1001, .tenant = 1};
 
 static void add_seq(uint64_t handle, const char *key, const char *tenant)
 {
 	struct core_seq_stat *s = &seqs[n_seqs++];
 
 	*s = (struct core_seq_stat){.handle = handle,
+				    .owner = strcmp(tenant, "bob") ? 1000 : 1001,
 				    .tenant = tenant,
 				    .client = "c",
 				    .model = "m",
@@ -339,6 +340,22 @@ static void tenants_steer_only_their_own(void **state)
 	refuses(&alice, "drop bbbb", KVT_E_NOENT, "SEQ: \"bbbb\", no such sequence");
 }
 
+/* One socket, two users: each is alone. */
+static void users_of_a_tenant_are_apart(void **state)
+{
+	const struct admin_peer carol = {.uid = 1002, .pid = 44, .owner = 1002, .tenant = 1};
+	json_t *j;
+
+	refuses(&carol, "drop bbbb", KVT_E_NOENT, "SEQ: \"bbbb\", no such sequence");
+	refuses(&carol, "show 0x100000002", KVT_E_NOENT, "SEQ: \"0x100000002\", no such sequence");
+	assert_int_equal(ask(&carol, "status"), 0);
+	j = json();
+	assert_int_equal(num(j, "sequences"), 0);
+	json_decref(j);
+	assert_int_equal(ask(&bob, "verify start 0x100000002"), 0);
+	assert_int_equal(ask(&carol, "verify status"), KVT_E_PERM);
+}
+
 static void tenants_may_not_touch_the_daemon(void **state)
 {
 	refuses(&alice, "drain", KVT_E_PERM, "drain: only on the admin socket");
@@ -492,6 +509,7 @@ int main(void)
 		cmocka_unit_test_setup(audit_says_who_what_and_result, setup),
 		cmocka_unit_test_setup(audit_cannot_be_forged_or_flooded, setup),
 		cmocka_unit_test_setup(tenants_steer_only_their_own, setup),
+		cmocka_unit_test_setup(users_of_a_tenant_are_apart, setup),
 		cmocka_unit_test_setup(tenants_may_not_touch_the_daemon, setup),
 		cmocka_unit_test_setup(tenants_see_only_their_own, setup),
 		cmocka_unit_test_setup(scrub_results_belong_to_who_asked, setup),
