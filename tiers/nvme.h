@@ -156,7 +156,8 @@ struct nvme {
 	uint32_t units, segments, file_segments, reserve, streams, map_words;
 	unsigned files, depth, deadline_ms;
 	int dir_fd, event_fd, fd[NVME_MAX_FILES];
-	bool direct, offline, scanned, can_move;
+	bool direct, offline, can_move;
+	bool scanned, fresh; /* made in this life: nothing to find */
 
 	struct io_engine *engine;
 	struct nvme_reqs inflight, orphans;

@@ -13,6 +13,7 @@
 #include <sys/file.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 
 #include "tiers/nvme.h"
 
@@ -159,10 +160,20 @@ static int create_file(struct nvme *t, unsigned file, bool write_over)
 	return r;
 }
 
+/* Ask first: fallocate would take the last block of the file system before it fails. */
+static int check_space(const struct nvme *t)
+{
+	struct statvfs vfs;
+
+	if (fstatvfs(t->dir_fd, &vfs) < 0)
+		return -errno;
+	return (uint64_t)vfs.f_bavail * vfs.f_frsize < t->store_bytes ? -ENOSPC : 0;
+}
+
 static int create_store(struct nvme *t, bool write_over, char *err, size_t errsize)
 {
 	char from[32], to[32];
-	int r = 0;
+	int r = check_space(t);
 
 	if (getrandom(t->uuid, sizeof(t->uuid), 0) != sizeof(t->uuid))
 		return -EIO;
@@ -307,7 +318,7 @@ int nvme_dir_open(struct nvme *t, const struct tier_cfg *cfg, char *err, size_t 
 		if (other)
 			return refuse(err, errsize, -EINVAL, "%s/%s: exists, but kvtier-000.dat is missing",
 				      t->path, name);
-		t->scanned = true; /* nothing to find */
+		t->fresh = t->scanned = true; /* nothing to find */
 		r = create_store(t, cfg->prealloc, err, errsize);
 		if (r < 0)
 			return r;

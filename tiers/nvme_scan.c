@@ -200,7 +200,7 @@ int nvme_scan(struct tier *tier, tier_found_fn fn, void *arg)
 	size_t n;
 
 	if (t->scanned)
-		return -EALREADY;
+		return t->fresh ? 0 : -EALREADY;
 	t->scanned = true;
 	sc.superseded = calloc((size_t)t->segments * t->map_words, sizeof(uint64_t));
 	sc.sealed = calloc(t->segments, sizeof(struct nvme_seg *));

@@ -5,6 +5,7 @@
 
 const struct tier_ops *const tier_registry[] = {
 	&tier_dram_ops,
+	&tier_nvme_ops,
 	&tier_fault_ops,
 	NULL,
 };

@@ -173,7 +173,8 @@ static void cancel_queued(struct uring *u)
 static void *uring_thread(void *arg)
 {
 	struct uring *u = arg;
-	int r = io_uring_enable_rings(&u->ring);
+	/* liburing 2.3 declares wrappers for this and for the restrictions but does not export them. */
+	int r = io_uring_register((unsigned)u->ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
 
 	while (r >= 0 || r == -EINTR || r == -EAGAIN || r == -EBUSY) {
 		unsigned wait = 1;
@@ -245,7 +246,7 @@ static int restrict_ring(struct uring *u)
 	res[n++].sqe_flags = IOSQE_FIXED_FILE;
 	res[n].opcode = IORING_RESTRICTION_SQE_FLAGS_REQUIRED;
 	res[n++].sqe_flags = IOSQE_FIXED_FILE;
-	return io_uring_register_restrictions(&u->ring, res, n);
+	return io_uring_register((unsigned)u->ring.ring_fd, IORING_REGISTER_RESTRICTIONS, res, n);
 }
 
 static int register_files(struct uring *u)
