@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: MIT
+"""Objects over the C ABI: Client, Model, Region, Sequence. Names and meaning are those of ipc/kvtier.h."""
+import ctypes as c
+import secrets
+import weakref
+
+from ._lib import (ALL_LAYERS, BUDGET_UNIFORM, DTYPE, EPHEMERAL, GRANULARITY, LEASED, PLAN_READY, ROPE, ROWS_ALL,
+                   TIERS, Budget, LayerDesc, Layout, ModelDesc, OpenOpts, Plan, SeqInfo, SeqOpts, Stats, check, lib,
+                   sized)
+
+
+def budget(device=ROWS_ALL, dram=0, nvme=0, policy=None, slack=0, manual=False):
+    """Rows per lane that each tier may hold; what fits nowhere is dropped."""
+    return sized(Budget, kind=BUDGET_UNIFORM, device_rows=device, dram_rows=dram, nvme_rows=nvme, slack_rows=slack,
+                 manual=int(manual), policy=policy.encode() if policy else None)
+
+
+class Client:
+    """A connection to kvtierd. Close it, or use it as a context manager."""
+
+    def __init__(self, socket=None, name=None, timeout_ms=0, max_seqs=0, plan_bytes=0):
+        self._keep = (socket and str(socket).encode(), name and name.encode())
+        o = sized(OpenOpts, socket=self._keep[0], name=self._keep[1], timeout_ms=timeout_ms, max_seqs=max_seqs,
+                  plan_bytes=plan_bytes)
+        p = c.c_void_p()
+        check(lib.open(c.byref(o), c.byref(p)), "open")
+        self.ptr = p
+        self._final = weakref.finalize(self, lib.close, p)
+
+    def close(self):
+        self._final()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def process(self):
+        return check(lib.process(self.ptr), "process")
+
+    def event_fd(self):
+        return check(lib.event_fd(self.ptr), "event_fd")
+
+    def stats(self):
+        s = sized(Stats)
+        check(lib.stats(self.ptr, c.byref(s)), "stats")
+        return {n: getattr(s, n) for n, _ in Stats._fields_[1:]}
+
+
+class Model:
+    """A registered description: `layers` layers of `heads` KV heads, rows of head_dim elements for K and for V."""
+
+    def __init__(self, client, name, layers, heads, head_dim, dtype="float32", rope="half", rope_theta=10000.0):
+        width = head_dim * {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+        table = (LayerDesc * layers)(*[LayerDesc(kv_heads=heads, k_bytes=width, v_bytes=width)] * layers)
+        d = sized(ModelDesc, name=name.encode(), layers=table, n_layers=layers, dtype=DTYPE[dtype],
+                  head_dim=head_dim, rope=ROPE[rope], post_rope=1, rope_theta=rope_theta, world=1)
+        p = c.c_void_p()
+        check(lib.model_register(client.ptr, c.byref(d), c.byref(p)), "model_register")
+        self.client, self.ptr = client, p
+        self.layers, self.heads, self.head_dim, self.row_bytes = layers, heads, head_dim, 2 * width
+
+    @property
+    def lanes(self):
+        return self.layers * self.heads
+
+    def layout(self, cap, stage, scores=False):
+        """The plain layout [layer][K|V][head][cap + stage][row]: (Layout array, bytes of region it needs)."""
+        table = (Layout * self.layers)()
+        n = c.c_uint64()
+        check(lib.layout_plain(self.ptr, cap, stage, int(scores), 0, table, c.byref(n)), "layout_plain")
+        return table, n.value
+
+
+class Region:
+    """Daemon-made memory for device rows. Memory appears on use and goes back as rows leave."""
+
+    def __init__(self, client, nbytes):
+        p = c.c_void_p()
+        check(lib.region_create(client.ptr, nbytes, c.byref(p)), "region_create")
+        self.client, self.ptr = client, p
+        self.nbytes = lib.region_bytes(p)
+        self._final = weakref.finalize(self, lib.region_close, p)
+
+    def close(self):
+        self._final()
+
+    def buffer(self):
+        """A writable buffer over the whole region; do not use it after close()."""
+        return (c.c_char * self.nbytes).from_address(lib.region_addr(self.ptr))
+
+    def resident(self):
+        """Bytes the kernel really holds for the region now."""
+        return lib.region_resident(self.ptr)
+
+
+class Sequence:
+    """One conversation's cache. key (16 bytes) names it; leased ones need secret (32 bytes) to resume."""
+
+    def __init__(self, client, model, region, layouts, max_rows, key=None, secret=None, leased=False, ttl_s=600,
+                 equal_lanes=True, granularity="head", budget=None, resume=False, fork_of=None, prefix=0):
+        self.key = key or secrets.token_bytes(16)
+        self.secret = secret or secrets.token_bytes(32)
+        self.client, self.model, self.region, self.layouts = client, model, region, layouts
+        o = sized(SeqOpts, lifetime=LEASED if leased else EPHEMERAL, ttl_s=ttl_s, max_rows=max_rows,
+                  granularity=GRANULARITY[granularity], equal_lanes=int(equal_lanes), region=region.ptr,
+                  layouts=layouts)
+        o.key[:], o.secret[:] = self.key, self.secret
+        if budget is not None:
+            o.budget = c.pointer(budget)
+        p, rows = c.c_void_p(), c.c_uint32()
+        if resume:
+            check(lib.seq_resume(client.ptr, model.ptr, c.byref(o), c.byref(p), c.byref(rows)), "seq_resume")
+        elif fork_of is not None:
+            check(lib.seq_fork(fork_of.ptr, prefix, c.byref(o), c.byref(p)), "seq_fork")
+        else:
+            check(lib.seq_open(client.ptr, model.ptr, c.byref(o), c.byref(p)), "seq_open")
+        self.ptr = p
+        self._final = weakref.finalize(self, lib.seq_close, p)
+
+    def close(self):
+        self._final()
+
+    def drop(self):
+        """Close and free even when leased."""
+        if self._final.detach():
+            check(lib.seq_drop(self.ptr), "seq_drop")
+
+    @property
+    def rows(self):
+        return lib.seq_rows(self.ptr)
+
+    def append(self, pos, n, layer=ALL_LAYERS):
+        check(lib.seq_append(self.ptr, layer, pos, n), "seq_append")
+
+    def truncate(self, n):
+        check(lib.seq_truncate(self.ptr, n), "seq_truncate")
+
+    def info(self):
+        s = sized(SeqInfo)
+        check(lib.seq_info(self.ptr, c.byref(s)), "seq_info")
+        d = {n: getattr(s, n) for n, _ in SeqInfo._fields_[1:]}
+        d["tier_rows"] = dict(zip(TIERS, s.tier_rows))
+        d["tier_bytes"] = dict(zip(TIERS, s.tier_bytes))
+        d["policy"] = s.policy.decode()
+        return d
+
+    def resident(self, lane):
+        """Positions of the lane's rows in the device tier, ascending: row i of the lane is positions[i]."""
+        n = check(lib.seq_resident(self.ptr, lane, None, 0), "seq_resident")
+        out = (c.c_uint32 * n)()
+        check(lib.seq_resident(self.ptr, lane, out, n), "seq_resident")
+        return list(out)
+
+    def request(self, b=None):
+        """Ask for a plan (with a new sticky budget if given); returns the id from which plans reflect it."""
+        ident = c.c_uint64()
+        check(lib.plan_request(self.ptr, c.byref(b) if b is not None else None, c.byref(ident)), "plan_request")
+        return ident.value
+
+    def fetch(self, pos, n):
+        """Want rows [pos, pos + n) back on the device in the next plan."""
+        ident = c.c_uint64()
+        check(lib.fetch(self.ptr, pos, n, c.byref(ident)), "fetch")
+        return ident.value
+
+    def peek(self):
+        """The newest plan not yet acknowledged, or None. No lock, no system call."""
+        p = sized(Plan)
+        return p if check(lib.plan_peek(self.ptr, c.byref(p)), "plan_peek") else None
+
+    def wait(self, ident, state=PLAN_READY, timeout_ms=10000):
+        p = sized(Plan)
+        check(lib.plan_wait(self.ptr, ident, state, timeout_ms, c.byref(p)), "plan_wait")
+        return p
+
+    def apply(self, plan):
+        """Carry a READY plan out in the region and acknowledge it."""
+        check(lib.plan_apply(self.ptr, c.byref(plan)), "plan_apply")
+        check(lib.plan_ack(self.ptr, plan.id, None), "plan_ack")
+
+    def promoted(self, plan, lane):
+        n = check(lib.plan_promoted(c.byref(plan), lane, None, 0), "plan_promoted")
+        out = (c.c_uint32 * max(n, 1))()
+        check(lib.plan_promoted(c.byref(plan), lane, out, n), "plan_promoted")
+        return list(out)[:n]
