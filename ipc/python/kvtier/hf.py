@@ -9,8 +9,10 @@ a kept row keeps its position; masks are built from the number of slots, positio
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ._lib import PLAN_READY, Error
 from .client import Model, Region, Sequence, budget
 
+_GONE = (-2003, -2004, -2006)  # KVT_E_DAEMON, KVT_E_TIMEOUT, KVT_E_STALE
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -118,7 +120,7 @@ class KvtierCache(Cache):
                                         (lay.v_off, lay.v_head_stride, lay.v_row_stride)))
             layers.append(KvtierLayer(self, i, k, v))
         super().__init__(layers=layers)
-        self._pending = 0
+        self.detached = False  # the daemon went away: the rows held stay usable, tiering has ended
         if seq_args.get("resume"):
             for layer in self.layers:
                 layer.seen = self.seq.rows
@@ -132,8 +134,13 @@ class KvtierCache(Cache):
 
     def layer_done(self, index, n):
         """The last layer of a forward pass completes its rows: one append for all."""
-        if index == len(self.layers) - 1:
-            self.seq.append(self.layers[0].seen - n, n)
+        if index == len(self.layers) - 1 and not self.detached:
+            try:
+                self.seq.append(self.layers[0].seen - n, n)
+            except Error as e:
+                if e.code not in _GONE:
+                    raise
+                self.detached = True
 
     def get_mask_sizes(self, query_length, layer_idx=0):
         if self.auto:
@@ -148,10 +155,10 @@ class KvtierCache(Cache):
 
     def poll(self):
         """Apply the newest plan if it is READY. Returns it, or None."""
-        if not self.idle():
+        if self.detached or not self.idle():
             return None
         plan = self.seq.peek()
-        if plan is None or plan.state != 2:
+        if plan is None or plan.state != PLAN_READY:
             return None
         self._apply(plan)
         return plan
