@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/un.h>
 #include "daemon/config_keys.h"
+#include "policy/policy.h"
 #include "shm/util.h"
 
 struct parse {
@@ -264,6 +265,22 @@ static void check_budget(struct parse *p)
 		       c->budget_nvme % 10);
 }
 
+static void check_policies(struct parse *p)
+{
+	const struct policy_ops *fallback = policy_find(p->cfg->fallback);
+
+	if (!policy_find(p->cfg->policy))
+		refuse(p, line_of(p, "policy", "default", NULL), "default: \"%s\", no such policy",
+		       p->cfg->policy);
+	if (!fallback)
+		refuse(p, line_of(p, "policy", "fallback", NULL), "fallback: \"%s\", no such policy",
+		       p->cfg->fallback);
+	else if (fallback->caps & POLICY_NEEDS_WEIGHTS || fallback->id == POLICY_CLIENT)
+		refuse(p, line_of(p, "policy", "fallback", NULL),
+		       "fallback: \"%s\", must run without a weight file and without the client's scores",
+		       p->cfg->fallback);
+}
+
 int config_socket_path(const struct config *c, int tenant, char *ret, size_t size)
 {
 	const char *s = tenant < 0 ? c->admin_socket : c->tenant[tenant].socket;
@@ -316,6 +333,7 @@ static void check_relations(struct parse *p)
 	check_marks(p, "nvme", &p->cfg->nvme_marks);
 	check_sizes(p);
 	check_budget(p);
+	check_policies(p);
 	check_sockets(p);
 }
 

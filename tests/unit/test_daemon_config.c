@@ -344,6 +344,12 @@ static void relations_are_checked(void **state)
 	refused(f, "[budget]\ndram = 50\n", ":2: device: 0.0, must be above 0 when dram or nvme is set");
 	refused(f, "[budget]\ndevice = 50\nnvme = 50\n",
 		":3: nvme: 50.0, must be 0 while [nvme] enabled is no");
+	refused(f, "[policy]\ndefault = best\n", ":2: default: \"best\", no such policy");
+	refused(f, "[policy]\nfallback = best\n", ":2: fallback: \"best\", no such policy");
+	refused(f, "[policy]\nfallback = kvp\n",
+		":2: fallback: \"kvp\", must run without a weight file and without the client's scores");
+	refused(f, "[policy]\nfallback = client\n",
+		":2: fallback: \"client\", must run without a weight file and without the client's scores");
 	refused(f, "[tenant a]\n[tenant b]\nsocket = a.sock\n",
 		":3: socket: \"a.sock\", already the socket of tenant a");
 	refused(f, "[kvtierd]\nrun_dir = /x\n[tenant b]\nsocket = /x/admin.sock\n",
