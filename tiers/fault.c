@@ -264,17 +264,17 @@ fail:
 	return r;
 }
 
-static void submit_one(struct fault *f, struct tier_io *io)
+/* The request that the lower tier shall see, or NULL when it never gets there. */
+static struct tier_io *spoil_submit(struct fault *f, struct tier_io *io)
 {
 	struct shadow *s = shadow_of(io);
-	struct tier_io *lower = &s->lower;
 	enum fault_kind eio = io->op == TIER_READ ? FAULT_READ_EIO : FAULT_WRITE_EIO;
 
 	f->inflight++;
 	if (fault_now(&f->inject, s->op, eio)) {
 		release_lower(f, s); /* frees a write's place as well */
 		complete(f, s, -EIO);
-		return;
+		return NULL;
 	}
 	copy_request(s, io);
 	if (io->op == TIER_WRITE) {
@@ -283,15 +283,23 @@ static void submit_one(struct fault *f, struct tier_io *io)
 		fault_remember(&f->inject, s->lower.addr, s->buf, s->lower.bytes);
 	}
 	s->state = SH_LOWER;
-	f->lower->ops->submit(f->lower, &lower, 1);
+	return &s->lower;
 }
 
 static void fault_submit(struct tier *t, struct tier_io *const *ios, unsigned n)
 {
 	struct fault *f = fault_of(t);
+	struct tier_io *batch[BATCH];
 
-	for (unsigned i = 0; i < n; i++)
-		submit_one(f, ios[i]);
+	for (unsigned i = 0; i < n;) {
+		unsigned k = 0;
+
+		for (; i < n && k < BATCH; i++) {
+			batch[k] = spoil_submit(f, ios[i]);
+			k += batch[k] != NULL;
+		}
+		f->lower->ops->submit(f->lower, batch, k);
+	}
 	if (f->lower->ops->event_fd(f->lower) < 0)
 		drain_lower(f);
 	arm(f);
