@@ -96,9 +96,12 @@ static void host_detach(struct device_mem *m)
 /* Ascending slots, so the last one bounds them all. */
 static int slots_check(const struct plane p[2], const uint32_t *slots, uint32_t n)
 {
+	bool bad = false;
+
 	for (uint32_t i = 1; i < n; i++)
-		if (slots[i] <= slots[i - 1])
-			return -EINVAL;
+		bad |= slots[i] <= slots[i - 1];
+	if (bad)
+		return -EINVAL;
 	return slots[n - 1] < p[0].slots && slots[n - 1] < p[1].slots ? 0 : -ERANGE;
 }
 
@@ -114,13 +117,14 @@ static uint32_t run_length(const uint32_t *slots, uint32_t n)
 
 /*
  * Slots up to the next long run, at most max. Slots ascend, so one comparison tells whether LONG_RUN of them
- * are adjacent; walking the short runs would cost a misprediction each.
+ * are adjacent, and every LONG_RUN-th place is looked at: a run twice as long cannot hide between them, and
+ * walking the short ones would cost a misprediction each.
  */
 static uint32_t scattered_length(const uint32_t *slots, uint32_t n, uint32_t max)
 {
 	uint32_t end = MIN(n, max);
 
-	for (uint32_t i = 0; i < end && i + LONG_RUN <= n; i++)
+	for (uint32_t i = 0; i < end && i + LONG_RUN <= n; i += LONG_RUN)
 		if (slots[i + LONG_RUN - 1] - slots[i] == LONG_RUN - 1)
 			return i;
 	return end;
@@ -133,10 +137,19 @@ static uint32_t scattered_length(const uint32_t *slots, uint32_t n, uint32_t max
 static inline __attribute__((always_inline)) void prefetch_rows(const struct plane *p, const uint32_t *slots,
 								uint32_t n)
 {
-	for (uint32_t i = 0; i < n; i++) {
-		const char *row = p->base + (uint64_t)slots[i] * p->stride;
+	const char *base = p->base;
+	uint64_t stride = p->stride;
+	uint32_t last = MIN(p->width, CHUNK) - 1;
 
-		for (uint32_t o = 0; o < p->width && o < CHUNK; o += KVT_CACHELINE)
+	if (!p->width)
+		return;
+	for (uint32_t i = 0; i < n; i++) {
+		const char *row = base + slots[i] * stride;
+
+		/* First, last and what lies between: rows of up to two lines need no loop. */
+		__builtin_prefetch(row, 0, 2);
+		__builtin_prefetch(row + last, 0, 2);
+		for (uint32_t o = KVT_CACHELINE; o < last - last % KVT_CACHELINE; o += KVT_CACHELINE)
 			__builtin_prefetch(row + o, 0, 2);
 	}
 }
@@ -200,6 +213,8 @@ static int host_gather(struct device_mem *m, const struct device_lane *lane, con
 		r = slots_check(p, slots, n);
 	if (r < 0)
 		return r;
+	if (slots[n - 1] - slots[0] >= n) /* not one run */
+		prefetch_rows(&p[0], slots, MIN(n, rows_per_chunk(&p[0])));
 	dst = gather_plane(&p[0], &p[1], slots, n, dst, &c);
 	gather_plane(&p[1], NULL, slots, n, dst, &c);
 	*crc = c;
