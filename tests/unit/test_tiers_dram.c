@@ -361,8 +361,11 @@ static void test_registry(void **state)
 	assert_null(tier_find("dra"));
 	assert_null(tier_find(""));
 	assert_null(tier_find(NULL));
-	for (unsigned i = 0; tier_registry[i]; i++)
+	for (unsigned i = 0; tier_registry[i]; i++) {
 		assert_ptr_equal(tier_find(tier_registry[i]->name), tier_registry[i]);
+		for (unsigned k = 0; k < i; k++)
+			assert_string_not_equal(tier_registry[k]->name, tier_registry[i]->name);
+	}
 }
 
 /* Every byte of the identity counts. */
