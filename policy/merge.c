@@ -2,14 +2,17 @@
 /* Many lanes, one ranking: mean normalised rank, computed with a stable two-pass radix sort per lane. */
 #include <errno.h>
 #include <string.h>
+#include "policy/limits.h"
 #include "policy/merge.h"
 #include "shm/bits.h"
 #include "shm/util.h"
 
+_Static_assert(DECIDE_MAX_ROWS <= 1 << 24, "a position leaves room for a key's high byte");
+
 struct ranks {
 	uint32_t n;       /* rows ranked: alive in every lane */
 	uint32_t *row;    /* [n] their positions, ascending */
-	uint32_t *by_low; /* [n] scratch: positions sorted by low byte */
+	uint32_t *by_low; /* [n] scratch: sorted by low byte; high byte << 24 | position */
 	uint32_t *sum;    /* [watermark] over lanes, of the rank from the bottom */
 };
 
@@ -32,17 +35,20 @@ static void add_ranks(struct ranks *r, const uint16_t *keys)
 	uint32_t low[256] = {0}, high[256] = {0};
 
 	for (uint32_t i = 0; i < r->n; i++) {
-		uint32_t key = MAX(keys[r->row[i]], 1);
+		uint32_t key = keys[r->row[i]];
 
-		low[key & 0xff]++;
+		low[(key | (key == 0)) & 0xff]++;
 		high[key >> 8]++;
 	}
 	starts(low);
 	starts(high);
+	for (uint32_t i = 0; i < r->n; i++) {
+		uint32_t key = keys[r->row[i]];
+
+		r->by_low[low[(key | (key == 0)) & 0xff]++] = key >> 8 << 24 | r->row[i];
+	}
 	for (uint32_t i = 0; i < r->n; i++)
-		r->by_low[low[MAX(keys[r->row[i]], 1) & 0xff]++] = r->row[i];
-	for (uint32_t i = 0; i < r->n; i++)
-		r->sum[r->by_low[i]] += high[keys[r->by_low[i]] >> 8]++;
+		r->sum[r->by_low[i] & 0xffffff] += high[r->by_low[i] >> 24]++;
 }
 
 /* Row bitmaps over all lanes: alive and on the device everywhere, nvme only anywhere. */

@@ -14,8 +14,9 @@ int place_work_init(struct place_work *w, uint32_t n, uint32_t hysteresis_permil
 {
 	uint32_t words = (uint32_t)BITS_WORDS(n), maps = CLASSES + 3 + SELECT_CUTS + 2;
 	size_t bitmap = ALIGN_UP((size_t)MAX(words, 1) * 8, KVT_CACHELINE), rows = (size_t)words * 64;
-	size_t bytes = maps * bitmap + ALIGN_UP(rows * sizeof(uint16_t), KVT_CACHELINE) +
-		       ALIGN_UP(SELECT_SPARSE(rows) * sizeof(uint32_t), KVT_CACHELINE);
+	size_t eff = rows * sizeof(uint16_t),
+	       pos = ALIGN_UP(SELECT_SPARSE(rows) * sizeof(uint32_t), KVT_CACHELINE);
+	size_t bytes = maps * bitmap + eff + 2 * rows + pos;
 	char *at = aligned_alloc(KVT_CACHELINE, bytes);
 
 	if (!at)
@@ -35,7 +36,8 @@ int place_work_init(struct place_work *w, uint32_t n, uint32_t hysteresis_permil
 	w->select.equal = (uint64_t *)(at + 2 * bitmap);
 	at += 3 * bitmap;
 	w->select.eff = (uint16_t *)at;
-	w->select.pos = (uint32_t *)(at + ALIGN_UP(rows * sizeof(uint16_t), KVT_CACHELINE));
+	w->select.bytes = (uint8_t *)at + eff;
+	w->select.pos = (uint32_t *)(at + eff + 2 * rows);
 	return 0;
 }
 

@@ -179,35 +179,47 @@ static void spread(float *x, uint32_t dim, uint32_t n, const float *lo, const fl
 		out[i] = row_spread(x, dim, lo, inv);
 }
 
+/* One row's 24 sums. Plain variables, not an array: they must live in registers. */
+struct sums {
+	__m256 a, b, c;
+};
+
+static inline void sums_add(struct sums *s, const float *x, __m256 ga, __m256 gb, __m256 gc)
+{
+	__m256 v = _mm256_broadcast_ss(x);
+
+	s->a = _mm256_fmadd_ps(v, ga, s->a);
+	s->b = _mm256_fmadd_ps(v, gb, s->b);
+	s->c = _mm256_fmadd_ps(v, gc, s->c);
+}
+
+static inline float sums_square(const struct sums *s)
+{
+	__m256 q = _mm256_mul_ps(s->a, s->a);
+
+	q = _mm256_fmadd_ps(s->b, s->b, q);
+	return sum8(_mm256_fmadd_ps(s->c, s->c, q));
+}
+
 /* Four rows share each row of G: twelve sums in registers. */
 static void project4(const float *const x[4], uint32_t dim, const float *g, float out[4])
 {
-	__m256 p[4][3];
+	const struct sums zero = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+	struct sums s0 = zero, s1 = zero, s2 = zero, s3 = zero;
+	const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
 
-	for (int i = 0; i < 4; i++)
-		p[i][0] = p[i][1] = p[i][2] = _mm256_setzero_ps();
 	for (uint32_t c = 0; c < dim; c++, g += ROWS_PROJ_PAD) {
-		__m256 g0 = _mm256_loadu_ps(g), g1 = _mm256_loadu_ps(g + 8), g2 = _mm256_loadu_ps(g + 16);
+		__m256 ga = _mm256_loadu_ps(g), gb = _mm256_loadu_ps(g + 8), gc = _mm256_loadu_ps(g + 16);
 
-#define PROJECT_ROW(i)                                                                                         \
-	do {                                                                                                   \
-		__m256 v = _mm256_broadcast_ss(x[i] + c);                                                      \
-		p[i][0] = _mm256_fmadd_ps(v, g0, p[i][0]);                                                     \
-		p[i][1] = _mm256_fmadd_ps(v, g1, p[i][1]);                                                     \
-		p[i][2] = _mm256_fmadd_ps(v, g2, p[i][2]);                                                     \
-	} while (0)
-		PROJECT_ROW(0);
-		PROJECT_ROW(1);
-		PROJECT_ROW(2);
-		PROJECT_ROW(3);
-#undef PROJECT_ROW
+		sums_add(&s0, x0 + c, ga, gb, gc);
+		sums_add(&s1, x1 + c, ga, gb, gc);
+		sums_add(&s2, x2 + c, ga, gb, gc);
+		sums_add(&s3, x3 + c, ga, gb, gc);
 	}
-	for (int i = 0; i < 4; i++) {
-		__m256 s = _mm256_mul_ps(p[i][0], p[i][0]);
-
-		s = _mm256_fmadd_ps(p[i][1], p[i][1], s);
-		out[i] = sum8(_mm256_fmadd_ps(p[i][2], p[i][2], s));
-	}
+	out[0] = sums_square(&s0);
+	out[1] = sums_square(&s1);
+	out[2] = sums_square(&s2);
+	out[3] = sums_square(&s3);
 }
 
 static void project(const float *x, uint32_t dim, uint32_t n, const float *g, float *out)
@@ -230,18 +242,23 @@ static void rank(const float *s, uint32_t n, float *out)
 	for (uint32_t i = 0; i < ROWS_CHUNK; i++)
 		padded[i] = i < n ? s[i] : INFINITY;
 	for (uint32_t i = 0; i < n; i++) {
-		const __m256 me = _mm256_set1_ps(s[i]);
-		uint32_t below = 0, j = 0, before = i / 8 * 8;
+		const __m256 mine = _mm256_set1_ps(s[i]);
+		const __m256i me = _mm256_set1_epi32((int)i);
+		__m256i below = _mm256_setzero_si256(), at = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+		uint32_t lanes[8];
 
-		for (; j < before; j += 8)
-			below += (uint32_t)__builtin_popcount((unsigned)_mm256_movemask_ps(
-				_mm256_cmp_ps(_mm256_loadu_ps(padded + j), me, _CMP_LE_OQ)));
-		for (; j < before + 8; j++)
-			below += padded[j] < s[i] || (padded[j] == s[i] && j < i);
-		for (; j < ROWS_CHUNK; j += 8)
-			below += (uint32_t)__builtin_popcount((unsigned)_mm256_movemask_ps(
-				_mm256_cmp_ps(_mm256_loadu_ps(padded + j), me, _CMP_LT_OQ)));
-		out[i] = (float)below;
+		for (uint32_t j = 0; j < ROWS_CHUNK; j += 8) {
+			__m256 v = _mm256_loadu_ps(padded + j);
+			__m256 tie = _mm256_and_ps(_mm256_cmp_ps(v, mine, _CMP_EQ_OQ),
+						   _mm256_castsi256_ps(_mm256_cmpgt_epi32(me, at)));
+			__m256 less = _mm256_or_ps(_mm256_cmp_ps(v, mine, _CMP_LT_OQ), tie);
+
+			below = _mm256_sub_epi32(below, _mm256_castps_si256(less));
+			at = _mm256_add_epi32(at, _mm256_set1_epi32(8));
+		}
+		_mm256_storeu_si256((__m256i *)lanes, below);
+		out[i] = (float)(lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] +
+				 lanes[7]);
 	}
 }
 

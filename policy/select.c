@@ -1,22 +1,17 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Radix selection in two passes of 256 buckets. The first counts high bytes and
- * finds, for every cut, the bucket in which it falls; the second counts low bytes
- * of those buckets only, through a table from high byte to counters, all others
- * going to counters nobody reads. Four interleaved sets of counters in the first
- * pass keep equal neighbours from waiting for each other's store.
+ * Selection over 16-bit keys: find where each cut falls, then compare. The
+ * portable search is a radix selection in two passes of 256 buckets. The first
+ * counts high bytes and finds, for every cut, the bucket in which it falls; the
+ * second counts low bytes of those buckets only, through a table from high byte to
+ * counters, all others going to counters nobody reads. Four interleaved sets of
+ * counters in the first pass keep equal neighbours from waiting for each other's store.
  */
 #include <string.h>
 #include "policy/cpu.h"
 #include "policy/select.h"
 #include "shm/bits.h"
 #include "shm/util.h"
-
-/* Where a selection ends: all keys above `key`, and the latest `ties` rows that equal it. */
-struct cut {
-	uint16_t key;
-	uint32_t ties;
-};
 
 static void mask_portable(const uint16_t *keys, const uint64_t *mask, uint32_t n, uint32_t words, uint16_t *eff)
 {
@@ -45,17 +40,6 @@ static void split_portable(const uint16_t *eff, uint32_t words, uint16_t cut, ui
 static uint32_t count_portable(const uint64_t *bits, uint32_t words)
 {
 	return bits_rank(bits, words * 64);
-}
-
-const struct select_kern select_portable = {
-	.mask = mask_portable,
-	.split = split_portable,
-	.count = count_portable,
-};
-
-const struct select_kern *select_kern(void)
-{
-	return cpu_has_avx2() ? &select_avx2 : &select_portable;
 }
 
 static void count_high(const uint16_t *eff, uint32_t n, uint32_t high[256])
@@ -88,11 +72,12 @@ static uint32_t bucket_of(const uint32_t counts[256], uint32_t k, uint32_t *ret_
 	return b;
 }
 
-/* eff[n] may hold zeros (rows outside the set) beside at least k[j] others. */
-static void find_cuts(const uint16_t *eff, uint32_t n, const uint32_t *k, uint32_t cuts, struct cut *ret)
+static void find_portable(const uint16_t *eff, uint32_t words, const uint32_t *k, uint32_t cuts, uint8_t *bytes,
+			  struct select_cut *ret)
 {
 	uint32_t high[256], low[SELECT_CUTS + 1][256] = {0}, rest[SELECT_CUTS], bucket[SELECT_CUTS];
 	uint16_t slot[256] = {0}; /* of a high byte: its set of low counters, times 256 */
+	uint32_t n = words * 64;
 
 	count_high(eff, n, high);
 	for (uint32_t j = 0; j < cuts; j++) {
@@ -107,6 +92,18 @@ static void find_cuts(const uint16_t *eff, uint32_t n, const uint32_t *k, uint32
 
 		ret[j].key = (uint16_t)(bucket[j] << 8 | b);
 	}
+}
+
+const struct select_kern select_portable = {
+	.mask = mask_portable,
+	.split = split_portable,
+	.count = count_portable,
+	.find = find_portable,
+};
+
+const struct select_kern *select_kern(void)
+{
+	return cpu_has_avx2() ? &select_avx2 : &select_portable;
 }
 
 /* OR the latest `ties` bits of equal into out. */
@@ -134,10 +131,10 @@ static void select_dense(const struct select_scratch *s, const uint16_t *keys, u
 			 const uint32_t *k, uint32_t cuts, uint64_t *const *out)
 {
 	uint32_t words = (uint32_t)BITS_WORDS(n);
-	struct cut cut[SELECT_CUTS];
+	struct select_cut cut[SELECT_CUTS];
 
 	s->kern->mask(keys, mask, n, words, s->eff);
-	find_cuts(s->eff, n, k, cuts, cut);
+	s->kern->find(s->eff, words, k, cuts, s->bytes, cut);
 	for (uint32_t j = 0; j < cuts; j++) {
 		s->kern->split(s->eff, words, cut[j].key, s->above, s->equal);
 		for (uint32_t w = 0; w < words; w++)
@@ -149,14 +146,15 @@ static void select_dense(const struct select_scratch *s, const uint16_t *keys, u
 static void select_sparse(const struct select_scratch *s, const uint16_t *keys, uint32_t n,
 			  const uint64_t *mask, const uint32_t *k, uint32_t cuts, uint64_t *const *out)
 {
-	struct cut cut[SELECT_CUTS];
+	struct select_cut cut[SELECT_CUTS];
 	uint32_t count = 0;
 
 	bits_for_each(i, mask, n) {
 		s->pos[count] = i;
 		s->eff[count++] = (uint16_t)(keys[i] | (keys[i] == 0));
 	}
-	find_cuts(s->eff, count, k, cuts, cut);
+	memset(s->eff + count, 0, (ALIGN_UP(count, 64) - count) * sizeof(*s->eff));
+	s->kern->find(s->eff, DIV_UP(count, 64), k, cuts, s->bytes, cut);
 	for (uint32_t j = 0; j < cuts; j++) {
 		uint32_t ties = cut[j].ties;
 

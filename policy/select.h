@@ -12,6 +12,12 @@
 
 #define SELECT_CUTS 4 /* selections that share one pair of passes */
 
+/* Where a selection ends: all keys above `key`, and the latest `ties` rows that equal it. */
+struct select_cut {
+	uint16_t key;
+	uint32_t ties;
+};
+
 /* What differs by CPU; the results do not. Bitmaps have `words` words, eff 64 * words entries. */
 struct select_kern {
 	/* eff[i] = bit i of mask ? max(keys[i], 1) : 0; keys has n <= 64 * words entries. */
@@ -19,6 +25,10 @@ struct select_kern {
 	/* Bit i of above: eff[i] > cut; of equal: eff[i] == cut. */
 	void (*split)(const uint16_t *eff, uint32_t words, uint16_t cut, uint64_t *above, uint64_t *equal);
 	uint32_t (*count)(const uint64_t *bits, uint32_t words);
+	/* Cut j: the k[j]-th largest of eff, with 0 < k[j] <= entries that are not 0. bytes: 128 * words of
+	 * scratch. */
+	void (*find)(const uint16_t *eff, uint32_t words, const uint32_t *k, uint32_t cuts, uint8_t *bytes,
+		     struct select_cut *ret);
 };
 extern const struct select_kern select_portable, select_avx2;
 /* The best for this CPU. */
@@ -27,6 +37,7 @@ const struct select_kern *select_kern(void);
 struct select_scratch {
 	const struct select_kern *kern;
 	uint16_t *eff;           /* [64 * words] */
+	uint8_t *bytes;          /* [128 * words] */
 	uint32_t *pos;           /* [SELECT_SPARSE(64 * words)] */
 	uint64_t *above, *equal; /* [words] */
 };
