@@ -51,7 +51,7 @@ static inline __m256 vf_load_row(const char *row, uint32_t i, enum row_dtype dty
 
 static inline void act_put(void *act, size_t i, __m256 v, bool bf16)
 {
-	_mm256_store_ps((float *)act + i, v); /* fp32 only here */
+	_mm256_storeu_ps((float *)act + i, v); /* fp32 only here */
 }
 
 #include "policy/kvp_rows.h"
@@ -69,10 +69,12 @@ static bool has_avx2(void)
 KERNEL void block(float *c, uint32_t out, const float *act, const uint16_t *w, uint32_t in, const float *bias,
 		  const unsigned rows)
 {
-	const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+	static const uint32_t _Alignas(32) high_half[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+							   0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+	const __m256i *high = (const __m256i *)high_half;
 	__m256 sum[ROWS][2];
 
-#pragma GCC unroll 6
+	UNROLL
 	for (unsigned r = 0; r < rows; r++) {
 		sum[r][0] = _mm256_load_ps(bias);
 		sum[r][1] = _mm256_load_ps(bias + 8);
@@ -82,16 +84,17 @@ KERNEL void block(float *c, uint32_t out, const float *act, const uint16_t *w, u
 		__m256 w0 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_load_si256(pair), 16));
 		__m256 w1 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_load_si256(pair + 1), 16));
 
-#pragma GCC unroll 6
+		UNROLL
 		for (unsigned r = 0; r < rows; r++) {
 			__m256 x = _mm256_broadcast_ss(act + r * KVP_LD);
 
 			sum[r][0] = _mm256_fmadd_ps(x, w0, sum[r][0]);
 			sum[r][1] = _mm256_fmadd_ps(x, w1, sum[r][1]);
 		}
-		w0 = _mm256_castsi256_ps(_mm256_and_si256(_mm256_load_si256(pair), high));
-		w1 = _mm256_castsi256_ps(_mm256_and_si256(_mm256_load_si256(pair + 1), high));
-#pragma GCC unroll 6
+		__asm__("" : "+r"(high)); /* 15 registers are taken: keep the mask in memory */
+		w0 = _mm256_castsi256_ps(_mm256_and_si256(_mm256_load_si256(pair), *high));
+		w1 = _mm256_castsi256_ps(_mm256_and_si256(_mm256_load_si256(pair + 1), *high));
+		UNROLL
 		for (unsigned r = 0; r < rows; r++) {
 			__m256 x = _mm256_broadcast_ss(act + r * KVP_LD + 1);
 
@@ -99,7 +102,7 @@ KERNEL void block(float *c, uint32_t out, const float *act, const uint16_t *w, u
 			sum[r][1] = _mm256_fmadd_ps(x, w1, sum[r][1]);
 		}
 	}
-#pragma GCC unroll 6
+	UNROLL
 	for (unsigned r = 0; r < rows; r++) {
 		_mm256_store_ps(c + r * out, sum[r][0]);
 		_mm256_store_ps(c + r * out + 8, sum[r][1]);

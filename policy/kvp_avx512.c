@@ -48,9 +48,9 @@ static inline __m512 vf_load_row(const char *row, uint32_t i, enum row_dtype dty
 static inline void act_put(void *act, size_t i, __m512 v, bool bf16)
 {
 	if (bf16)
-		_mm256_store_si256((__m256i *)((uint16_t *)act + i), (__m256i)_mm512_cvtneps_pbh(v));
+		_mm256_storeu_si256((__m256i *)((uint16_t *)act + i), (__m256i)_mm512_cvtneps_pbh(v));
 	else
-		_mm512_store_ps((float *)act + i, v);
+		_mm512_storeu_ps((float *)act + i, v);
 }
 
 #include "policy/kvp_rows.h"
@@ -74,7 +74,7 @@ KERNEL void block_bf16(float *c, uint32_t out, const uint16_t *act, const uint16
 {
 	__m512 sum[ROWS][2];
 
-#pragma GCC unroll 12
+	UNROLL
 	for (unsigned r = 0; r < rows; r++) {
 		sum[r][0] = _mm512_load_ps(bias);
 		sum[r][1] = _mm512_load_ps(bias + 16);
@@ -82,7 +82,7 @@ KERNEL void block_bf16(float *c, uint32_t out, const uint16_t *act, const uint16
 	for (uint32_t i = 0; i < in; i += 2, act += 2, w += 2 * PANEL) {
 		__m512bh w0 = (__m512bh)_mm512_load_si512(w), w1 = (__m512bh)_mm512_load_si512(w + 32);
 
-#pragma GCC unroll 12
+		UNROLL
 		for (unsigned r = 0; r < rows; r++) {
 			__m512bh x = (__m512bh)_mm512_set1_epi32(*(const int *)(act + r * KVP_LD));
 
@@ -90,7 +90,7 @@ KERNEL void block_bf16(float *c, uint32_t out, const uint16_t *act, const uint16
 			sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, w1);
 		}
 	}
-#pragma GCC unroll 12
+	UNROLL
 	for (unsigned r = 0; r < rows; r++) {
 		_mm512_store_ps(c + r * out, sum[r][0]);
 		_mm512_store_ps(c + r * out + 16, sum[r][1]);
@@ -104,7 +104,7 @@ KERNEL void block_fp32(float *c, uint32_t out, const float *act, const uint16_t 
 	const __m512i high = _mm512_set1_epi32((int)0xffff0000);
 	__m512 sum[ROWS][2];
 
-#pragma GCC unroll 12
+	UNROLL
 	for (unsigned r = 0; r < rows; r++) {
 		sum[r][0] = _mm512_load_ps(bias);
 		sum[r][1] = _mm512_load_ps(bias + 16);
@@ -114,7 +114,7 @@ KERNEL void block_fp32(float *c, uint32_t out, const float *act, const uint16_t 
 		__m512 w0 = _mm512_castsi512_ps(_mm512_slli_epi32(p0, 16));
 		__m512 w1 = _mm512_castsi512_ps(_mm512_slli_epi32(p1, 16));
 
-#pragma GCC unroll 12
+		UNROLL
 		for (unsigned r = 0; r < rows; r++) {
 			__m512 x = _mm512_set1_ps(act[r * KVP_LD]);
 
@@ -123,7 +123,7 @@ KERNEL void block_fp32(float *c, uint32_t out, const float *act, const uint16_t 
 		}
 		w0 = _mm512_castsi512_ps(_mm512_and_si512(p0, high));
 		w1 = _mm512_castsi512_ps(_mm512_and_si512(p1, high));
-#pragma GCC unroll 12
+		UNROLL
 		for (unsigned r = 0; r < rows; r++) {
 			__m512 x = _mm512_set1_ps(act[r * KVP_LD + 1]);
 
@@ -131,7 +131,7 @@ KERNEL void block_fp32(float *c, uint32_t out, const float *act, const uint16_t 
 			sum[r][1] = _mm512_fmadd_ps(x, w1, sum[r][1]);
 		}
 	}
-#pragma GCC unroll 12
+	UNROLL
 	for (unsigned r = 0; r < rows; r++) {
 		_mm512_store_ps(c + r * out, sum[r][0]);
 		_mm512_store_ps(c + r * out + 16, sum[r][1]);
