@@ -15,11 +15,14 @@
 #include <cpuid.h>
 #include <stdbool.h>
 
-#define KVP_TILE 48   /* rows; a multiple of every kernel's row block */
-#define KVP_LD 608    /* elements from one row of activations to the next: the widest input, 576, off the */
-		      /* powers of two that would map all rows to a few cache sets */
+#define KVP_TILE 48 /* rows; a multiple of every kernel's row block */
+/*
+ * Elements from one row of activations to the next: enough for the widest
+ * input (576), and no power of two, which would send all rows to a few cache sets.
+ */
+#define KVP_LD 608
 #define KVP_WIDEST 512 /* widest output of a linear */
-#define KVP_EPS 1e-5f /* of the LayerNorms */
+#define KVP_EPS 1e-5f  /* of the LayerNorms */
 
 struct kvp_dims {
 	uint32_t k_dim, v_dim, proj, pos_rows, pos_dim, hidden;
@@ -61,9 +64,11 @@ struct kvp_isa {
 	uint32_t panel;
 	uint32_t act_bytes;
 	/* Convert n rows of dim elements, `stride` bytes apart and aligned to nothing. */
-	void (*load)(void *act, const void *rows, size_t stride, enum row_dtype dtype, uint32_t n, uint32_t dim);
+	void (*load)(void *act, const void *rows, size_t stride, enum row_dtype dtype, uint32_t n,
+		     uint32_t dim);
 	/* c = act W + bias for n rows, `in` inputs and `out` outputs (a multiple of panel). */
-	void (*linear)(float *c, const void *act, uint32_t n, uint32_t in, uint32_t out, const struct kvp_dense *d);
+	void (*linear)(float *c, const void *act, uint32_t n, uint32_t in, uint32_t out,
+		       const struct kvp_dense *d);
 	/* act = LayerNorm(c), and SiLU of that if asked. */
 	void (*norm)(void *act, const float *c, uint32_t n, uint32_t width, struct kvp_norm norm, bool silu);
 	/* scores = out . SiLU(LayerNorm(c)) + bias */

@@ -90,12 +90,27 @@ static_assert(offsetof(struct weights_header, kind) == 148, "layout is the forma
 static_assert(offsetof(struct weights_header, lane_off) == 184, "layout is the format");
 
 enum weights_kvp_tensor {
-	KVP_WK, KVP_BK, KVP_GK, KVP_OK,
-	KVP_WV, KVP_BV, KVP_GV, KVP_OV,
-	KVP_POS, KVP_GP, KVP_OP,
-	KVP_W1, KVP_B1, KVP_G1, KVP_O1,
-	KVP_W2, KVP_B2, KVP_G2, KVP_O2,
-	KVP_W3, KVP_B3,
+	KVP_WK,
+	KVP_BK,
+	KVP_GK,
+	KVP_OK,
+	KVP_WV,
+	KVP_BV,
+	KVP_GV,
+	KVP_OV,
+	KVP_POS,
+	KVP_GP,
+	KVP_OP,
+	KVP_W1,
+	KVP_B1,
+	KVP_G1,
+	KVP_O1,
+	KVP_W2,
+	KVP_B2,
+	KVP_G2,
+	KVP_O2,
+	KVP_W3,
+	KVP_B3,
 	KVP_TENSORS
 };
 enum { POSITION_DIST, POSITION_INDEX };

@@ -26,23 +26,27 @@ DTYPES = ("f32", "f16", "bf16")
 PUBLISHED_PARAMETERS = 465729  # at head_dim 128
 
 TEXT = """The lighthouse at Skerry Point was built in 1841, after three ships were lost in a single winter.
-Its keeper wrote a line in the log every evening: the wind, the state of the sea, the number of sails. On 4 March
-1852 the line reads "NW 9, very high, none". The next morning the supply boat found the lamp still burning, the
-table laid for two, and nobody on the island. People in the village have explained it ever since. The baker said
-that the keeper owed money in Leith. The schoolmaster, who had read the log from the first page to the last,
-pointed out that the number of sails was always even, which no honest count could be. A boy called Tam, who had
-rowed out with the supplies, said nothing at all until he was an old man, and then only that there had been two
-chairs, two plates and three cups. Years later an engineer came to replace the oil lamp with an electric one.
-Behind the panelling she found a second log in the same hand. It gave, for every evening, the wind, the state of
-the sea, and the number of sails, and in this one the numbers were odd. She put the two books side by side and
-added them up. The difference was seventeen, the number of crates that a cave below the rocks was later found to
-hold; and the name on each crate was the baker's. So the log was an account, the lamp was a signal, and the keeper
-had left on a night so rough that no sail could have followed. What the third cup was for, the second log does
-not say."""
+Its keeper wrote a line in the log every evening: the wind, the state of the sea, the number of sails. On 4
+March 1852 the line reads "NW 9, very high, none". The next morning the supply boat found the lamp still
+burning, the table laid for two, and nobody on the island. People in the village have explained it ever
+since. The baker said that the keeper owed money in Leith. The schoolmaster, who had read the log from the
+first page to the last, pointed out that the number of sails was always even, which no honest count could
+be. A boy called Tam, who had rowed out with the supplies, said nothing at all until he was an old man, and
+then only that there had been two chairs, two plates and three cups. Years later an engineer came to replace
+the oil lamp with an electric one. Behind the panelling she found a second log in the same hand. It gave,
+for every evening, the wind, the state of the sea, and the number of sails, and in this one the numbers were
+odd. She put the two books side by side and added them up. The difference was seventeen, the number of
+crates that a cave below the rocks was later found to hold; and the name on each crate was the baker's. So
+the log was an account, the lamp was a signal, and the keeper had left on a night so rough that no sail
+could have followed. What the third cup was for, the second log does not say."""
 
 
 def plan(n, why=""):
     print(f"1..{n}" + (f" # SKIP {why}" if why else ""), flush=True)
+
+
+def verdict(good):
+    return "ok" if good else "not ok"
 
 
 def real_cache():
@@ -58,7 +62,7 @@ def real_cache():
 
 
 def make_network(dim, seed):
-    """One lane's agent; torch's own initialisation, LayerNorms moved off the identity, rounded to bf16."""
+    """One lane's agent: torch's initialisation, LayerNorms moved off the identity, rounded to bf16."""
     torch.manual_seed(seed)
 
     class Agent(nn.Module):
@@ -98,7 +102,7 @@ def lane_bytes(agent):
     for linear, norm in ((agent.l1, agent.ln_1), (agent.l2, agent.ln_2)):
         order += [linear.weight, linear.bias, norm.weight, norm.bias]
     order += [agent.out.weight, agent.out.bias]
-    raw = b"".join(t.detach().to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes() for t in order)
+    raw = b"".join(t.detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes() for t in order)
     return raw + bytes(-len(raw) % 64)
 
 
@@ -170,10 +174,12 @@ def main():
             agents = [make_network(dim, seed) for seed in range(len(lanes))]
             write_kvp(path, agents, layers, len(lanes) // layers, dim)
             count = sum(p.numel() for p in agents[0].parameters())
-            p = subprocess.run([os.path.join(BUILD, "kvtier-weights"), "info", path], capture_output=True, text=True)
-            good = p.returncode == 0 and f"{count} per lane" in p.stdout and (dim != 128 or count == PUBLISHED_PARAMETERS)
+            p = subprocess.run([os.path.join(BUILD, "kvtier-weights"), "info", path], capture_output=True,
+                               text=True)
+            good = p.returncode == 0 and f"{count} per lane" in p.stdout
+            good &= dim != 128 or count == PUBLISHED_PARAMETERS
             failed |= not good
-            print(f"{'ok' if good else 'not ok'} {n} - head_dim {dim}: file from Python verifies, {count} parameters")
+            print(f"{verdict(good)} {n} - head_dim {dim}: file from Python verifies, {count} parameters")
             for line in p.stderr.splitlines():
                 print("# " + line)
             n += 1
@@ -186,9 +192,9 @@ def main():
                     else:
                         good = worst < limit
                         failed |= not good
-                        print(f"{'ok' if good else 'not ok'} {n} - {name}: largest difference {worst:.2e} "
-                              f"(limit {limit:.0e}) over {len(lanes)} lanes x {rows} rows, scores spread {spread:.2f}",
-                              flush=True)
+                        print(f"{verdict(good)} {n} - {name}: largest difference {worst:.2e} "
+                              f"(limit {limit:.0e}) over {len(lanes)} lanes x {rows} rows, "
+                              f"scores spread {spread:.2f}", flush=True)
                     n += 1
     return 1 if failed else 0
 
