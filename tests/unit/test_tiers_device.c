@@ -225,6 +225,22 @@ static void test_hostile_layouts(void **state)
 	assert_memory_equal(f->seg.addr, f->copy, REGION);
 }
 
+/* Planes that overlap fit the memory together, but a page of their rows would not fit a page. */
+static void test_page_too_large(void **state)
+{
+	struct fixture *f = *state;
+	struct device_lane l = {0, 0, 8192, 8192, 5000, 5000};
+	uint32_t slots[128], crc = 5;
+
+	for (uint32_t i = 0; i < 128; i++)
+		slots[i] = i;
+	assert_int_equal(OPS->gather(f->mem, &l, slots, 104, f->page, &crc), 0);
+	crc = 5;
+	assert_int_equal(OPS->gather(f->mem, &l, slots, 105, f->page, &crc), -ERANGE); /* 1 050 000 bytes */
+	assert_int_equal(crc, 5);
+	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 105, NULL, 0, 1), -ERANGE);
+}
+
 static void test_hostile_slots(void **state)
 {
 	struct fixture *f = *state;
@@ -310,6 +326,12 @@ static void test_sparse_commit(void **state)
 	memset(f->page, 1, 16 * 128);
 	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 16, NULL, 0, 16), 0);
 	assert_int_equal(OPS->resident(f->mem), 16 * KVT_UNIT);
+
+	/* Near rows: one allocation for the whole extent. That it comes first shows in the gaps. */
+	assert_int_equal(seg_punch(&f->seg, 0, REGION), 0);
+	l.k_stride = 12 << 10;
+	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 16, NULL, 0, 16), 0);
+	assert_int_equal(OPS->resident(f->mem), 15 * (12 << 10) + KVT_UNIT);
 }
 
 static void test_read_and_peek(void **state)
@@ -396,10 +418,19 @@ static void test_writer_in_the_way(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		T(test_gather),         T(test_gather_nothing),  T(test_scatter),
-		T(test_there_and_back), T(test_hostile_layouts), T(test_hostile_slots),
-		T(test_random_layouts), T(test_punched),         T(test_sparse_commit),
-		T(test_read_and_peek),  T(test_attach),          T(test_writer_in_the_way),
+		T(test_gather),
+		T(test_gather_nothing),
+		T(test_scatter),
+		T(test_there_and_back),
+		T(test_hostile_layouts),
+		T(test_hostile_slots),
+		T(test_page_too_large),
+		T(test_random_layouts),
+		T(test_punched),
+		T(test_sparse_commit),
+		T(test_read_and_peek),
+		T(test_attach),
+		T(test_writer_in_the_way),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -196,6 +196,7 @@ static void test_segments_come_and_go(void **state)
 	enum { N = 20 }; /* pages of 1 MiB: five segments of 4 MiB; 18 MiB make the last one 2 MiB */
 	struct tier *t = open_tier(18 * MIB, 4 * MIB);
 	tier_addr addr[N];
+	struct tier_stat st;
 	uint32_t n = 0;
 
 	assert_int_equal(mapped_segments(), 0); /* opening maps nothing */
@@ -205,7 +206,9 @@ static void test_segments_come_and_go(void **state)
 	assert_int_equal(mapped_segments(), 5);
 	for (uint32_t i = 0; i < n; i++)
 		OPS->free(t, addr[i], TIER_MAX_PAGE);
-	assert_int_equal(settle(1), 1); /* one empty segment stays */
+	assert_int_equal(settle(1), 1);
+	OPS->stat(t, &st); /* one empty segment stays, and is not merely the last to go */
+	assert_non_null(strstr(st.note, "1 segments, 1 empty"));
 	/* All of the capacity is there again. */
 	for (uint32_t i = 0; i < 18; i++)
 		assert_int_equal(write_page(t, i, TIER_MAX_PAGE, &addr[i]), 0);

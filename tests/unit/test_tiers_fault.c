@@ -253,6 +253,26 @@ static void test_misdirect_same_size(void **state)
 	OPS->close(t);
 }
 
+/* A page is never mistaken for itself: that would heal what an earlier fault spoilt. */
+static void test_misdirect_never_heals(void **state)
+{
+	struct tier *t = open_fault("lost=1000,misdirect=1000");
+	struct tier_io io = {.op = TIER_WRITE, .bytes = 4096};
+
+	assert_int_equal(OPS->prepare(t, &io), 0);
+	memset(io.buf, 0x33, 4096);
+	assert_int_equal(finish(t, &io), 0);
+	OPS->release(t, &io);
+	io.op = TIER_READ;
+	assert_int_equal(OPS->prepare(t, &io), 0);
+	assert_int_equal(finish(t, &io), 0);
+	for (unsigned k = 0; k < 4096; k++)
+		assert_int_not_equal(((uint8_t *)io.buf)[k], 0x33);
+	OPS->release(t, &io);
+	assert_int_equal(counter(t, FAULT_MISDIRECT), 0);
+	OPS->close(t);
+}
+
 static void test_errors(void **state)
 {
 	struct tier *t = open_fault("seed=8,write_eio=300,read_eio=300,enospc=200");
@@ -453,6 +473,7 @@ int main(void)
 		cmocka_unit_test(test_spoilt_reads),
 		cmocka_unit_test(test_misdirected_reads),
 		cmocka_unit_test(test_misdirect_same_size),
+		cmocka_unit_test(test_misdirect_never_heals),
 		cmocka_unit_test(test_errors),
 		cmocka_unit_test(test_deterministic),
 		cmocka_unit_test(test_rates),
