@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: MIT */
+/* Budgets of a plan: what was asked for, what quota and space allow, what the stage slots can take. */
+#include <string.h>
+#include "daemon/internal.h"
+#include "shm/util.h"
+
+/* Bytes of `tier` that this tenant may still fill: above the min watermark and below its quota. */
+static uint64_t room_in(const struct seq *s, int tier)
+{
+	const struct core *c = s->core;
+	const struct config_watermarks *m = tier == KVT_TIER_DRAM ? &c->cfg.dram_marks : &c->cfg.nvme_marks;
+	uint64_t limit = tier == KVT_TIER_DRAM ? s->tenant->limit.dram_bytes : s->tenant->limit.nvme_bytes;
+	uint64_t used = c->pages.used[tier][s->tenant->index], floor;
+	struct tier_stat st;
+
+	if (!c->pages.tier[tier])
+		return 0;
+	c->pages.tier[tier]->ops->stat(c->pages.tier[tier], &st);
+	floor = st.capacity / 1000 * m->min;
+	if (st.offline || st.free <= floor || used >= limit)
+		return 0;
+	return MIN(st.free - floor, limit - used);
+}
+
+/* Rows per lane that fit: those that have a copy there already and what the room takes, page padding included.
+ */
+static uint32_t rows_that_fit(const struct seq *s, int tier)
+{
+	uint32_t lanes = s->ix.lanes;
+	uint64_t room = room_in(s, tier), padding = (uint64_t)lanes * 2 * KVT_UNIT;
+
+	room = room > padding ? room - padding : 0;
+	return (uint32_t)MIN(s->held[tier] / lanes + room / s->model->row_bytes_all, ROWS_ALL);
+}
+
+void budget_for(struct plan *p)
+{
+	struct seq *s = p->seq;
+	struct core *c = s->core;
+	const struct config *cfg = &c->cfg;
+	uint32_t want[KVT_TIERS] = {s->budget[0], s->budget[1], s->budget[2]};
+	bool shares = cfg->budget_device || cfg->budget_dram || cfg->budget_nvme, direct;
+
+	if (s->budget_default) {
+		want[0] = shares ? (uint32_t)((uint64_t)p->watermark * cfg->budget_device / 1000) : ROWS_ALL;
+		want[1] = (uint32_t)((uint64_t)p->watermark * cfg->budget_dram / 1000);
+		want[2] = (uint32_t)((uint64_t)p->watermark * cfg->budget_nvme / 1000);
+	}
+	if (p->saving) {
+		want[0] = 0;
+		want[1] = c->draining ? 0 : ROWS_ALL;
+		want[2] = ROWS_ALL;
+	}
+	/* Below min nothing new enters DRAM: rows pass it by. */
+	direct = want[1] && c->below_min[KVT_TIER_DRAM] && c->pages.tier[KVT_TIER_NVME];
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
+		want[t] = MIN(want[t], rows_that_fit(s, t));
+	if (direct) {
+		want[1] = 0;
+		p->direct = true;
+	}
+	for (uint32_t l = 0; l < s->ix.lanes; l++) {
+		uint32_t device =
+			s->device_table && !s->budget_default && !p->saving ? s->device_table[l] : want[0];
+
+		if (s->layout)
+			device = MIN(device, s->layout[s->model->lane_layer[l]].cap);
+		p->budget[0][l] = MIN(device, s->device_cap);
+		p->budget[1][l] = want[1];
+		p->budget[2][l] = want[2];
+	}
+}
+
+/*
+ * Take n rows with the lowest keys out of `set` (a lane's bitmap) and out of
+ * the device tier. Whole-token plans take the lowest positions instead, so
+ * that every lane gives up the same ones.
+ */
+static void give_up(struct plan *p, uint32_t lane, uint64_t *set, uint32_t n, bool staged)
+{
+	struct index *ix = &p->seq->ix;
+	const uint16_t *key = ix->key + (size_t)lane * ix->cap;
+	const uint64_t *dram = index_bits(ix, KVT_TIER_DRAM, lane), *nvme = index_bits(ix, KVT_TIER_NVME, lane);
+	uint64_t base = (uint64_t)lane * p->words;
+	bool by_key = p->seq->granularity == KVT_GRAN_HEAD;
+	uint32_t count[256] = {0}, edge = 0, below = 0;
+
+	if (by_key) {
+		bits_for_each(i, set, p->watermark)
+			count[key[i] >> 8]++;
+		while (below + count[edge] < n)
+			below += count[edge++];
+	}
+	for (int pass = 0; pass < 2 && n; pass++) {
+		bits_for_each(i, set, p->watermark) {
+			uint32_t k = by_key ? key[i] >> 8 : 0;
+
+			if (!n || (pass ? k != edge : k >= edge))
+				continue;
+			n--;
+			bits_clear(p->t.resident + base, i);
+			p->kept[lane]--;
+			if (staged) {
+				bits_clear(p->t.bring_in + base, i);
+				p->in[lane]--;
+			} else if (!bits_test(dram, i) && !bits_test(nvme, i)) {
+				bits_set(p->t.copy_out + base, i);
+				p->out[lane]++;
+			}
+			bits_set((bits_test(dram, i) || !bits_test(nvme, i) ? p->to_dram : p->to_nvme) + base,
+				 i);
+		}
+	}
+}
+
+int budget_stage(struct plan *p)
+{
+	struct seq *s = p->seq;
+	uint32_t least = ROWS_ALL;
+
+	if (p->saving || !s->layout)
+		return 0;
+	for (uint32_t l = 0; l < s->ix.lanes; l++) {
+		uint32_t stage = s->layout[s->model->lane_layer[l]].stage;
+
+		if (p->in[l] > stage)
+			give_up(p, l, p->t.bring_in + (uint64_t)l * p->words, p->in[l] - stage, true);
+		least = MIN(least, p->kept[l]);
+	}
+	for (uint32_t l = 0; s->equal_lanes && l < s->ix.lanes; l++) {
+		uint64_t base = (uint64_t)l * p->words;
+		uint32_t n = p->kept[l] - least;
+
+		if (n && p->in[l]) {
+			uint32_t staged = MIN(n, p->in[l]);
+
+			give_up(p, l, p->t.bring_in + base, staged, true);
+			n -= staged;
+		}
+		if (n)
+			give_up(p, l, p->t.resident + base, n, false);
+	}
+	return 0;
+}

@@ -1,0 +1,399 @@
+/* SPDX-License-Identifier: MIT */
+/* The core as a whole: opening, timers, draining, reloading, closing. */
+#include <stdio.h>
+#include <string.h>
+#include <syslog.h>
+#include "daemon/internal.h"
+#include "shm/util.h"
+
+#define FEED_ENTRIES 16384u
+#define TICK_US 250000u
+#define POLL_US 10000u /* each look covers a tenth of the sequences: a lost hint waits 100 ms at most */
+#define POLL_SLICES 10u
+#define DRAIN_NS (UINT64_C(20) * 1000000000u)
+#define STUCK_NS (UINT64_C(30) * 1000000000u)
+
+/* ---- feed -------------------------------------------------------------------------- */
+
+void core_feed(struct core *c, uint8_t type, const struct seq *s, uint64_t plan, uint64_t bytes,
+	       const uint32_t rows[4])
+{
+	struct feed_event e = {.type = type, .plan = plan, .bytes = bytes};
+	struct timespec ts;
+
+	clock_gettime(CLOCK_REALTIME_COARSE, &ts);
+	e.time_ns = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+	if (s) {
+		e.seq = s->handle;
+		e.client = s->client ? s->client->id : 0;
+	}
+	if (rows)
+		memcpy(e.rows, rows, sizeof(e.rows));
+	feed_write(&c->feed, &e);
+}
+
+void feed_move(const struct seq *s, int from, int to, uint32_t lane, uint32_t rows, uint64_t bytes)
+{
+	struct feed_event e = {.type = FEED_MOVE,
+			       .seq = s->handle,
+			       .bytes = bytes,
+			       .rows = {rows},
+			       .from = (uint8_t)from,
+			       .to = (uint8_t)to,
+			       .lane_lo = (uint8_t)lane,
+			       .client = s->client ? s->client->id : 0};
+	struct timespec ts;
+
+	clock_gettime(CLOCK_REALTIME_COARSE, &ts);
+	e.time_ns = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+	feed_write(&s->core->feed, &e);
+}
+
+/* ---- timers -------------------------------------------------------------------------- */
+
+static void rearm(sd_event_source *s, uint64_t us)
+{
+	sd_event_source_set_time_relative(s, us);
+	sd_event_source_set_enabled(s, SD_EVENT_ONESHOT);
+}
+
+/* The cleaner of a tier moved a page. */
+static bool on_moved(void *arg, const struct page_meta *m, tier_addr from, tier_addr to)
+{
+	struct core *c = arg;
+	struct page *p = page_find(&c->pages, m->id.page);
+
+	if (!p || p->addr[KVT_TIER_NVME - 1] != from)
+		return false;
+	page_move_copy(p, KVT_TIER_NVME, to);
+	return true;
+}
+
+static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
+{
+	struct core *c = arg;
+	struct seq *s, *next;
+
+	c->loop_seen_ns = now_ns();
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
+		if (c->pages.tier[t])
+			c->pages.tier[t]->ops->tick(c->pages.tier[t], on_moved, c);
+	settle_watermarks(c);
+	seq_expire(c, c->loop_seen_ns);
+	for (s = STAILQ_FIRST(&c->recounts); s; s = next) {
+		next = STAILQ_NEXT(s, recounts);
+		STAILQ_REMOVE_HEAD(&c->recounts, recounts);
+		s->recount = false;
+		if (!s->dead)
+			seq_recount(s);
+		seq_unref(s);
+	}
+	mover_kick(c);
+	drain_check(c);
+	rearm(src, TICK_US);
+	return 0;
+}
+
+/* The net under the hints: look at the slots themselves, a tenth of them each time. */
+static int on_poll(sd_event_source *src, uint64_t usec, void *arg)
+{
+	struct core *c = arg;
+	uint32_t n = DIV_UP(handle_count(c->seqs), POLL_SLICES);
+
+	for (uint32_t i = 0; i < n; i++) {
+		struct seq *s = handle_next(c->seqs, &c->poll_cursor, NULL);
+
+		if (!s) {
+			c->poll_cursor = 0;
+			break;
+		}
+		if (s->state == SEQ_LIVE)
+			seq_poll(s);
+	}
+	rearm(src, POLL_US);
+	return 0;
+}
+
+/* ---- opening --------------------------------------------------------------------------- */
+
+static int open_tier(struct core *c, int t, char *err, size_t errsize)
+{
+	const struct config *cfg = &c->cfg;
+	bool dram = t == KVT_TIER_DRAM;
+	const struct tier_ops *ops = dram ? &tier_dram_ops : &tier_nvme_ops;
+	const char *fault = dram ? cfg->dram_fault : cfg->nvme_fault;
+	struct tier_cfg tc = {
+		.path = cfg->nvme_path,
+		.size = dram ? cfg->dram_size : cfg->nvme_size,
+		.segment = dram ? cfg->dram_segment : cfg->nvme_segment,
+		.staging = cfg->nvme_staging,
+		.depth = cfg->nvme_depth,
+		.deadline_ms = cfg->nvme_deadline_ms,
+		.no_uring = !cfg->nvme_io_uring,
+		.prealloc = cfg->nvme_prealloc,
+		.no_huge = !cfg->dram_huge,
+		.node = cfg->dram_node,
+	};
+
+	if (dram ? !cfg->dram_size : !cfg->nvme_enabled)
+		return 0;
+	if (*fault) {
+		tc.fault = fault;
+		tc.lower_ops = ops;
+		ops = &tier_fault_ops;
+	}
+	return ops->open(&c->pages.tier[t], &tc, err, errsize);
+}
+
+static void set_limits(struct core *c)
+{
+	for (uint32_t i = 0; i < c->tenants; i++) {
+		struct tenant *t = &c->tenant[i];
+
+		t->index = i;
+		t->limit = c->cfg.tenant[i];
+		memcpy(t->name, c->cfg.tenant[i].name, sizeof(t->name));
+	}
+}
+
+static int add_timer(struct core *c, sd_event_source **ret, uint64_t us, sd_event_time_handler_t fn)
+{
+	return sd_event_add_time_relative(c->ev, ret, CLOCK_MONOTONIC, us, us / 10, fn, c);
+}
+
+static unsigned default_workers(void)
+{
+	long n = sysconf(_SC_NPROCESSORS_ONLN);
+
+	return n > 2 ? (unsigned)n - 1 : 1;
+}
+
+static int core_open(struct core *c, char *err, size_t errsize)
+{
+	int r;
+
+	r = handle_table_new(&c->seqs, CORE_MAX_SEQS);
+	if (r >= 0)
+		r = handle_table_new(&c->regions, CORE_MAX_SEQS);
+	if (r >= 0)
+		r = page_store_init(&c->pages, c->tenants);
+	if (r >= 0)
+		r = seg_create(&c->feed_seg, SEG_PUBLISHED, "kvtier-feed", feed_bytes(FEED_ENTRIES),
+			       SEG_F_POPULATE);
+	if (r >= 0)
+		r = feed_writer_init(&c->feed, c->feed_seg.addr, FEED_ENTRIES);
+	if (r < 0) {
+		snprintf(err, errsize, "core: %s", strerror(-r));
+		return r;
+	}
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+		r = open_tier(c, t, err, errsize);
+		if (r < 0)
+			return r;
+	}
+	r = workers_new(&c->workers, c->ev, c->cfg.workers ? c->cfg.workers : default_workers(), c->tenants);
+	if (r >= 0)
+		r = mover_open(c);
+	if (r >= 0)
+		r = session_init(c);
+	if (r >= 0)
+		r = restart_scan(c);
+	if (r >= 0)
+		r = add_timer(c, &c->tick, TICK_US, on_tick);
+	if (r >= 0)
+		r = add_timer(c, &c->poll, POLL_US, on_poll);
+	if (r < 0)
+		snprintf(err, errsize, "core: %s", strerror(-r));
+	return r;
+}
+
+int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *err, size_t errsize)
+{
+	struct core *c = calloc(1, sizeof(*c));
+	int r;
+
+	if (!c) {
+		snprintf(err, errsize, "core: out of memory");
+		return KVT_E_NOMEM;
+	}
+	c->cfg = *cfg;
+	c->ev = sd_event_ref(ev);
+	c->feed_seg = (struct seg)SEG_INIT;
+	c->tenants = cfg->tenants;
+	memcpy(c->policy, cfg->policy, sizeof(c->policy));
+	c->started_ns = c->loop_seen_ns = now_ns();
+	LIST_INIT(&c->listeners);
+	LIST_INIT(&c->clients);
+	LIST_INIT(&c->ended);
+	LIST_INIT(&c->models);
+	LIST_INIT(&c->all_regions);
+	LIST_INIT(&c->uses);
+	LIST_INIT(&c->weights);
+	TAILQ_INIT(&c->lru);
+	TAILQ_INIT(&c->gone);
+	TAILQ_INIT(&c->settles);
+	STAILQ_INIT(&c->repack_wait);
+	STAILQ_INIT(&c->recounts);
+	set_limits(c);
+	r = core_open(c, err, errsize);
+	if (r < 0) {
+		core_free(c);
+		return r == -ENOMEM ? KVT_E_NOMEM : r == -ENOSPC ? KVT_E_NOSPC : KVT_E_IO;
+	}
+	*ret = c;
+	return 0;
+}
+
+/* ---- draining and closing ----------------------------------------------------------------- */
+
+/* What is under way ends, without the event loop: it may have ended before us. */
+static void settle_down(struct core *c)
+{
+	uint64_t end = now_ns() + DRAIN_NS;
+
+	while (c->n_seqs || mover_busy(c) || workers_busy(c->workers)) {
+		if (now_ns() > end) {
+			log_line(LOG_WARNING, "closing with work in flight: %u sequences, %u pages", c->n_seqs,
+				 c->pios);
+			return;
+		}
+		workers_finish(c->workers);
+		mover_run(c);
+		usleep(200);
+	}
+}
+
+void core_free(struct core *c)
+{
+	struct seq *s, *next;
+
+	if (!c)
+		return;
+	c->freeing = true;
+	c->pages.closing = true;
+	if (c->mover) {
+		session_fini(c);
+		for (s = TAILQ_FIRST(&c->lru); s; s = next) {
+			next = TAILQ_NEXT(s, lru);
+			seq_end(s);
+		}
+		settle_down(c);
+	}
+	while ((s = STAILQ_FIRST(&c->recounts))) {
+		STAILQ_REMOVE_HEAD(&c->recounts, recounts);
+		seq_unref(s);
+	}
+	sd_event_source_disable_unref(c->tick);
+	sd_event_source_disable_unref(c->poll);
+	workers_free(c->workers);
+	mover_close(c);
+	policies_free(c);
+	verify_free(c);
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
+		if (c->pages.tier[t])
+			c->pages.tier[t]->ops->close(c->pages.tier[t]);
+	page_store_free(&c->pages);
+	handle_table_free(c->seqs);
+	handle_table_free(c->regions);
+	free(c->hash);
+	seg_close(&c->feed_seg);
+	sd_event_unref(c->ev);
+	free(c);
+}
+
+/* Rows of s that would not survive us. */
+static bool only_in_dram(const struct seq *s)
+{
+	for (uint32_t l = 0; l < s->ix.lanes; l++)
+		for (uint32_t w = 0; w < BITS_WORDS(s->ix.rows); w++)
+			if (index_bits(&s->ix, KVT_TIER_DRAM, l)[w] & ~index_bits(&s->ix, KVT_TIER_NVME, l)[w])
+				return true;
+	return false;
+}
+
+/* Is this one on nvme as far as it can be? Moves that are still due are started. */
+static bool drained(struct seq *s)
+{
+	if (s->lifetime != KVT_LEASED)
+		return true;
+	if (s->state != SEQ_DETACHED || s->noting || s->settle)
+		return false;
+	if (!s->core->pages.tier[KVT_TIER_NVME] || !only_in_dram(s) || s->flushes++ > 3)
+		return true;
+	seq_recount(s);
+	settle_flush(s);
+	return false;
+}
+
+void drain_check(struct core *c)
+{
+	void (*done)(void *) = c->drain_done;
+	struct tier *nvme = c->pages.tier[KVT_TIER_NVME];
+	bool late = now_ns() > c->drain_deadline_ns, all = true;
+	struct seq *s;
+
+	if (!done || c->freeing || (!late && (mover_busy(c) || c->background_bytes)))
+		return;
+	TAILQ_FOREACH(s, &c->lru, lru)
+		if (!drained(s))
+			all = false;
+	if (!all && !late)
+		return;
+	if (!all)
+		log_line(LOG_WARNING, "drain: deadline passed, what is not on nvme yet is lost");
+	c->drain_done = NULL;
+	if (nvme && nvme->ops->sync && nvme->ops->sync(nvme) < 0)
+		log_line(LOG_ERR, "drain: the nvme tier could not be flushed");
+	done(c->drain_arg);
+}
+
+void core_drain(struct core *c, void (*done)(void *arg), void *arg)
+{
+	struct seq *s, *next;
+
+	if (c->draining)
+		return;
+	c->draining = true;
+	c->drain_done = done;
+	c->drain_arg = arg;
+	c->drain_deadline_ns = now_ns() + DRAIN_NS;
+	session_stop_listening(c);
+	for (s = TAILQ_FIRST(&c->lru); s; s = next) {
+		next = TAILQ_NEXT(s, lru);
+		if (s->lifetime != KVT_LEASED)
+			continue;
+		s->refs++;
+		seq_last_words(s);
+		if (s->state == SEQ_LIVE) {
+			client_notify(s->client, Q_GONE, s->handle, (uint64_t)-KVT_E_DAEMON, 0);
+			seq_leave(s, false);
+		} else if (s->state == SEQ_DETACHED) {
+			restart_note(s);
+		}
+		seq_unref(s);
+	}
+	mover_kick(c); /* done() is called from the loop, never from here */
+}
+
+int core_reload(struct core *c, const struct config *cfg, char *err, size_t errsize)
+{
+	int r = config_reloadable(&c->cfg, cfg, err, errsize);
+
+	if (r < 0)
+		return KVT_E_INVAL;
+	if (strcmp(c->cfg.policy, cfg->policy))
+		memcpy(c->policy, cfg->policy, sizeof(c->policy));
+	c->cfg = *cfg;
+	set_limits(c);
+	policies_drop(c, NULL);
+	return 0;
+}
+
+bool core_healthy(struct core *c)
+{
+	uint64_t now = now_ns();
+
+	if (now - c->loop_seen_ns > STUCK_NS)
+		return false;
+	return workers_stuck_ns(c->workers) < STUCK_NS;
+}

@@ -1,0 +1,449 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * What the parts of the core share. Everything here belongs to the event-loop
+ * thread. A worker sees only what a job lends it: see struct plan.
+ */
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+#include <sys/types.h>
+#include "daemon/core.h"
+#include "daemon/index.h"
+#include "daemon/pages.h"
+#include "daemon/workers.h"
+#include "ipc/wire.h"
+#include "policy/policy.h"
+#include "shm/ctl.h"
+#include "shm/feed.h"
+#include "shm/handle.h"
+#include "shm/plan.h"
+#include "shm/ring.h"
+#include "shm/seg.h"
+#include "tiers/device.h"
+
+#define CORE_MAX_SEQS (1u << 20)
+#define CORE_MAX_PLAN_BYTES (UINT64_C(4) << 30)
+#define ROWS_ALL UINT32_MAX
+
+struct core;
+struct client;
+struct seq;
+struct plan;
+struct policy_use;
+
+/* A configured tenant. Who it is on pages and disk: tenant_hash(), which adds the UID. */
+struct tenant {
+	uint32_t index;
+	char name[32];
+	struct config_tenant limit;
+	uint32_t seqs;
+	uint64_t region_bytes; /* exchange memory charged */
+};
+
+/* A model description, shared by all who registered the same one. */
+struct model {
+	LIST_ENTRY(model) link;
+	uint64_t fingerprint;
+	uint32_t refs, lanes;
+	char name[64];
+	uint32_t n_layers, dtype, head_dim, rope, rank, world, first_head, heads; /* heads: most of any layer */
+	struct wire_layer *layer;                                                 /* [n_layers] */
+	uint16_t *lane_layer, *lane_head;                                         /* [lanes] */
+	uint32_t row_bytes_all; /* K and V of one position over all lanes */
+};
+
+/* Exchange memory of a client; sequences and plans in flight keep it beyond its client. */
+struct region {
+	uint32_t refs;
+	uint64_t handle;
+	struct client *client; /* NULL: gone */
+	struct tenant *tenant;
+	struct seg seg;
+	struct device_mem *mem;
+	LIST_ENTRY(region) link, all; /* of its client; of the core */
+};
+
+/* The published memory of a client's plans. */
+struct plan_mem {
+	uint32_t refs;
+	struct seg seg;
+	struct extent {
+		uint64_t off, bytes;
+	} * free; /* sorted */
+	uint32_t n_free, cap_free, taken;
+};
+
+struct client {
+	struct core *core;
+	LIST_ENTRY(client) link;
+	uint32_t id;
+	struct tenant *tenant; /* NULL: the admin socket */
+	uid_t uid;
+	pid_t pid;
+	int fd, wake_fd, notify_fd, pid_fd;
+	char name[64];
+	bool hello, dead;
+	sd_event_source *io, *wake, *death, *again, *retry;
+	uint32_t entries, max_seqs, n_seqs;
+	struct seg ctl;
+	struct plan_mem *plans;
+	struct ring sq, cq;
+	struct seq_slot *slots; /* client-writable */
+	uint64_t *slot_used;    /* bitmap */
+	LIST_HEAD(, seq) seqs;
+	LIST_HEAD(, region) regions;
+	struct model **models; /* registered; slot i is handle i + 1 */
+	uint32_t n_models;
+	struct seq *waits;     /* for this sequence to be free: nothing is read meanwhile */
+	struct wire_hdr *held; /* the request to handle again then, or NULL */
+};
+
+enum seq_state {
+	SEQ_LIVE,     /* has a client */
+	SEQ_SAVING,   /* leased, its client is gone: rows only in the region are being demoted */
+	SEQ_DETACHED, /* leased, waiting for a resume or the end of its TTL */
+	SEQ_CLOSING,  /* ends as soon as nothing of it is lent */
+};
+
+struct seq {
+	struct core *core;
+	uint64_t handle;
+	uint8_t key[16], secret_hash[32];
+	struct tenant *tenant;
+	uint64_t tenant_hash;
+	struct client *client;
+	struct model *model; /* NULL: found on disk, not yet resumed */
+	uint64_t fingerprint;
+	struct region *region;
+	struct wire_layout *layout; /* [n_layers] */
+	struct origin *origin;
+	enum seq_state state;
+	bool orphan; /* found on disk after a restart */
+	uint32_t slot;
+	uint64_t plan_off, plan_bytes;
+	uint32_t lifetime, ttl_s, max_rows, granularity, equal_lanes;
+	uint64_t expires_ns;
+
+	uint32_t epoch, rows; /* as the client last said */
+	uint32_t scored;      /* rows that have a key */
+	uint32_t cut;         /* rows that the index may keep once it is ours again; ROWS_ALL: no cut */
+	struct index ix;
+	uint32_t headroom; /* new rows that may come before a plan is due; ROWS_ALL: never */
+	uint32_t room;     /* new rows that its layouts can hold */
+
+	uint32_t budget[KVT_TIERS];
+	uint32_t *device_table; /* [lanes], NULL: uniform */
+	bool budget_default, manual;
+	uint32_t slack, device_cap;   /* device_cap: kvtierctl demote */
+	uint64_t *wanted, *pinned;    /* [BITS_WORDS(max_rows)] or NULL */
+	char policy[32];              /* asked for; empty: the default */
+	const struct policy_ops *ops; /* in use since the last plan */
+
+	struct plan *plan;
+	uint64_t plan_id;   /* of the newest plan published to this client */
+	uint64_t requested; /* a plan with this id or a later one is wanted; 0 none */
+	uint64_t acked;
+	uint64_t nonce;
+	uint32_t retries, saves;
+	bool again; /* a plan is due whatever the rows say */
+
+	struct client *closer; /* waits for the reply to its close */
+	struct wire_hdr close_req;
+	struct client *waiter; /* its held request waits for us */
+
+	uint64_t plans, plan_ns_last, refaults, misses, recent_page[8];
+	uint64_t tier_rows[KVT_TIERS], held[KVT_TIERS],
+		dropped; /* as last counted, best copy / any copy; device without rows past the index */
+	uint64_t index_seen, active_ns;
+	uint32_t refs; /* background work that will come back to it */
+	bool dead;     /* freed but for refs */
+	struct settle *settle;
+	struct page *note; /* see restart.c */
+	bool noting, note_again;
+	bool recount; /* background moves changed the counts */
+	STAILQ_ENTRY(seq) recounts;
+	uint32_t flushes;
+	STAILQ_HEAD(, repack) parked; /* finished while a worker decided */
+	LIST_ENTRY(seq) of_client;
+	TAILQ_ENTRY(seq) lru, gone; /* gone: detached sequences */
+	bool in_gone;
+	struct seq *hash_next;
+};
+
+enum plan_phase { PHASE_SCORE, PHASE_DECIDE, PHASE_MOVE, PHASE_READY };
+
+/*
+ * One decision on its way. While refs > 0 workers read the sequence's device
+ * bitmaps, the tables and the region, and in PHASE_DECIDE its whole index;
+ * whoever wants to change those waits for seq_step().
+ */
+struct plan {
+	struct seq *seq;
+	uint64_t id;
+	uint32_t epoch, watermark, from, words; /* rows [from, watermark) have no key yet */
+	enum plan_phase phase;
+	bool over; /* applied, cancelled or not to be published: forget it when nothing is lent */
+	bool requested, saving, private_tables, direct;
+	struct plan_tables t;
+	struct plan_mem *mem;
+	struct region *region;
+	struct policy_use *use;
+	void *scratch; /* the bitmaps and arrays below; kept in the core's pool */
+	size_t scratch_bytes;
+	uint64_t *to_dram, *to_nvme, *drop, *pinned, *wanted;
+	uint32_t *budget[KVT_TIERS], *kept, *out, *in, *dropped; /* [lanes] */
+	uint64_t rows_out, rows_in, rows_drop, rows_kept;
+	uint64_t started_ns;
+	uint32_t refs;
+	int error; /* of a job: -errno */
+
+	/* mover: refs is 1 + pages in flight while it works */
+	uint32_t out_lane, out_pos, in_lane; /* cursors */
+	int out_tier;
+	uint64_t *need; /* scratch: rows of a lane without a source so far */
+	bool out_done, in_done, moving, missed;
+	TAILQ_ENTRY(plan) pump;
+};
+
+struct core {
+	struct config cfg;
+	sd_event *ev;
+	struct workers *workers;
+	struct page_store pages;
+	sd_event_source *tier_io[KVT_TIERS], *tick, *poll, *pump;
+	struct seg feed_seg;
+	struct feed_writer feed;
+	struct tenant tenant[CONFIG_MAX_TENANTS];
+	uint32_t tenants;
+	LIST_HEAD(, listener) listeners;
+	LIST_HEAD(, client) clients, ended; /* ended: freed from the loop */
+	sd_event_source *reap_clients;
+	LIST_HEAD(, model) models;
+	LIST_HEAD(, region) all_regions;
+	LIST_HEAD(, policy_use) uses;
+	LIST_HEAD(, weights_path) weights; /* files loaded by hand */
+	char policy[32];                   /* default, may be steered */
+	struct handle_table *seqs, *regions;
+	struct seq **hash; /* by tenant and key */
+	uint32_t hash_size, n_seqs, n_orphans, n_clients, n_models, next_client;
+	TAILQ_HEAD(, seq) lru;  /* longest idle first */
+	TAILQ_HEAD(, seq) gone; /* detached */
+	uint32_t poll_cursor;
+
+	/* mover */
+	TAILQ_HEAD(, plan) moving;
+	struct mover *mover;
+	struct in_job *in_batch; /* pages read, not yet with a worker */
+	uint32_t pios;           /* pages between a tier and us */
+	STAILQ_HEAD(, seq) recounts;
+	STAILQ_HEAD(, repack) repack_wait; /* for a buffer to write from */
+	uint64_t background_bytes;         /* of lower-tier moves in flight */
+	TAILQ_HEAD(, settle) settles;
+	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
+
+	struct verify *verify;
+	struct core_stat stat;
+	uint64_t started_ns, region_rows_extra, seq_index_bytes, loop_seen_ns;
+	bool frozen, draining, no_accept, freeing;
+	void (*drain_done)(void *arg);
+	void *drain_arg;
+	uint64_t drain_deadline_ns;
+};
+
+static inline uint32_t lane_bytes(const struct model *m, uint32_t lane)
+{
+	const struct wire_layer *y = &m->layer[m->lane_layer[lane]];
+
+	return y->k_bytes + y->v_bytes;
+}
+/* Where a lane's rows lie in its region. */
+void seq_lane(const struct seq *s, uint32_t lane, struct device_lane *ret);
+static inline bool plan_lent(const struct seq *s)
+{
+	return s->plan && s->plan->refs;
+}
+
+/* ---- session.c ---------------------------------------------------------------- */
+/* End this client now with one log line; NULL: it left by itself. */
+void client_end(struct client *cl, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* Push a hint and wake the client when it sleeps. */
+void client_notify(struct client *cl, uint32_t type, uint64_t handle, uint64_t a, uint64_t b);
+int client_reply(struct client *cl, struct wire_reply *r, const int *fds, unsigned n);
+void client_fail(struct client *cl, const struct wire_hdr *req, int status, const char *text);
+/* Handle its held request again and go on reading. */
+void client_retry(struct client *cl);
+void client_free(struct client *cl);
+int session_init(struct core *c);
+void session_stop_listening(struct core *c);
+/* Ends every client. */
+void session_fini(struct core *c);
+/* Hello is done: listen to its ring. */
+int session_attach(struct client *cl);
+
+/* ---- request.c ------------------------------------------------------------------ */
+/* One checked request. KVT_AGAIN: it waits (seq->waiter is set); the caller holds it. */
+int request_handle(struct client *cl, const struct wire_hdr *m);
+int request_open(struct client *cl, const struct wire_seq_open *m);
+/* Take over what the budget sets. 0 or KVT_E_* with a line in err. */
+int seq_set_budget(struct seq *s, const struct wire_budget *b, const uint32_t *table, char *err,
+		   size_t errsize);
+
+/* ---- models.c, plan_mem.c ---------------------------------------------------------- */
+struct model *model_get(struct core *c, const struct wire_model *w); /* a reference; NULL: no memory */
+struct model *model_ref(struct model *m);
+void model_unref(struct core *c, struct model *m);
+int region_new(struct region **ret, struct client *cl, uint64_t bytes);
+struct region *region_ref(struct region *g);
+void region_unref(struct core *c, struct region *g);
+struct plan_mem *plan_mem_new(uint64_t bytes, int *ret_err);
+struct plan_mem *plan_mem_ref(struct plan_mem *m);
+void plan_mem_unref(struct plan_mem *m);
+/* Offset, or UINT64_MAX when it does not fit. */
+uint64_t plan_mem_take(struct plan_mem *m, uint64_t bytes);
+void plan_mem_give(struct plan_mem *m, uint64_t off, uint64_t bytes);
+
+/* ---- seq.c ----------------------------------------------------------------------- */
+uint64_t tenant_hash(const struct tenant *t, uid_t uid);
+struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const uint8_t key[16], uint32_t lanes);
+struct seq *seq_lookup(const struct core *c, uint64_t hash, const uint8_t key[16]);
+/* Copy the client's words, check them, act. false: the client was ended. */
+bool seq_poll(struct seq *s);
+/* Whatever can be done now that something changed. May free s. */
+void seq_step(struct seq *s);
+/* The same at the client's end: no consequences but what the words say. */
+void seq_last_words(struct seq *s);
+/* The client is gone or closes: ephemeral (or drop) ends, leased is saved. May free s. */
+void seq_leave(struct seq *s, bool drop);
+void seq_end(struct seq *s); /* free as soon as nothing is lent */
+void seq_truncate(struct seq *s, uint32_t rows);
+void seq_unref(struct seq *s);
+void seq_recount(struct seq *s);
+void seq_touch(struct seq *s);
+void seq_expire(struct core *c, uint64_t now);
+/* Free what binds s to a client and its memory. */
+void seq_unbind(struct seq *s);
+
+/* ---- manager.c --------------------------------------------------------------------- */
+/* Start a plan when one is due. */
+void manager_consider(struct seq *s);
+/* Begin a plan now: 0, or -errno. save: nobody applies it, nothing is kept in the device tier. */
+int manager_plan(struct seq *s, bool save);
+/* Every scoring job of p ended: decide. */
+void manager_scored(struct plan *p);
+void manager_headroom(struct seq *s);
+void plan_cancel(struct plan *p);
+void plan_unref(struct plan *p);
+/* Nothing is lent any more: forget it. */
+void plan_forget(struct plan *p);
+/* The client (or nobody, when saving) applied the plan. nack: bitmap of lanes or NULL. */
+void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack);
+/* All moves of p ended. */
+void manager_moved(struct plan *p);
+
+/* ---- budget.c ---------------------------------------------------------------------- */
+/* Rows per lane and tier that this plan may use: what was asked for, clipped by quota and space. */
+void budget_for(struct plan *p);
+/* After the decision: no lane may promote more rows than it has stage slots. Worker. */
+int budget_stage(struct plan *p);
+
+/* ---- mover.c, mover_out.c, mover_in.c -------------------------------------------------- */
+struct pio { /* one page on its way between a tier and us */
+	struct tier_io io;
+	struct core *core;
+	struct page *page;           /* pinned */
+	int tier, error;             /* error: the worker's verdict, -errno */
+	void (*end)(struct pio *io); /* on the loop when the tier is done, io.res valid; owns io */
+	void *owner;
+	struct seq_record rec;
+	uint64_t words[PAGE_SPAN]; /* write: positions for the tier to keep; read: the rows wanted */
+	STAILQ_ENTRY(pio) link;
+};
+STAILQ_HEAD(pio_list, pio);
+/* io->page gets pinned. NULL: out of memory. */
+struct pio *pio_new(struct core *c, struct page *p, int tier, void (*end)(struct pio *), void *owner);
+/* Give the buffer back when there is one, unpin the page. */
+void pio_free(struct pio *io);
+/* Read the page: end() follows from the pump, never from here. */
+void pio_read(struct pio *io);
+/* Place and buffer for a write: 0, -EAGAIN (no buffer now), -ENOSPC, -EIO. */
+int pio_prepare(struct pio *io, const struct seq *s);
+/* Start a prepared write whose buffer is filled and whose page has its crc. */
+void pio_write(struct pio *io);
+/* Check a page against its identity. Any thread. */
+bool page_verify(const struct page *p, const void *buf);
+/* A page could not be read or checked: count it, take its rows out of that tier. */
+void mover_lost(struct seq *s, struct page *p, int tier, int err);
+void mover_start(struct plan *p);
+/* Go on from the loop soon: buffers, places or work appeared. */
+void mover_kick(struct core *c);
+/* Make pages (reads) of the plan, at most `pages`; returns how many. */
+unsigned mover_out(struct plan *p, unsigned pages);
+unsigned mover_in(struct plan *p, unsigned pages);
+/* Hand the pages read so far to a worker. */
+void mover_in_flush(struct core *c);
+/* One slice of work. */
+void mover_run(struct core *c);
+/* Pages are on their way. */
+bool mover_busy(const struct core *c);
+int mover_open(struct core *c);
+void mover_close(struct core *c);
+
+/* ---- repack.c, settle.c: moves below the device tier ------------------------------------- */
+#define REPACK_SOURCES 16u
+struct repack;
+/*
+ * Write rows of one lane that lie in `src` pages of tier `from` as one page of
+ * tier `to`: the bitmap take[span] from position first names them. whole: the only source, all
+ * of whose rows are taken; it keeps its identity. 0, -ENOMEM.
+ */
+int repack_start(struct seq *s, struct page *const *src, unsigned n, int from, int to, bool whole,
+		 uint32_t first, const uint64_t *take, uint32_t span);
+/* A worker decides over the index no more: what ended meanwhile may change it. */
+void repack_unpark(struct seq *s);
+void repack_pump(struct core *c);
+/* After a plan: carry out what it says about the tiers below. */
+void settle_start(struct seq *s, const uint64_t *to_nvme, uint32_t words);
+/* Move all that is in dram only to nvme. */
+void settle_flush(struct seq *s);
+void settle_stop(struct seq *s);
+void settle_pump(struct core *c);
+/* Tier watermarks: wake the demoter, set direct demotion. */
+void settle_watermarks(struct core *c);
+
+/* ---- policies.c ------------------------------------------------------------------------ */
+struct policy_use {
+	LIST_ENTRY(policy_use) link;
+	struct model *model;
+	const struct policy_ops *ops; /* what runs */
+	struct policy *policy;        /* NULL: client */
+	char asked[32], weights[CONFIG_PATH], reason[200];
+	uint32_t refs;
+	bool stale;     /* newer weights exist */
+	bool no_scores; /* the layouts have no score plane */
+};
+/* What runs for this sequence; a reference. NULL: out of memory. */
+struct policy_use *policies_get(struct seq *s);
+void policies_put(struct core *c, struct policy_use *u);
+void policies_drop(struct core *c, const char *model); /* make them stale; NULL: all */
+void policies_forget_model(struct core *c, const struct model *m);
+void policies_free(struct core *c);
+
+/* ---- score.c ------------------------------------------------------------------------------ */
+/* Score [from, watermark) of lanes [lo, hi) (and device rows below when CONTEXT) into the index. Any thread. */
+int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w);
+
+/* ---- restart.c ---------------------------------------------------------------------------- */
+int restart_scan(struct core *c);
+/* Write the sequence's epochs beside its pages so that a restart can cut them. */
+void restart_note(struct seq *s);
+void restart_forget(struct seq *s);
+
+/* ---- verify.c, stat.c ------------------------------------------------------------------------ */
+void verify_pump(struct core *c);
+void verify_free(struct core *c);
+void core_feed(struct core *c, uint8_t type, const struct seq *s, uint64_t plan, uint64_t bytes,
+	       const uint32_t rows[4]);
+void feed_move(const struct seq *s, int from, int to, uint32_t lane, uint32_t rows, uint64_t bytes);
+/* Drain: called when a sequence is saved or work ends. */
+void drain_check(struct core *c);

@@ -1,0 +1,531 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * The manager: when a plan is due, from scores to a published decision, and
+ * what an acknowledgement means. The cost of a plan depends on the rows of its
+ * sequence alone.
+ *
+ *   manager_plan → [score jobs] → decide job → decided() → publish → mover →
+ *   manager_moved → READY → the client applies and acks → manager_applied
+ */
+#include <string.h>
+#include "daemon/internal.h"
+#include "policy/decide.h"
+#include "shm/util.h"
+
+#define INLINE_ROWS 65536u /* row-lanes decided on the loop: a hand-over costs more */
+#define SCORE_ROWS 16384u  /* row-lanes of one scoring job at least */
+#define MAX_RETRIES 5u
+
+struct plan_job {
+	struct job job;
+	struct plan *plan;
+	uint32_t lo, hi; /* lanes to score */
+	bool decide;
+};
+
+/* ---- memory of a plan ------------------------------------------------------------ */
+
+static int plan_alloc(struct plan *p, bool private_tables)
+{
+	struct seq *s = p->seq;
+	size_t plane = (size_t)s->ix.lanes * p->words * sizeof(uint64_t), arr = s->ix.lanes * sizeof(uint32_t);
+	size_t row = s->ix.words * sizeof(uint64_t), bytes;
+	void *area;
+	char *m;
+	int r;
+
+	p->scratch = malloc(3 * plane + 3 * row + 7 * arr);
+	if (!p->scratch)
+		return -ENOMEM;
+	m = p->scratch;
+	p->to_dram = (uint64_t *)m;
+	p->to_nvme = (uint64_t *)(m += plane);
+	p->drop = (uint64_t *)(m += plane);
+	p->need = (uint64_t *)(m += plane);
+	p->pinned = s->pinned ? (uint64_t *)(m + row) : NULL;
+	p->wanted = s->wanted ? (uint64_t *)(m + 2 * row) : NULL;
+	m += 3 * row;
+	for (int t = 0; t < KVT_TIERS; t++, m += arr)
+		p->budget[t] = (uint32_t *)m;
+	p->kept = (uint32_t *)m;
+	p->out = (uint32_t *)(m += arr);
+	p->in = (uint32_t *)(m += arr);
+	p->dropped = (uint32_t *)(m += arr);
+	/* The decision's own copies: steering may change the originals while a worker reads. */
+	if (p->pinned)
+		memcpy(p->pinned, s->pinned, MIN(row, BITS_WORDS(s->max_rows) * 8));
+	if (p->wanted)
+		memcpy(p->wanted, s->wanted, MIN(row, BITS_WORDS(s->max_rows) * 8));
+	if (private_tables) {
+		bytes = plan_bytes(s->ix.lanes, p->watermark);
+		area = aligned_alloc(KVT_CACHELINE, bytes);
+		if (!area)
+			return -ENOMEM;
+		p->private_tables = true;
+	} else {
+		p->mem = plan_mem_ref(s->client->plans);
+		bytes = s->plan_bytes;
+		area = (char *)p->mem->seg.addr + s->plan_off;
+	}
+	r = plan_begin(area, bytes, s->ix.lanes, p->watermark, &p->t);
+	if (r < 0 && p->private_tables)
+		free(area);
+	return r;
+}
+
+static void plan_free(struct plan *p)
+{
+	struct core *c = p->seq->core;
+
+	if (p->private_tables)
+		free(p->t.hdr);
+	plan_mem_unref(p->mem);
+	if (p->region)
+		region_unref(c, p->region);
+	if (p->use)
+		policies_put(c, p->use);
+	free(p->scratch);
+	free(p);
+}
+
+void plan_forget(struct plan *p)
+{
+	if (p->seq->plan == p)
+		p->seq->plan = NULL;
+	plan_free(p);
+}
+
+void plan_unref(struct plan *p)
+{
+	if (--p->refs == 0)
+		seq_step(p->seq);
+}
+
+void plan_cancel(struct plan *p)
+{
+	struct seq *s = p->seq;
+
+	if (p->over)
+		return;
+	p->over = true;
+	s->core->stat.plans_cancelled++;
+	if (!p->id)
+		return;
+	if (!p->private_tables)
+		plan_set_state(p->t.hdr, PLAN_CANCELLED);
+	core_feed(s->core, FEED_CANCEL, s, p->id, 0, NULL);
+	if (s->client)
+		client_notify(s->client, Q_PLAN, s->handle, p->id, PLAN_CANCELLED);
+}
+
+/* ---- starting --------------------------------------------------------------------- */
+
+static void fill_header(const struct plan *p)
+{
+	struct plan_hdr *h = p->t.hdr;
+	struct seq *s = p->seq;
+
+	__atomic_store_n(&h->epoch, p->epoch, __ATOMIC_RELEASE);
+	__atomic_store_n(&h->flags, s->equal_lanes ? PLAN_F_EQUAL_LANES : 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&h->decided_ns, now_ns(), __ATOMIC_RELEASE);
+	__atomic_store_n(&h->rows_out, p->rows_out, __ATOMIC_RELEASE);
+	__atomic_store_n(&h->rows_in, p->rows_in, __ATOMIC_RELEASE);
+	__atomic_store_n(&h->rows_drop, p->rows_drop, __ATOMIC_RELEASE);
+	__atomic_store_n(&h->policy, (uint32_t)p->use->ops->id, __ATOMIC_RELEASE);
+	for (uint32_t l = 0; l < s->ix.lanes; l++)
+		p->t.lane[l] = (struct plan_lane){p->kept[l], p->out[l], p->in[l], p->dropped[l]};
+}
+
+static int decide(struct plan *p)
+{
+	struct seq *s = p->seq;
+	const struct config *cfg = &s->core->cfg;
+	struct decide_in in = {
+		.lanes = s->ix.lanes,
+		.watermark = p->watermark,
+		.words = s->ix.words,
+		.score_stride = s->ix.cap,
+		.protect_first = cfg->protect_first,
+		.protect_last = cfg->protect_last,
+		.granularity = s->granularity,
+		.block_rows = 16,
+		.equal_lanes = s->equal_lanes,
+		.hysteresis_permille = cfg->hysteresis_permille,
+		.scores = s->ix.key,
+		.on_device = s->ix.on[KVT_TIER_DEVICE],
+		.on_dram = s->ix.on[KVT_TIER_DRAM],
+		.on_nvme = s->ix.on[KVT_TIER_NVME],
+		.pinned = p->pinned,
+		.wanted = p->wanted,
+		.budget = {p->budget[0], p->budget[1], p->budget[2]},
+	};
+	struct decide_out out = {
+		.words = p->words,
+		.resident = p->t.resident,
+		.copy_out = p->t.copy_out,
+		.bring_in = p->t.bring_in,
+		.to_dram = p->to_dram,
+		.to_nvme = p->to_nvme,
+		.drop = p->drop,
+		.kept = p->kept,
+		.out = p->out,
+		.in = p->in,
+		.dropped = p->dropped,
+	};
+
+	int r = policy_decide(&in, &out);
+
+	return r < 0 ? r : budget_stage(p);
+}
+
+static void plan_run(struct job *j, struct worker_ctx *w)
+{
+	struct plan_job *pj = container_of(j, struct plan_job, job);
+	struct plan *p = pj->plan;
+	int r = 0;
+
+	if (pj->hi > pj->lo)
+		r = score_lanes(p, pj->lo, pj->hi, w);
+	if (!r && pj->decide)
+		r = decide(p);
+	if (r < 0)
+		__atomic_store_n(&p->error, r, __ATOMIC_RELAXED);
+}
+
+static void decided(struct plan *p);
+
+static void plan_done(struct job *j)
+{
+	struct plan_job *pj = container_of(j, struct plan_job, job);
+	struct plan *p = pj->plan;
+	bool last = pj->decide;
+
+	free(pj);
+	if (last)
+		decided(p);
+	else
+		plan_unref(p);
+}
+
+static int put_job(struct plan *p, uint32_t lo, uint32_t hi, bool last, bool here)
+{
+	struct plan_job *pj = calloc(1, sizeof(*pj));
+	struct workers *w = p->seq->core->workers;
+
+	if (!pj)
+		return -ENOMEM;
+	p->refs++;
+	pj->plan = p;
+	pj->lo = lo;
+	pj->hi = hi;
+	pj->decide = last;
+	pj->job.run = plan_run;
+	pj->job.done = plan_done;
+	pj->job.urgent = last;
+	pj->job.tenant = p->seq->tenant->index;
+	pj->job.bytes = (uint64_t)(hi - lo) * (p->watermark - p->from) * 64;
+	if (here)
+		workers_run_inline(w, &pj->job);
+	else
+		workers_put(w, &pj->job);
+	return 0;
+}
+
+static int put_decide(struct plan *p, bool fused)
+{
+	uint64_t work = (uint64_t)p->seq->ix.lanes * p->watermark;
+
+	p->phase = PHASE_DECIDE;
+	return put_job(p, 0, fused ? p->seq->ix.lanes : 0, true, work <= INLINE_ROWS);
+}
+
+void manager_scored(struct plan *p)
+{
+	struct seq *s = p->seq;
+
+	if (!p->error && p->epoch == s->epoch)
+		p->error = put_decide(p, false);
+	if (p->error || p->epoch != s->epoch)
+		p->over = true;
+}
+
+static int put_scoring(struct plan *p)
+{
+	uint32_t lanes = p->seq->ix.lanes, rows = p->watermark - p->from, per;
+
+	if (p->use->ops->caps & POLICY_CONTEXT)
+		rows = p->watermark;
+	per = MAX(1u, MIN(DIV_UP(lanes, 2 * workers_count(p->seq->core->workers)), DIV_UP(SCORE_ROWS, rows)));
+	p->phase = PHASE_SCORE;
+	for (uint32_t lo = 0; lo < lanes; lo += per) {
+		int r = put_job(p, lo, MIN(lanes, lo + per), false, false);
+
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
+/* Scores that are there already or cost next to nothing are read where the decision is made. */
+static bool cheap(const struct plan *p)
+{
+	return p->from == p->watermark || p->use->ops->id == POLICY_CLIENT ||
+	       !(p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_CONTEXT));
+}
+
+int manager_plan(struct seq *s, bool save)
+{
+	struct core *c = s->core;
+	uint32_t from = MIN(s->ix.rows, s->scored);
+	struct plan *p;
+	int r = index_extend(&s->ix, s->rows);
+
+	if (r < 0)
+		return r;
+	p = calloc(1, sizeof(*p));
+	if (!p)
+		return -ENOMEM;
+	p->seq = s;
+	p->epoch = s->epoch;
+	p->watermark = s->rows;
+	p->words = (uint32_t)BITS_WORDS(s->rows);
+	p->from = from;
+	p->started_ns = now_ns();
+	p->requested = s->requested != 0;
+	p->saving = save;
+	p->out_tier = KVT_TIER_DRAM;
+	r = plan_alloc(p, save || c->frozen || c->cfg.observe);
+	if (r < 0)
+		goto fail;
+	p->use = policies_get(s);
+	if (!p->use) {
+		r = -ENOMEM;
+		goto fail;
+	}
+	s->ops = p->use->ops;
+	if (s->region)
+		p->region = region_ref(s->region);
+	s->plan = p;
+	budget_for(p);
+	s->nonce++;
+	s->recent_page[s->nonce % ARRAY_SIZE(s->recent_page)] = c->pages.next;
+	settle_stop(s);
+	seq_touch(s);
+	p->refs = 1; /* ours, until every job is out */
+	r = cheap(p) ? put_decide(p, from < p->watermark) : put_scoring(p);
+	if (r < 0) {
+		p->error = r;
+		p->over = true;
+	}
+	plan_unref(p);
+	return 0;
+fail:
+	plan_free(p);
+	return r;
+}
+
+/* ---- deciding ------------------------------------------------------------------------- */
+
+static void sum_up(struct plan *p)
+{
+	for (uint32_t l = 0; l < p->seq->ix.lanes; l++) {
+		p->rows_kept += p->kept[l];
+		p->rows_out += p->out[l];
+		p->rows_in += p->in[l];
+		p->rows_drop += p->dropped[l];
+	}
+}
+
+/* Nothing for the client to do: every lane keeps what it has. */
+static bool nothing_moves(const struct plan *p)
+{
+	if (p->rows_out || p->rows_in)
+		return false;
+	for (uint32_t l = 0; l < p->seq->ix.lanes; l++)
+		if (p->kept[l] != p->seq->ix.resident[l])
+			return false;
+	return true;
+}
+
+static void account(struct plan *p)
+{
+	struct core *c = p->seq->core;
+	uint64_t ns = now_ns() - p->started_ns;
+	uint32_t rows[4] = {(uint32_t)MIN(p->rows_kept, UINT32_MAX), (uint32_t)MIN(p->rows_out, UINT32_MAX),
+			    (uint32_t)MIN(p->rows_in, UINT32_MAX), (uint32_t)MIN(p->rows_drop, UINT32_MAX)};
+
+	c->stat.plans++;
+	c->stat.plan_ns_last = ns;
+	c->stat.plan_ns_total += ns;
+	c->stat.plan_ns_max = MAX(c->stat.plan_ns_max, ns);
+	p->seq->plans++;
+	p->seq->plan_ns_last = ns;
+	core_feed(c, FEED_PLAN, p->seq, p->id, 0, rows);
+}
+
+static void publish(struct plan *p)
+{
+	struct seq *s = p->seq;
+	bool moves = p->rows_out || p->rows_in;
+
+	if (!p->saving)
+		p->id = ++s->plan_id;
+	if (!p->private_tables) {
+		fill_header(p);
+		plan_publish(&p->t, p->id, moves ? PLAN_DECIDED : PLAN_READY);
+		client_notify(s->client, Q_PLAN, s->handle, p->id, moves ? PLAN_DECIDED : PLAN_READY);
+	}
+	account(p);
+	p->phase = PHASE_MOVE;
+	if (moves) {
+		mover_start(p);
+	} else {
+		p->phase = PHASE_READY;
+		if (p->saving)
+			manager_applied(s, p, NULL);
+	}
+}
+
+/* On the loop, holding the job's reference: the tables are filled. */
+static void decided(struct plan *p)
+{
+	struct seq *s = p->seq;
+
+	s->refs++;
+	p->phase = PHASE_MOVE;
+	if (!p->error && p->epoch == s->epoch)
+		s->scored = MAX(s->scored, p->watermark);
+	if (p->error || p->epoch != s->epoch || s->state == SEQ_CLOSING)
+		p->over = true;
+	if (p->error)
+		log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-p->error));
+	if (!p->over) {
+		sum_up(p);
+		if (p->wanted && s->wanted)
+			memset(s->wanted, 0, BITS_WORDS(s->max_rows) * sizeof(uint64_t));
+		if (p->private_tables && !p->saving) {
+			account(p); /* observe, frozen: counted and not published */
+			p->over = true;
+			s->requested = 0;
+		} else if (nothing_moves(p) && !p->requested) {
+			account(p);
+			p->phase = PHASE_READY;
+			manager_applied(s, p, NULL);
+		} else {
+			if (p->requested && s->requested <= s->plan_id + 1)
+				s->requested = 0;
+			publish(p);
+		}
+	}
+	repack_unpark(s);
+	plan_unref(p);
+	seq_unref(s);
+}
+
+void manager_moved(struct plan *p)
+{
+	struct seq *s = p->seq;
+	struct core *c = s->core;
+
+	s->refs++;
+	if (!p->over && (p->missed || p->error)) {
+		bool again = s->retries++ < MAX_RETRIES;
+
+		log_line(again ? 5 : 4, "plan %llu: seq %016llx: %s, %s", (unsigned long long)p->id,
+			 (unsigned long long)s->handle, p->missed ? "a promotion missed" : strerror(-p->error),
+			 again ? "planned again" : "given up until the next rows");
+		plan_cancel(p);
+		s->again = again;
+		if (p->requested && again)
+			s->requested = s->plan_id + 1;
+		for (uint32_t w = 0; p->wanted && s->wanted && w < p->words; w++)
+			s->wanted[w] |= p->wanted[w];
+	} else if (!p->over) {
+		s->retries = 0;
+		p->phase = PHASE_READY;
+		c->stat.rows_promoted[KVT_TIER_DEVICE] += p->rows_in;
+		if (p->saving) {
+			manager_applied(s, p, NULL);
+		} else if (p->rows_out || p->rows_in) {
+			plan_set_state(p->t.hdr, PLAN_READY);
+			core_feed(c, FEED_READY, s, p->id, 0, NULL);
+			client_notify(s->client, Q_PLAN, s->handle, p->id, PLAN_READY);
+		}
+	}
+	plan_unref(p);
+	seq_unref(s);
+}
+
+/* ---- applying -------------------------------------------------------------------------- */
+
+void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
+{
+	struct core *c = s->core;
+	struct index *ix = &s->ix;
+
+	for (uint32_t l = 0; l < ix->lanes; l++) {
+		const uint64_t *after = p->t.resident + (uint64_t)l * p->words,
+			       *drop = p->drop + (uint64_t)l * p->words;
+
+		if (nack && bits_test(nack, l))
+			continue;
+		memcpy(index_bits(ix, KVT_TIER_DEVICE, l), after, p->words * sizeof(uint64_t));
+		if (p->dropped[l])
+			for (int t = 0; t < KVT_TIERS; t++) {
+				uint64_t *on = index_bits(ix, t, l);
+
+				for (uint32_t w = 0; w < p->words; w++)
+					on[w] &= ~drop[w];
+			}
+		ix->resident[l] = bits_rank(index_bits(ix, KVT_TIER_DEVICE, l), ix->rows);
+		c->stat.rows_dropped += p->dropped[l];
+		index_sweep(ix, &c->pages, l);
+	}
+	c->stat.plans_acked += p->id != 0;
+	if (p->id)
+		core_feed(c, FEED_ACK, s, p->id, 0, NULL);
+	settle_start(s, p->to_nvme, p->words);
+	p->over = true; /* done with */
+	seq_recount(s);
+	manager_headroom(s);
+}
+
+/* How many rows may come before a lane exceeds its budget by the slack, and what its layout can hold. */
+void manager_headroom(struct seq *s)
+{
+	const struct config *cfg = &s->core->cfg;
+	uint64_t room = ROWS_ALL, head = ROWS_ALL;
+
+	for (uint32_t l = 0; s->layout && l < s->ix.lanes; l++) {
+		uint64_t have = s->ix.resident[l], cap = s->layout[s->model->lane_layer[l]].cap;
+		uint64_t budget = s->device_table ? s->device_table[l] : s->budget[KVT_TIER_DEVICE];
+
+		room = MIN(room, cap > have ? cap - have : 0);
+		if (s->budget_default)
+			budget = ROWS_ALL;
+		budget = MIN(budget, s->device_cap);
+		if (budget != ROWS_ALL)
+			head = MIN(head, budget + s->slack > have ? budget + s->slack - have : 0);
+	}
+	/* A share of a growing length: due when the length grew by the slack and a sixteenth. */
+	if (s->budget_default && (cfg->budget_device || cfg->budget_dram || cfg->budget_nvme))
+		head = MIN(head, s->slack + s->ix.rows / 16);
+	s->room = (uint32_t)room;
+	/* Where a plan could not reach the budget the next one waits for new rows all the same. */
+	s->headroom = (uint32_t)MAX(head, s->slack);
+}
+
+void manager_consider(struct seq *s)
+{
+	int r;
+
+	if (s->plan || s->state != SEQ_LIVE || s->cut != ROWS_ALL || !s->rows || s->core->freeing)
+		return;
+	if (!s->requested && !s->again &&
+	    (s->manual || s->headroom == ROWS_ALL || s->rows - s->ix.rows <= s->headroom))
+		return;
+	s->again = false;
+	r = manager_plan(s, false);
+	if (r < 0)
+		log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-r));
+}

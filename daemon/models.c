@@ -1,0 +1,151 @@
+/* SPDX-License-Identifier: MIT */
+/* Model descriptions and regions: what a client declares before it opens sequences. */
+#include <openssl/sha.h>
+#include <string.h>
+#include "daemon/internal.h"
+#include "ipc/codec.h"
+#include "shm/util.h"
+
+/* Names what must agree for rows to be interchangeable: everything in the description. */
+static uint64_t fingerprint(const struct wire_model *m)
+{
+	uint8_t digest[SHA256_DIGEST_LENGTH];
+	uint64_t ret;
+
+	/* Behind the header, which carries a cookie. */
+	SHA256((const uint8_t *)m + sizeof(m->hdr), wire_model_len(m->n_layers) - sizeof(m->hdr), digest);
+	memcpy(&ret, digest, sizeof(ret));
+	return ret;
+}
+
+static void model_free(struct model *m)
+{
+	free(m->layer);
+	free(m->lane_layer);
+	free(m->lane_head);
+	free(m);
+}
+
+static struct model *model_make(const struct wire_model *w)
+{
+	uint32_t lanes = wire_model_lanes(w), lane = 0;
+	struct model *m = calloc(1, sizeof(*m));
+
+	if (!m)
+		return NULL;
+	m->layer = calloc(w->n_layers, sizeof(*m->layer));
+	m->lane_layer = calloc(lanes, sizeof(*m->lane_layer));
+	m->lane_head = calloc(lanes, sizeof(*m->lane_head));
+	if (!m->layer || !m->lane_layer || !m->lane_head) {
+		model_free(m);
+		return NULL;
+	}
+	memcpy(m->layer, w->layer, w->n_layers * sizeof(*m->layer));
+	memcpy(m->name, w->name, sizeof(m->name));
+	m->lanes = lanes;
+	m->n_layers = w->n_layers;
+	m->dtype = w->dtype;
+	m->head_dim = w->head_dim;
+	m->rope = w->rope;
+	m->rank = w->rank;
+	m->world = w->world;
+	m->first_head = w->first_head;
+	for (uint32_t i = 0; i < w->n_layers; i++) {
+		m->heads = MAX(m->heads, w->layer[i].kv_heads);
+		for (uint32_t h = 0; h < w->layer[i].kv_heads; h++, lane++) {
+			m->lane_layer[lane] = (uint16_t)i;
+			m->lane_head[lane] = (uint16_t)h;
+			m->row_bytes_all += lane_bytes(m, lane);
+		}
+	}
+	return m;
+}
+
+struct model *model_get(struct core *c, const struct wire_model *w)
+{
+	uint64_t fp = fingerprint(w);
+	struct model *m;
+
+	LIST_FOREACH(m, &c->models, link)
+		if (m->fingerprint == fp) {
+			m->refs++;
+			return m;
+		}
+	m = model_make(w);
+	if (!m)
+		return NULL;
+	m->fingerprint = fp;
+	m->refs = 1;
+	LIST_INSERT_HEAD(&c->models, m, link);
+	c->n_models++;
+	return m;
+}
+
+struct model *model_ref(struct model *m)
+{
+	m->refs++;
+	return m;
+}
+
+void model_unref(struct core *c, struct model *m)
+{
+	if (--m->refs)
+		return;
+	/* Plans hold sequences and those hold the model, so no policy object of it is in use. */
+	policies_forget_model(c, m);
+	LIST_REMOVE(m, link);
+	c->n_models--;
+	model_free(m);
+}
+
+int region_new(struct region **ret, struct client *cl, uint64_t bytes)
+{
+	struct core *c = cl->core;
+	struct region *g = calloc(1, sizeof(*g));
+	int r;
+
+	if (!g)
+		return -ENOMEM;
+	g->seg = (struct seg)SEG_INIT;
+	g->refs = 1;
+	g->client = cl;
+	g->tenant = cl->tenant;
+	r = seg_create(&g->seg, SEG_EXCHANGE, "kvtier-region", bytes, 0);
+	if (r < 0)
+		goto fail;
+	r = device_host_ops.attach(&g->mem, g->seg.fd, g->seg.size);
+	if (r < 0)
+		goto fail;
+	g->handle = handle_add(c->regions, g, cl);
+	if (!g->handle) {
+		r = -ENOMEM;
+		goto fail;
+	}
+	g->tenant->region_bytes += g->seg.size;
+	LIST_INSERT_HEAD(&cl->regions, g, link);
+	LIST_INSERT_HEAD(&c->all_regions, g, all);
+	*ret = g;
+	return 0;
+fail:
+	device_host_ops.detach(g->mem);
+	seg_close(&g->seg);
+	free(g);
+	return r;
+}
+
+struct region *region_ref(struct region *g)
+{
+	g->refs++;
+	return g;
+}
+
+void region_unref(struct core *c, struct region *g)
+{
+	if (--g->refs)
+		return;
+	LIST_REMOVE(g, all);
+	g->tenant->region_bytes -= g->seg.size;
+	device_host_ops.detach(g->mem);
+	seg_close(&g->seg);
+	free(g);
+}

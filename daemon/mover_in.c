@@ -1,0 +1,211 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * In: the rows of a plan's bring_in. Whole pages are read, checked by a worker
+ * and only then are the wanted rows written to the lane's stage slots, in
+ * ascending position: slot = cap + rank among the lane's promoted rows.
+ */
+#include <string.h>
+#include "daemon/internal.h"
+#include "shm/util.h"
+
+#define JOB_PAGES 32u
+
+struct in_job {
+	struct job job;
+	unsigned n;
+	struct pio *io[JOB_PAGES]; /* of any plans */
+};
+
+/* Write the wanted rows of one checked page, in runs of neighbouring slots. */
+static int scatter(const struct plan *p, const struct pio *io)
+{
+	const struct seq *s = p->seq;
+	const struct page *page = io->page;
+	const uint64_t *in = p->t.bring_in + (uint64_t)page->lane * p->words;
+	uint32_t cap = s->layout[s->model->lane_layer[page->lane]].cap;
+	uint32_t pick[PAGE_ROWS], n = 0, first = 0, row = 0, at = page->first, rank = bits_rank(in, at);
+	struct device_lane lane;
+	int r = 0;
+
+	seq_lane(s, page->lane, &lane);
+	for (uint32_t w = 0; w < page->span && !r; w++, at += 64) {
+		uint64_t all = index_window(in, p->words, at);
+
+		for (uint64_t rows = page->pos[w]; rows && !r; rows &= rows - 1, row++) {
+			uint64_t bit = rows & -rows;
+			uint32_t slot = cap + rank + (uint32_t)__builtin_popcountll(all & (bit - 1));
+
+			if (!(io->words[w] & bit))
+				continue;
+			if (n && slot != first + n) {
+				r = device_host_ops.scatter(p->region->mem, &lane, io->io.buf, page->rows, pick,
+							    first, n);
+				n = 0;
+			}
+			if (!n)
+				first = slot;
+			pick[n++] = row;
+		}
+		rank += (uint32_t)__builtin_popcountll(all);
+	}
+	if (n && !r)
+		r = device_host_ops.scatter(p->region->mem, &lane, io->io.buf, page->rows, pick, first, n);
+	return r;
+}
+
+static void in_run(struct job *j, struct worker_ctx *w)
+{
+	struct in_job *b = container_of(j, struct in_job, job);
+
+	for (unsigned i = 0; i < b->n; i++) {
+		struct pio *io = b->io[i];
+
+		io->error = page_verify(io->page, io->io.buf) ? scatter(io->owner, io) : -EBADMSG;
+	}
+}
+
+static void in_finish(struct pio *io)
+{
+	struct plan *p = io->owner;
+	struct seq *s = p->seq;
+	int r = io->error;
+
+	if (r == -ENOSPC || r == -ERANGE || r == -ENOMEM) {
+		p->error = r; /* no room in the region, none here: no miss */
+	} else if (r < 0) {
+		p->missed = true;
+		if (s->state != SEQ_CLOSING)
+			mover_lost(s, io->page, io->tier, r);
+	}
+	pio_free(io);
+	plan_unref(p);
+}
+
+static void in_done(struct job *j)
+{
+	struct in_job *b = container_of(j, struct in_job, job);
+
+	for (unsigned i = 0; i < b->n; i++)
+		in_finish(b->io[i]);
+	free(b);
+}
+
+void mover_in_flush(struct core *c)
+{
+	struct in_job *b = c->in_batch;
+
+	if (!b)
+		return;
+	c->in_batch = NULL;
+	b->job.run = in_run;
+	b->job.done = in_done;
+	b->job.tenant = ((struct plan *)b->io[0]->owner)->seq->tenant->index;
+	workers_put(c->workers, &b->job);
+}
+
+static void in_end(struct pio *io)
+{
+	struct core *c = io->core;
+	struct plan *p = io->owner;
+
+	if (io->io.res < 0 || p->over) {
+		io->error = io->io.res;
+		in_finish(io);
+		return;
+	}
+	if (!c->in_batch)
+		c->in_batch = calloc(1, sizeof(*c->in_batch));
+	if (!c->in_batch) {
+		io->error = -ENOMEM;
+		in_finish(io);
+		return;
+	}
+	c->in_batch->io[c->in_batch->n++] = io;
+	c->in_batch->job.bytes += io->page->bytes;
+	if (c->in_batch->n == JOB_PAGES)
+		mover_in_flush(c);
+}
+
+/* Rows wanted back from a page that one of the last plans wrote left too early. */
+static void count_refaults(struct seq *s, const struct page *page, int tier, const uint64_t *mask)
+{
+	uint32_t n = 0;
+
+	if (page->number < s->recent_page[s->nonce % ARRAY_SIZE(s->recent_page)])
+		return;
+	for (uint32_t w = 0; w < page->span; w++)
+		n += (uint32_t)__builtin_popcountll(mask[w]);
+	s->refaults += n;
+	s->core->stat.refaults[tier] += n;
+}
+
+/* Ask for the pages of one tier that hold needed rows of the lane; those rows leave p->need. */
+static int lane_in(struct plan *p, uint32_t lane, int tier, unsigned *made)
+{
+	struct seq *s = p->seq;
+	struct core *c = s->core;
+	struct lane_pages *lp = &s->ix.lane[lane];
+
+	for (uint32_t i = 0; i < lp->n; i++) {
+		struct page *page = lp->v[i];
+		uint64_t mask[PAGE_SPAN], any = 0;
+		struct pio *io;
+
+		if (!index_alive(&s->ix, page, tier, mask))
+			continue;
+		for (uint32_t w = 0; w < page->span; w++) {
+			mask[w] &= index_window(p->need, p->words, page->first + w * 64);
+			any |= mask[w];
+		}
+		if (!any)
+			continue;
+		for (uint32_t w = 0; w < page->span; w++)
+			for (uint64_t m = mask[w]; m; m &= m - 1)
+				bits_clear(p->need, page->first + w * 64 + (uint32_t)__builtin_ctzll(m));
+		io = pio_new(c, page, tier, in_end, p);
+		if (!io)
+			return -ENOMEM;
+		memcpy(io->words, mask, page->span * sizeof(uint64_t));
+		count_refaults(s, page, tier, mask);
+		p->refs++;
+		pio_read(io);
+		(*made)++;
+	}
+	return 0;
+}
+
+unsigned mover_in(struct plan *p, unsigned pages)
+{
+	struct seq *s = p->seq;
+	unsigned made = 0;
+
+	for (; p->in_lane < s->ix.lanes && made < pages; p->in_lane++) {
+		uint32_t l = p->in_lane;
+		int r;
+
+		if (!p->in[l])
+			continue;
+		memcpy(p->need, p->t.bring_in + (uint64_t)l * p->words, p->words * sizeof(uint64_t));
+		r = lane_in(p, l, KVT_TIER_DRAM, &made);
+		if (!r)
+			r = lane_in(p, l, KVT_TIER_NVME, &made);
+		if (r < 0) {
+			p->error = r;
+			break;
+		}
+		if (bits_next(p->need, 0, p->watermark) < p->watermark) {
+			s->core->stat.miss_stale++;
+			s->misses++;
+			p->missed = true;
+			for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+				uint64_t *on = index_bits(&s->ix, t, l);
+
+				for (uint32_t w = 0; w < p->words; w++)
+					on[w] &= ~p->need[w];
+			}
+			break;
+		}
+	}
+	p->in_done = p->in_lane == s->ix.lanes || p->error || p->missed;
+	return made;
+}

@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Scores on workers: rows are copied out of the region first, because the
+ * client may still write it, then the policy reads the copy. Keys go straight
+ * into the index: while a plan is being made nobody else touches them.
+ */
+#include <string.h>
+#include "daemon/internal.h"
+#include "policy/decide.h"
+#include "shm/util.h"
+
+#define CHUNK_ROWS 1024u
+
+/* The runtime's own scores: one copy per lane. */
+static int from_plane(struct plan *p, uint32_t lane, struct worker_ctx *w)
+{
+	struct seq *s = p->seq;
+	const struct wire_layout *y = &s->layout[s->model->lane_layer[lane]];
+	uint32_t n = p->watermark - p->from;
+	uint64_t off = y->score_off + s->model->lane_head[lane] * y->score_head_stride +
+		       (uint64_t)p->from * sizeof(float);
+	float *buf = worker_scratch(w, n * sizeof(float));
+	int r = buf ? device_host_ops.read(p->region->mem, off, buf, n * sizeof(float)) : -ENOMEM;
+
+	if (!r)
+		score_keys(buf, s->ix.key + (size_t)lane * s->ix.cap + p->from, n);
+	return r;
+}
+
+struct rows {
+	uint32_t n, first_pos, first_slot;
+	const uint32_t *pos; /* NULL: consecutive */
+};
+
+/* Slots [first, first + n) of one plane, in pieces that the device takes at once. */
+static int copy_plane(struct device_mem *mem, const struct device_lane *lane, uint32_t first, uint32_t n,
+		      char *dst)
+{
+	uint32_t width = lane->k_bytes + lane->v_bytes, slots[256], crc = 0, step;
+	int r = 0;
+
+	step = width ? MIN(ARRAY_SIZE(slots), TIER_MAX_PAGE / width) : n;
+	for (uint32_t at = 0; width && at < n && !r; at += step) {
+		uint32_t k = MIN(step, n - at);
+
+		for (uint32_t i = 0; i < k; i++)
+			slots[i] = first + at + i;
+		r = device_host_ops.gather(mem, lane, slots, k, dst + (size_t)at * width, &crc);
+	}
+	return r;
+}
+
+static int copy_rows(const struct plan *p, uint32_t lane, const struct rows *rw, char *k, char *v)
+{
+	struct device_lane only_k, only_v;
+	int r;
+
+	seq_lane(p->seq, lane, &only_k);
+	only_v = only_k;
+	only_k.v_bytes = 0;
+	only_v.k_bytes = 0;
+	r = copy_plane(p->region->mem, &only_k, rw->first_slot, rw->n, k);
+	return r ? r : copy_plane(p->region->mem, &only_v, rw->first_slot, rw->n, v);
+}
+
+/* Scratch: positions (the caller's), scores, keys, then the K and V planes. */
+static int score_rows(struct plan *p, uint32_t lane, const struct rows *rw, struct worker_ctx *w)
+{
+	struct seq *s = p->seq;
+	const struct model *m = s->model;
+	const struct wire_layer *y = &m->layer[m->lane_layer[lane]];
+	bool data = p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V);
+	uint16_t *key = s->ix.key + (size_t)lane * s->ix.cap, *keys;
+	float *scores = (float *)((char *)w->buf + rw->n * sizeof(uint32_t));
+	char *k, *v;
+	int r;
+
+	keys = (uint16_t *)(scores + rw->n);
+	k = (char *)ALIGN_UP((uintptr_t)(keys + rw->n), 64);
+	v = (char *)ALIGN_UP((uintptr_t)k + (size_t)rw->n * y->k_bytes, 64);
+	r = data ? copy_rows(p, lane, rw, k, v) : 0;
+	if (!r) {
+		struct policy_batch b = {
+			.lane = (uint32_t)m->lane_layer[lane] * m->heads + m->lane_head[lane],
+			.n = rw->n,
+			.k = data ? k : NULL,
+			.v = data ? v : NULL,
+			.k_stride = y->k_bytes,
+			.v_stride = y->v_bytes,
+			.pos = rw->pos,
+			.first_pos = rw->first_pos,
+			.total = p->watermark,
+			.nonce = s->nonce,
+		};
+
+		r = p->use->ops->score(p->use->policy, &b, scores);
+	}
+	if (r < 0)
+		return r;
+	score_keys(scores, keys, rw->n);
+	for (uint32_t i = 0; i < rw->n; i++)
+		key[rw->pos ? rw->pos[i] : rw->first_pos + i] = keys[i];
+	return 0;
+}
+
+static size_t scratch_for(const struct model *m, uint32_t lane, uint32_t n)
+{
+	return (size_t)n * (2 * sizeof(uint32_t) + sizeof(uint16_t) + lane_bytes(m, lane)) + 256;
+}
+
+/* Rows are scored by themselves, once, in chunks that stay in cache. */
+static int score_new(struct plan *p, uint32_t lane, struct worker_ctx *w)
+{
+	uint32_t slot = bits_rank(index_bits(&p->seq->ix, KVT_TIER_DEVICE, lane), p->from);
+
+	if (!worker_scratch(w, scratch_for(p->seq->model, lane, CHUNK_ROWS)))
+		return -ENOMEM;
+	for (uint32_t at = p->from; at < p->watermark; at += CHUNK_ROWS) {
+		struct rows rw = {.n = MIN(CHUNK_ROWS, p->watermark - at),
+				  .first_pos = at,
+				  .first_slot = slot + (at - p->from)};
+		int r = score_rows(p, lane, &rw, w);
+
+		if (r < 0)
+			return r;
+	}
+	return 0;
+}
+
+/* The policy compares rows: everything in the device tier again, in one batch. */
+static int score_all(struct plan *p, uint32_t lane, struct worker_ctx *w)
+{
+	struct seq *s = p->seq;
+	const uint64_t *dev = index_bits(&s->ix, KVT_TIER_DEVICE, lane);
+	struct rows rw = {.n = s->ix.resident[lane]};
+	uint32_t *pos = worker_scratch(w, scratch_for(s->model, lane, rw.n)), n = 0;
+
+	if (!pos)
+		return -ENOMEM;
+	bits_for_each(i, dev, p->watermark)
+		pos[n++] = i;
+	rw.pos = pos;
+	return rw.n ? score_rows(p, lane, &rw, w) : 0;
+}
+
+int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w)
+{
+	unsigned caps = p->use->ops->caps;
+	int r = 0;
+
+	if (p->from >= p->watermark && !(caps & POLICY_CONTEXT))
+		return 0;
+	for (uint32_t l = lo; l < hi && !r; l++) {
+		if (p->use->ops->id == POLICY_CLIENT)
+			r = from_plane(p, l, w);
+		else
+			r = caps & POLICY_CONTEXT ? score_all(p, l, w) : score_new(p, l, w);
+	}
+	return r;
+}

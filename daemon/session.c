@@ -1,0 +1,465 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Sessions: accept, limits, messages in and replies out, ring hints, and the
+ * end of a client for whatever reason. A client that breaks a rule is ended
+ * with one log line; nobody else notices.
+ */
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include "daemon/internal.h"
+#include "ipc/codec.h"
+#include "ipc/sock.h"
+#include "shm/util.h"
+
+#define HINTS 256u   /* ring entries handled in one slice */
+#define MESSAGES 16u /* socket messages likewise */
+#define MAX_CLIENTS 4096u
+
+struct listener {
+	LIST_ENTRY(listener) link;
+	struct core *core;
+	int fd, tenant;
+	sd_event_source *io;
+};
+
+/* ---- out ------------------------------------------------------------------------- */
+
+int client_reply(struct client *cl, struct wire_reply *r, const int *fds, unsigned n)
+{
+	int e = cl->dead ? -EPIPE : sock_send(cl->fd, r, r->hdr.len, fds, n);
+
+	if (e == -EAGAIN)
+		client_end(cl, "does not read its replies");
+	else if (e < 0 && !cl->dead)
+		client_end(cl, NULL);
+	return e;
+}
+
+void client_fail(struct client *cl, const struct wire_hdr *req, int status, const char *text)
+{
+	struct wire_reply r;
+
+	wire_reply_init(&r, req, sizeof(r), status, "%s", text ? text : "");
+	client_reply(cl, &r, NULL, 0);
+}
+
+void client_notify(struct client *cl, uint32_t type, uint64_t handle, uint64_t a, uint64_t b)
+{
+	struct ring_entry e = {.type = type, .handle = handle, .arg = {a, b}};
+	const uint64_t one = 1;
+	int r;
+
+	if (cl->dead)
+		return;
+	r = ring_push(&cl->cq, &e);
+	if (r == -EPROTO)
+		client_end(cl, "complete ring: impossible cursor");
+	else if (r == 1)
+		(void)!write(cl->notify_fd, &one, sizeof(one));
+	/* Full: the client finds the plan by peeking. */
+}
+
+/* ---- in --------------------------------------------------------------------------- */
+
+static bool handle_hint(struct client *cl, const struct ring_entry *e)
+{
+	struct core *c = cl->core;
+	struct seq *s = handle_get(c->seqs, e->handle, cl);
+
+	if (e->type != Q_DIRTY) {
+		client_end(cl, "submit ring: entry type %u is not known", e->type);
+		return false;
+	}
+	if (!s) {
+		/* Ours to end at any time, so a stale handle is no crime; one that is someone else's is. */
+		if (!e->handle || (uint32_t)e->handle >= CORE_MAX_SEQS ||
+		    (handle_get(c->seqs, e->handle, NULL) &&
+		     ((struct seq *)handle_get(c->seqs, e->handle, NULL))->client)) {
+			client_end(cl, "submit ring: handle %016llx is not its own",
+				   (unsigned long long)e->handle);
+			return false;
+		}
+		return true;
+	}
+	seq_poll(s);
+	return !cl->dead;
+}
+
+/* Drain hints. Returns false when the client was ended. */
+static bool drain_ring(struct client *cl)
+{
+	struct ring_entry e;
+
+	if (cl->dead)
+		return false;
+	ring_awake(&cl->sq);
+	for (unsigned i = 0; i < HINTS; i++) {
+		int r = ring_pop(&cl->sq, &e);
+
+		if (r == -EPROTO) {
+			client_end(cl, "submit ring: impossible cursor");
+			return false;
+		}
+		if (r == 0) {
+			if (ring_sleep(&cl->sq))
+				return true;
+			continue;
+		}
+		if (!handle_hint(cl, &e))
+			return false;
+	}
+	sd_event_source_set_enabled(cl->again, SD_EVENT_ONESHOT);
+	return true;
+}
+
+static int on_again(sd_event_source *src, void *arg)
+{
+	drain_ring(arg);
+	return 0;
+}
+
+static int on_wake(sd_event_source *src, int fd, uint32_t revents, void *arg)
+{
+	uint64_t n;
+
+	if (read(fd, &n, sizeof(n)) < 0 && errno != EAGAIN)
+		return 0;
+	drain_ring(arg);
+	return 0;
+}
+
+static int on_death(sd_event_source *src, int fd, uint32_t revents, void *arg)
+{
+	client_end(arg, NULL);
+	return 0;
+}
+
+/* One message is in buf. false: stop reading. */
+static bool handle_message(struct client *cl, void *buf, size_t len)
+{
+	const struct wire_hdr *h = buf;
+	char err[WIRE_TEXT] = "";
+	int r = wire_check(buf, len, false, err, sizeof(err));
+
+	if (r == KVT_E_PROTO) {
+		if (len >= sizeof(*h))
+			client_fail(cl, h, r, err);
+		client_end(cl, "message: %s", err);
+		return false;
+	}
+	if (r < 0) {
+		client_fail(cl, h, r, err);
+		return !cl->dead;
+	}
+	if (!cl->hello && h->type != W_HELLO && h->type != W_ADMIN) {
+		client_end(cl, "message: %s before hello", wire_type_name(h->type));
+		return false;
+	}
+	/* What the client published before this message happened before it. */
+	if (cl->hello && !drain_ring(cl))
+		return false;
+	if (request_handle(cl, h) == KVT_AGAIN) {
+		cl->held = malloc(len);
+		if (cl->held) {
+			memcpy(cl->held, buf, len);
+		} else {
+			cl->waits->waiter = NULL;
+			cl->waits = NULL;
+			client_fail(cl, h, KVT_E_NOMEM, "out of memory");
+		}
+	}
+	return !cl->dead;
+}
+
+static int on_message(sd_event_source *src, int fd, uint32_t revents, void *arg)
+{
+	static _Alignas(8) uint8_t buf[WIRE_MAX]; /* the loop's */
+	struct client *cl = arg;
+
+	for (unsigned i = 0; i < MESSAGES; i++) {
+		ssize_t n;
+
+		if (cl->waits) {
+			/* Level-triggered: look away until it may go on, but notice the end. */
+			sd_event_source_set_io_events(cl->io, EPOLLRDHUP);
+			if (revents & (EPOLLHUP | EPOLLRDHUP | EPOLLERR))
+				client_end(cl, NULL);
+			return 0;
+		}
+		n = sock_recv(cl->fd, buf, sizeof(buf), NULL, NULL);
+		if (n == -EAGAIN)
+			return 0;
+		if (n == 0 || n == -ECONNRESET) {
+			client_end(cl, NULL);
+			return 0;
+		}
+		if (n < 0) {
+			client_end(cl, "message: %s",
+				   n == -EPROTO ? "cut short or with descriptors" : strerror((int)-n));
+			return 0;
+		}
+		if (!handle_message(cl, buf, (size_t)n))
+			return 0;
+	}
+	return 0;
+}
+
+static int on_retry(sd_event_source *src, void *arg)
+{
+	struct client *cl = arg;
+	struct wire_hdr *held = cl->held;
+
+	if (cl->dead || cl->waits)
+		return 0;
+	sd_event_source_set_io_events(cl->io, EPOLLIN);
+	cl->held = NULL;
+	if (held && request_handle(cl, held) == KVT_AGAIN)
+		cl->held = held;
+	else
+		free(held);
+	return 0;
+}
+
+void client_retry(struct client *cl)
+{
+	if (!cl->dead)
+		sd_event_source_set_enabled(cl->retry, SD_EVENT_ONESHOT);
+}
+
+/* ---- coming and going ----------------------------------------------------------------- */
+
+static int on_reap_clients(sd_event_source *src, void *arg)
+{
+	struct core *c = arg;
+	struct client *cl;
+
+	while ((cl = LIST_FIRST(&c->ended))) {
+		LIST_REMOVE(cl, link);
+		client_free(cl);
+	}
+	return 0;
+}
+
+void client_free(struct client *cl)
+{
+	sd_event_source_disable_unref(cl->io);
+	sd_event_source_disable_unref(cl->wake);
+	sd_event_source_disable_unref(cl->death);
+	sd_event_source_disable_unref(cl->again);
+	sd_event_source_disable_unref(cl->retry);
+	close_fdp(&cl->fd);
+	close_fdp(&cl->wake_fd);
+	close_fdp(&cl->notify_fd);
+	close_fdp(&cl->pid_fd);
+	seg_close(&cl->ctl);
+	plan_mem_unref(cl->plans);
+	free(cl->slot_used);
+	free(cl->models);
+	free(cl->held);
+	free(cl);
+}
+
+static void say_end(const struct client *cl, const char *fmt, va_list ap)
+{
+	char why[256];
+
+	vsnprintf(why, sizeof(why), fmt, ap);
+	for (char *p = why; *p; p++)
+		if ((unsigned char)*p < 0x20 || *p == 0x7f)
+			*p = '?';
+	log_line(4, "client %u \"%s\" pid %d uid %u ended: %s", cl->id, cl->name, (int)cl->pid,
+		 (unsigned)cl->uid, why);
+}
+
+void client_end(struct client *cl, const char *fmt, ...)
+{
+	struct core *c = cl->core;
+	struct region *g;
+	struct seq *s;
+	va_list ap;
+
+	if (cl->dead)
+		return;
+	cl->dead = true; /* callers up the stack still hold it: freed from the loop */
+	if (fmt) {
+		va_start(ap, fmt);
+		say_end(cl, fmt, ap);
+		va_end(ap);
+		c->stat.hangups_protocol++;
+	}
+	sd_event_source_set_enabled(cl->io, SD_EVENT_OFF);
+	if (cl->wake)
+		sd_event_source_set_enabled(cl->wake, SD_EVENT_OFF);
+	if (cl->death)
+		sd_event_source_set_enabled(cl->death, SD_EVENT_OFF);
+	if (cl->waits) {
+		if (cl->waits->closer == cl)
+			cl->waits->closer = NULL;
+		if (cl->waits->waiter == cl)
+			cl->waits->waiter = NULL;
+		cl->waits = NULL;
+	}
+	while ((s = LIST_FIRST(&cl->seqs))) {
+		s->refs++;
+		seq_last_words(s);
+		seq_unbind(s);
+		seq_leave(s, false);
+		seq_unref(s);
+	}
+	while ((g = LIST_FIRST(&cl->regions))) {
+		LIST_REMOVE(g, link);
+		g->client = NULL;
+		handle_del(c->regions, g->handle);
+		region_unref(c, g);
+	}
+	for (uint32_t i = 0; i < cl->n_models; i++)
+		model_unref(c, cl->models[i]);
+	cl->n_models = 0;
+	close_fdp(&cl->fd);
+	cl->fd = -1;
+	c->stat.plan_bytes -= cl->plans ? cl->plans->seg.size : 0;
+	c->n_clients--;
+	LIST_REMOVE(cl, link);
+	LIST_INSERT_HEAD(&c->ended, cl, link);
+	core_feed(c, FEED_CLIENT, NULL, cl->id, 0, NULL);
+	if (!c->freeing)
+		sd_event_source_set_enabled(c->reap_clients, SD_EVENT_ONESHOT);
+}
+
+static uint32_t clients_of(const struct core *c, const struct tenant *t, uid_t uid)
+{
+	const struct client *cl;
+	uint32_t n = 0;
+
+	LIST_FOREACH(cl, &c->clients, link)
+		n += cl->tenant == t && cl->uid == uid;
+	return n;
+}
+
+static int client_new(struct core *c, int fd, struct tenant *t, const struct sock_peer *peer)
+{
+	struct client *cl = calloc(1, sizeof(*cl));
+	int r;
+
+	if (!cl)
+		return -ENOMEM;
+	cl->core = c;
+	cl->fd = cl->wake_fd = cl->notify_fd = cl->pid_fd = -1;
+	cl->ctl = (struct seg)SEG_INIT;
+	cl->id = ++c->next_client;
+	cl->tenant = t;
+	cl->uid = peer->uid;
+	cl->pid = peer->pid;
+	LIST_INIT(&cl->seqs);
+	LIST_INIT(&cl->regions);
+	r = sd_event_add_io(c->ev, &cl->io, fd, EPOLLIN, on_message, cl);
+	if (r >= 0)
+		r = sd_event_add_defer(c->ev, &cl->again, on_again, cl);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(cl->again, SD_EVENT_OFF);
+	if (r >= 0)
+		r = sd_event_add_defer(c->ev, &cl->retry, on_retry, cl);
+	if (r >= 0)
+		r = sd_event_source_set_enabled(cl->retry, SD_EVENT_OFF);
+	if (r >= 0 && peer->pidfd >= 0)
+		r = sd_event_add_io(c->ev, &cl->death, peer->pidfd, EPOLLIN, on_death, cl);
+	if (r < 0) {
+		client_free(cl);
+		return r;
+	}
+	cl->fd = fd;
+	cl->pid_fd = peer->pidfd;
+	LIST_INSERT_HEAD(&c->clients, cl, link);
+	c->n_clients++;
+	return 0;
+}
+
+static int on_accept(sd_event_source *src, int lfd, uint32_t revents, void *arg)
+{
+	struct listener *l = arg;
+	struct core *c = l->core;
+	struct tenant *t = l->tenant < 0 ? NULL : &c->tenant[l->tenant];
+	struct sock_peer peer;
+	int fd = sock_accept(lfd), r;
+
+	if (fd < 0)
+		return 0;
+	r = sock_peer(fd, &peer);
+	if (r < 0) {
+		close(fd);
+		return 0;
+	}
+	if (c->n_clients >= MAX_CLIENTS ||
+	    (t && t->limit.max_clients_per_uid && clients_of(c, t, peer.uid) >= t->limit.max_clients_per_uid)) {
+		log_line(4, "connection of pid %d uid %u refused: max_clients_per_uid %u", (int)peer.pid,
+			 (unsigned)peer.uid, t ? t->limit.max_clients_per_uid : MAX_CLIENTS);
+		r = -EMFILE;
+	} else {
+		r = client_new(c, fd, t, &peer);
+	}
+	if (r < 0) {
+		close_fdp(&peer.pidfd);
+		close(fd);
+	}
+	return 0;
+}
+
+int core_listen(struct core *c, int fd, int tenant)
+{
+	struct listener *l = calloc(1, sizeof(*l));
+	int r;
+
+	if (!l)
+		return KVT_E_NOMEM;
+	l->core = c;
+	l->fd = fd;
+	l->tenant = tenant;
+	r = sd_event_add_io(c->ev, &l->io, fd, EPOLLIN, on_accept, l);
+	if (r < 0) {
+		free(l);
+		return KVT_E_INTERNAL;
+	}
+	LIST_INSERT_HEAD(&c->listeners, l, link);
+	return 0;
+}
+
+void session_stop_listening(struct core *c)
+{
+	struct listener *l;
+
+	while ((l = LIST_FIRST(&c->listeners))) {
+		LIST_REMOVE(l, link);
+		sd_event_source_disable_unref(l->io);
+		close(l->fd);
+		free(l);
+	}
+}
+
+/* Its rings and descriptors exist now: listen to them. */
+int session_attach(struct client *cl)
+{
+	int r = sd_event_add_io(cl->core->ev, &cl->wake, cl->wake_fd, EPOLLIN, on_wake, cl);
+
+	return r < 0 ? r : (drain_ring(cl), 0);
+}
+
+int session_init(struct core *c)
+{
+	int r = sd_event_add_defer(c->ev, &c->reap_clients, on_reap_clients, c);
+
+	return r < 0 ? r : sd_event_source_set_enabled(c->reap_clients, SD_EVENT_OFF);
+}
+
+void session_fini(struct core *c)
+{
+	struct client *cl;
+
+	session_stop_listening(c);
+	while ((cl = LIST_FIRST(&c->clients)))
+		client_end(cl, NULL);
+	on_reap_clients(NULL, c);
+	sd_event_source_disable_unref(c->reap_clients);
+	c->reap_clients = NULL;
+}

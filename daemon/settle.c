@@ -1,0 +1,280 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * What moves from dram to nvme and when: after a plan what it decided, under
+ * the low watermark the coldest pages of the longest idle sequences, at a drain
+ * everything. One list of sequences being settled, lane by lane, with bounded
+ * bytes in flight, so that plans and promotions are not held up.
+ */
+#include <string.h>
+#include "daemon/internal.h"
+#include "shm/util.h"
+
+#define IN_FLIGHT (UINT64_C(16) << 20) /* bytes of background moves */
+#define COLD_LOOK 64u                  /* sequences looked at per tick of the demoter */
+
+struct settle {
+	struct seq *seq; /* a reference */
+	uint32_t lane, words;
+	TAILQ_ENTRY(settle) link;
+	uint64_t want[]; /* [lanes][words]: rows that dram should give up */
+};
+
+void settle_stop(struct seq *s)
+{
+	struct settle *t = s->settle;
+
+	if (!t)
+		return;
+	s->settle = NULL;
+	TAILQ_REMOVE(&s->core->settles, t, link);
+	free(t);
+	seq_unref(s);
+}
+
+static struct settle *settle_new(struct seq *s, uint32_t words)
+{
+	struct settle *t;
+
+	settle_stop(s);
+	t = calloc(1, sizeof(*t) + (size_t)s->ix.lanes * words * sizeof(uint64_t));
+	if (!t)
+		return NULL;
+	t->seq = s;
+	t->words = words;
+	s->refs++;
+	s->settle = t;
+	TAILQ_INSERT_TAIL(&s->core->settles, t, link);
+	mover_kick(s->core);
+	return t;
+}
+
+void settle_start(struct seq *s, const uint64_t *to_nvme, uint32_t words)
+{
+	struct settle *t = NULL;
+
+	if (!s->core->pages.tier[KVT_TIER_NVME])
+		return;
+	for (uint32_t l = 0; l < s->ix.lanes; l++) {
+		const uint64_t *dram = index_bits(&s->ix, KVT_TIER_DRAM, l);
+
+		for (uint32_t w = 0; w < words; w++) {
+			uint64_t v = to_nvme[(uint64_t)l * words + w] & dram[w];
+
+			if (v && !t)
+				t = settle_new(s, words);
+			if (v && !t)
+				return; /* no memory: the rows stay where they are */
+			if (v)
+				t->want[(uint64_t)l * words + w] = v;
+		}
+	}
+}
+
+void settle_flush(struct seq *s)
+{
+	uint32_t words = (uint32_t)BITS_WORDS(s->ix.rows);
+	struct settle *t;
+
+	if (!s->core->pages.tier[KVT_TIER_NVME] || !s->held[KVT_TIER_DRAM])
+		return;
+	t = settle_new(s, words);
+	for (uint32_t l = 0; t && l < s->ix.lanes; l++)
+		memcpy(t->want + (uint64_t)l * words, index_bits(&s->ix, KVT_TIER_DRAM, l),
+		       words * sizeof(uint64_t));
+}
+
+/* Rows of the page that are wanted below and have no copy there. */
+static uint32_t moving_rows(const struct settle *t, const struct page *p, uint64_t mask[PAGE_SPAN],
+			    uint32_t *ret_alive)
+{
+	const struct index *ix = &t->seq->ix;
+	const uint64_t *want = t->want + (uint64_t)t->lane * t->words,
+		       *nvme = index_bits(ix, KVT_TIER_NVME, t->lane);
+	uint32_t n = 0;
+
+	*ret_alive = index_alive(ix, p, KVT_TIER_DRAM, mask);
+	for (uint32_t w = 0; w < p->span; w++) {
+		mask[w] &= index_window(want, t->words, p->first + w * 64) &
+			   ~index_window(nvme, ix->words, p->first + w * 64);
+		n += (uint32_t)__builtin_popcountll(mask[w]);
+	}
+	return n;
+}
+
+/* Rows taken for one new page, on top of its first position. */
+struct taken {
+	struct page *src[REPACK_SOURCES];
+	unsigned n;
+	uint32_t first, rows, span;
+	uint64_t word[PAGE_SPAN];
+};
+
+/* Add what fits of one page's rows; true when something did. */
+static bool take(struct taken *k, struct page *p, const uint64_t *mask)
+{
+	bool any = false;
+
+	for (uint32_t w = 0; w < p->span; w++)
+		for (uint64_t b = mask[w]; b && k->rows < PAGE_ROWS; b &= b - 1) {
+			uint32_t pos = p->first + w * 64 + (uint32_t)__builtin_ctzll(b);
+
+			if (!k->n && !any)
+				k->first = pos;
+			if (pos < k->first || pos - k->first >= PAGE_SPAN * 64)
+				continue;
+			bits_set(k->word, pos - k->first);
+			k->span = MAX(k->span, (pos - k->first) / 64 + 1);
+			k->rows++;
+			any = true;
+		}
+	if (any)
+		k->src[k->n++] = p;
+	return any;
+}
+
+/* Moves of one lane, as far as the bytes in flight allow. true: the lane is done. */
+static bool settle_lane(struct settle *t)
+{
+	struct seq *s = t->seq;
+	struct core *c = s->core;
+	struct lane_pages *lp = &s->ix.lane[t->lane];
+	struct taken k = {.rows = 0};
+	uint64_t *want = t->want + (uint64_t)t->lane * t->words;
+	const uint64_t *nvme = index_bits(&s->ix, KVT_TIER_NVME, t->lane);
+	uint64_t *dram = index_bits(&s->ix, KVT_TIER_DRAM, t->lane);
+
+	/* A second copy exists: dram just lets go. */
+	for (uint32_t w = 0; w < t->words; w++)
+		dram[w] &= ~(want[w] & nvme[w]);
+	for (uint32_t i = 0; i < lp->n; i++) {
+		struct page *p = lp->v[i];
+		uint64_t mask[PAGE_SPAN];
+		uint32_t alive, n;
+
+		if (!page_in(p, KVT_TIER_DRAM) || p->moving)
+			continue;
+		n = moving_rows(t, p, mask, &alive);
+		if (!n)
+			continue;
+		if (c->background_bytes >= IN_FLIGHT)
+			return false;
+		if (n == p->rows && p->refs == 1 && p->origin == s->origin) {
+			if (repack_start(s, &p, 1, KVT_TIER_DRAM, KVT_TIER_NVME, true, 0, NULL, 0) < 0)
+				return true;
+			continue;
+		}
+		take(&k, p, mask);
+		if (k.n == REPACK_SOURCES || k.rows == PAGE_ROWS) {
+			if (repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word,
+					 k.span) < 0)
+				return true;
+			for (uint32_t w = 0; w < k.span; w++) /* what is on its way is not wanted again */
+				for (uint64_t b = k.word[w]; b; b &= b - 1)
+					bits_clear(want, k.first + w * 64 + (uint32_t)__builtin_ctzll(b));
+			memset(&k, 0, sizeof(k));
+		}
+	}
+	if (k.rows)
+		repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word, k.span);
+	index_sweep(&s->ix, &c->pages, t->lane);
+	return true;
+}
+
+void settle_pump(struct core *c)
+{
+	struct settle *t, *next;
+
+	for (t = TAILQ_FIRST(&c->settles); t && c->background_bytes < IN_FLIGHT; t = next) {
+		struct seq *s = t->seq;
+
+		next = TAILQ_NEXT(t, link);
+		if (plan_lent(s) || s->cut != ROWS_ALL)
+			continue;
+		if (t->lane == s->ix.lanes) {
+			settle_stop(s);
+			continue;
+		}
+		while (t->lane < s->ix.lanes && c->background_bytes < IN_FLIGHT && settle_lane(t))
+			t->lane++;
+	}
+}
+
+/* ---- watermarks -------------------------------------------------------------------------- */
+
+/* The colder half of a sequence's dram rows, by key, wants to leave; all of it when it is detached. */
+static uint64_t make_cold(struct seq *s)
+{
+	uint32_t words = (uint32_t)BITS_WORDS(s->ix.rows);
+	struct settle *t = settle_new(s, words);
+	uint64_t bytes = 0;
+
+	for (uint32_t l = 0; t && l < s->ix.lanes; l++) {
+		struct lane_pages *lp = &s->ix.lane[l];
+		const uint16_t *key = s->ix.key + (size_t)l * s->ix.cap;
+		uint64_t sum = 0, n = 0;
+
+		bits_for_each(i, index_bits(&s->ix, KVT_TIER_DRAM, l), s->ix.rows) {
+			sum += key[i];
+			n++;
+		}
+		for (uint32_t i = 0; i < lp->n; i++) {
+			struct page *p = lp->v[i];
+			uint64_t mask[PAGE_SPAN], keys = 0;
+			uint32_t rows = index_alive(&s->ix, p, KVT_TIER_DRAM, mask);
+
+			if (!rows)
+				continue;
+			for (uint32_t w = 0; w < p->span; w++)
+				for (uint64_t b = mask[w]; b; b &= b - 1)
+					keys += key[p->first + w * 64 + (uint32_t)__builtin_ctzll(b)];
+			if (s->state != SEQ_DETACHED && keys * n > sum * rows)
+				continue;
+			bytes += page_room(p->bytes);
+			for (uint32_t w = 0; w < p->span; w++)
+				for (uint64_t b = mask[w]; b; b &= b - 1)
+					bits_set(t->want + (uint64_t)l * words,
+						 p->first + w * 64 + (uint32_t)__builtin_ctzll(b));
+		}
+	}
+	return bytes;
+}
+
+static void demote_cold(struct core *c, uint64_t bytes)
+{
+	struct seq *s, *next;
+	unsigned looked = 0;
+
+	for (s = TAILQ_FIRST(&c->lru); s && bytes && looked < COLD_LOOK; s = next, looked++) {
+		uint64_t n;
+
+		next = TAILQ_NEXT(s, lru);
+		if (s->settle || s->plan || s->cut != ROWS_ALL || !s->held[KVT_TIER_DRAM] ||
+		    s->state == SEQ_CLOSING)
+			continue;
+		n = make_cold(s);
+		bytes -= MIN(bytes, n);
+	}
+}
+
+void settle_watermarks(struct core *c)
+{
+	const struct config_watermarks *marks[KVT_TIERS] = {NULL, &c->cfg.dram_marks, &c->cfg.nvme_marks};
+
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+		struct tier_stat st;
+		uint64_t unit;
+
+		if (!c->pages.tier[t])
+			continue;
+		c->pages.tier[t]->ops->stat(c->pages.tier[t], &st);
+		unit = st.capacity / 1000;
+		c->below_min[t] = st.free < unit * marks[t]->min;
+		if (st.free < unit * marks[t]->low)
+			c->below_low[t] = true;
+		if (st.free >= unit * marks[t]->high)
+			c->below_low[t] = false;
+		if (t == KVT_TIER_DRAM && c->below_low[t] && c->pages.tier[KVT_TIER_NVME] &&
+		    !c->below_min[KVT_TIER_NVME] && TAILQ_EMPTY(&c->settles))
+			demote_cold(c, unit * marks[t]->high - st.free);
+	}
+}

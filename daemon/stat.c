@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: MIT */
+/* Looking: counters of the whole, of a sequence, of its lanes. */
+#include <stdio.h>
+#include <string.h>
+#include <strings.h>
+#include "daemon/internal.h"
+#include "shm/util.h"
+
+void core_stat(struct core *c, struct core_stat *ret)
+{
+	const struct region *g;
+	uint32_t cursor = 0;
+	struct seq *s;
+
+	*ret = c->stat;
+	ret->uptime_ns = now_ns() - c->started_ns;
+	ret->clients = c->n_clients;
+	ret->seqs = c->n_seqs;
+	ret->orphans = c->n_orphans;
+	ret->models = c->n_models;
+	while ((s = handle_next(c->seqs, &cursor, NULL)))
+		ret->rows[KVT_TIER_DEVICE] += (uint64_t)(s->rows - MIN(s->rows, s->ix.rows)) * s->ix.lanes;
+	LIST_FOREACH(g, &c->all_regions, all)
+		ret->bytes[KVT_TIER_DEVICE] += device_host_ops.resident(g->mem);
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
+		if (c->pages.tier[t]) {
+			c->pages.tier[t]->ops->stat(c->pages.tier[t], &ret->tier[t]);
+			for (uint32_t i = 0; i < c->tenants; i++)
+				ret->bytes[t] += c->pages.used[t][i];
+		}
+	ret->marks[KVT_TIER_DRAM] = c->cfg.dram_marks;
+	ret->marks[KVT_TIER_NVME] = c->cfg.nvme_marks;
+	ret->index_bytes = c->seq_index_bytes + c->pages.bytes;
+	ret->staging_bytes = c->pages.tier[KVT_TIER_NVME] ? c->cfg.nvme_staging : 0;
+	ret->observe = c->cfg.observe;
+	ret->frozen = c->frozen;
+	ret->draining = c->draining;
+	memcpy(ret->policy, c->policy, sizeof(ret->policy));
+}
+
+static const char *plan_state(const struct plan *p)
+{
+	static const char *const names[] = {"scoring", "deciding", "moving", "ready"};
+
+	return !p || p->over ? "none" : names[p->phase];
+}
+
+static void fill(const struct seq *s, struct core_seq_stat *ret)
+{
+	const struct core *c = s->core;
+	const struct index *ix = &s->ix;
+	uint64_t now = now_ns(), pages = 0;
+	uint32_t fresh = s->rows - MIN(s->rows, ix->rows);
+
+	*ret = (struct core_seq_stat){
+		.handle = s->handle,
+		.tenant = s->tenant->name,
+		.client = s->client ? s->client->name : "-",
+		.model = s->model ? s->model->name : "-",
+		.policy = s->ops         ? s->ops->name
+			  : s->policy[0] ? s->policy
+					 : c->policy,
+		.rows = s->rows,
+		.epoch = s->epoch,
+		.lanes = ix->lanes,
+		.lifetime = s->lifetime,
+		.ttl_left_s =
+			s->in_gone && s->expires_ns > now ? (uint32_t)((s->expires_ns - now) / 1000000000u) : 0,
+		.budget = {s->device_table ? s->device_table[0] : s->budget[0], s->budget[1], s->budget[2]},
+		.dropped_rows = s->dropped,
+		.plans = s->plans,
+		.plan_id = s->plan_id,
+		.plan_ns_last = s->plan_ns_last,
+		.refaults = s->refaults,
+		.misses = s->misses,
+		.plan_state = plan_state(s->plan),
+	};
+	memcpy(ret->key, s->key, sizeof(ret->key));
+	memcpy(ret->tier_rows, s->tier_rows, sizeof(ret->tier_rows));
+	if (s->budget_default) {
+		bool shares = c->cfg.budget_device || c->cfg.budget_dram || c->cfg.budget_nvme;
+
+		ret->budget[0] =
+			shares ? (uint32_t)((uint64_t)s->rows * c->cfg.budget_device / 1000) : ROWS_ALL;
+		ret->budget[1] = (uint32_t)((uint64_t)s->rows * c->cfg.budget_dram / 1000);
+		ret->budget[2] = (uint32_t)((uint64_t)s->rows * c->cfg.budget_nvme / 1000);
+	}
+	ret->tier_rows[KVT_TIER_DEVICE] += (uint64_t)fresh * ix->lanes;
+	for (uint32_t l = 0; l < ix->lanes; l++) {
+		const struct lane_pages *lp = &ix->lane[l];
+
+		ret->resident_max = MAX(ret->resident_max, ix->resident[l] + fresh);
+		if (s->model)
+			ret->tier_bytes[0] += (uint64_t)(ix->resident[l] + fresh) * lane_bytes(s->model, l);
+		for (uint32_t i = 0; i < lp->n; i++) {
+			const struct page *p = lp->v[i];
+
+			for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
+				if (page_in(p, t))
+					ret->tier_bytes[t] += page_room(p->bytes);
+			/* A shared page is counted where it was made. */
+			if (p->origin == s->origin)
+				pages += heap_bytes(sizeof(*p) + p->span * sizeof(uint64_t));
+		}
+	}
+	ret->index_bytes = s->index_seen + pages;
+	if (s->pinned)
+		ret->pinned_rows = bits_rank(s->pinned, s->rows);
+}
+
+bool core_seq_next(struct core *c, uint32_t *cursor, struct core_seq_stat *ret)
+{
+	struct seq *s = handle_next(c->seqs, cursor, NULL);
+
+	if (s)
+		fill(s, ret);
+	return s != NULL;
+}
+
+int core_seq_stat(struct core *c, uint64_t handle, struct core_seq_stat *ret)
+{
+	struct seq *s = handle_get(c->seqs, handle, NULL);
+
+	if (!s)
+		return KVT_E_STALE;
+	if (!(plan_lent(s) && s->plan->phase == PHASE_DECIDE))
+		seq_recount(s);
+	fill(s, ret);
+	return 0;
+}
+
+int core_seq_find(struct core *c, const char *name, uint64_t *ret, char *err, size_t errsize)
+{
+	size_t n = strlen(name);
+	uint32_t cursor = 0, found = 0;
+	uint64_t handle;
+	struct seq *s;
+	char *end;
+
+	if (!strncasecmp(name, "0x", 2)) {
+		handle = strtoull(name, &end, 16);
+		if (*end || !handle_get(c->seqs, handle, NULL)) {
+			snprintf(err, errsize, "sequence \"%s\": no such handle", name);
+			return KVT_E_NOENT;
+		}
+		*ret = handle;
+		return 0;
+	}
+	if (n < 4 || n > 32 || strspn(name, "0123456789abcdefABCDEF") != n) {
+		snprintf(err, errsize, "sequence \"%s\": must be 0x..., or 4 to 32 hex digits of a key", name);
+		return KVT_E_INVAL;
+	}
+	while ((s = handle_next(c->seqs, &cursor, &handle))) {
+		char hex[33];
+
+		for (int i = 0; i < 16; i++)
+			snprintf(hex + 2 * i, 3, "%02x", s->key[i]);
+		if (strncasecmp(hex, name, n))
+			continue;
+		*ret = handle;
+		found++;
+	}
+	if (!found)
+		snprintf(err, errsize, "sequence \"%s\": no such key", name);
+	else if (found > 1)
+		snprintf(err, errsize, "sequence \"%s\": %u keys begin so", name, found);
+	return found == 1 ? 0 : found ? KVT_E_INVAL : KVT_E_NOENT;
+}
+
+int core_seq_lanes(struct core *c, uint64_t handle, struct core_lane_stat *ret, uint32_t cap)
+{
+	struct seq *s = handle_get(c->seqs, handle, NULL);
+
+	if (!s)
+		return KVT_E_STALE;
+	if (cap < s->ix.lanes)
+		return KVT_E_INVAL;
+	for (uint32_t l = 0; l < s->ix.lanes; l++) {
+		uint32_t n[KVT_TIERS] = {0}, dropped = 0;
+
+		if (s->ix.rows)
+			index_count(&s->ix, l, n, &dropped);
+		ret[l] =
+			(struct core_lane_stat){n[0] + s->rows - MIN(s->rows, s->ix.rows), n[1], n[2], dropped};
+	}
+	return (int)s->ix.lanes;
+}
+
+int core_feed_fd(struct core *c, size_t *ret_bytes)
+{
+	*ret_bytes = c->feed_seg.size;
+	return c->feed_seg.fd;
+}

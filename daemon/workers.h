@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * Threads that score, rank, copy and check. A job's memory is lent to its
+ * worker from workers_put() until done() runs on the event-loop thread.
+ * Urgent jobs (decisions) go first; the others are served by tenant, the one
+ * with the fewest bytes so far first.
+ */
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <systemd/sd-event.h>
+
+struct worker_ctx {
+	void *buf; /* the worker's own scratch; use worker_scratch() */
+	size_t size;
+};
+/* Scratch of at least n bytes, contents undefined; NULL when memory is out. */
+void *worker_scratch(struct worker_ctx *w, size_t n);
+
+struct job {
+	void (*run)(struct job *j, struct worker_ctx *w); /* on a worker */
+	void (*done)(struct job *j);                      /* on the loop; may free j */
+	uint32_t tenant;
+	bool urgent;
+	uint64_t bytes; /* cost, for fairness */
+	struct job *next;
+};
+
+struct workers;
+/* -errno. */
+int workers_new(struct workers **ret, sd_event *ev, unsigned threads, unsigned tenants);
+/* Waits for running jobs; done() of what is left runs here. */
+void workers_free(struct workers *w);
+void workers_put(struct workers *w, struct job *j);
+/* Run it here and now: for jobs too small to hand over. done() runs before this returns. */
+void workers_run_inline(struct workers *w, struct job *j);
+/* Run done() of what is ready. */
+void workers_finish(struct workers *w);
+/* Jobs given and not yet done. */
+unsigned workers_busy(const struct workers *w);
+unsigned workers_count(const struct workers *w);
+/* Nanoseconds since the longest running job began; 0 when none runs. */
+uint64_t workers_stuck_ns(struct workers *w);
