@@ -10,9 +10,18 @@ uint64_t call_deadline(const struct kvtier *c)
 	return now_ns() + c->timeout_ms * UINT64_C(1000000);
 }
 
-static struct timespec to_timespec(uint64_t ns)
+/* The call lock by the deadline; 0 or an errno. */
+static int lock_until(struct kvtier *c, uint64_t deadline_ns)
 {
-	return (struct timespec){.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+#ifdef __SANITIZE_THREAD__
+	return pthread_mutex_lock(
+		&c->call_lock); /* ThreadSanitizer does not know clocklock: no deadline there */
+#else
+	struct timespec ts = {.tv_sec = (time_t)(deadline_ns / 1000000000u),
+			      .tv_nsec = (long)(deadline_ns % 1000000000u)};
+
+	return pthread_mutex_clocklock(&c->call_lock, CLOCK_MONOTONIC, &ts);
+#endif
 }
 
 static int send_request(struct kvtier *c, struct link *l, const struct wire_hdr *req, uint64_t deadline_ns)
@@ -160,15 +169,13 @@ static int converse(struct kvtier *c, struct link *l, struct call *k)
 
 int call_run(struct kvtier *c, struct call *k)
 {
-	struct timespec ts;
 	struct link *l;
 	int r;
 
 	if (!k->deadline_ns)
 		k->deadline_ns = call_deadline(c);
-	ts = to_timespec(k->deadline_ns);
 	atomic_fetch_add(&c->count.calls, 1);
-	if (pthread_mutex_clocklock(&c->call_lock, CLOCK_MONOTONIC, &ts)) {
+	if (lock_until(c, k->deadline_ns)) {
 		atomic_fetch_add(&c->count.timeouts, 1);
 		return err_set(KVT_E_TIMEOUT, "%s: another thread's call took the time",
 			       wire_type_name(k->req->type));

@@ -175,6 +175,17 @@ static inline struct seq_slot *fake_slot(struct fake *f, const struct fake_seq *
 	return (struct seq_slot *)((char *)f->ctl.addr + ctl_slots_off(f->entries)) + s->slot;
 }
 
+/* For the test's thread: sequence i's slot. */
+static inline struct seq_slot *fake_slot_at(struct fake *f, int i)
+{
+	struct seq_slot *slot;
+
+	pthread_mutex_lock(&f->lock);
+	slot = fake_slot(f, &f->seq[i]);
+	pthread_mutex_unlock(&f->lock);
+	return slot;
+}
+
 static inline void fake_open(struct fake *f, const struct wire_seq_open *m)
 {
 	struct wire_seq_open_reply r;

@@ -521,7 +521,7 @@ static void test_partial_nack(void **state)
 			write_row(&w, kvtier_region_addr(w.r), lane, s++, pos);
 	}
 	assert_int_equal(kvtier_plan_ack(w.s, d.id, &nack), 0);
-	slot = fake_slot(w.f, &w.f->seq[0]);
+	slot = fake_slot_at(w.f, 0);
 	assert_int_equal(slot->nack[0], 0x5);
 	assert_int_equal(atomic_load(&slot->acked), d.id);
 	check_all(&w);

@@ -316,7 +316,7 @@ static void test_truncate_in_doubt(void **state)
 	assert_int_equal(kvtier_seq_truncate(w.s, 20), 0);
 	assert_int_equal(kvtier_seq_rows(w.s), 20);
 	assert_int_equal(kvtier_seq_append(w.s, KVT_ALL_LAYERS, 20, 1), 0);
-	assert_int_equal(atomic_load(&fake_slot(f, &f->seq[0])->len), seq_len_pack(3, 21));
+	assert_int_equal(atomic_load(&fake_slot_at(f, 0)->len), seq_len_pack(3, 21));
 	kvtier_close(w.c);
 	fake_free(f);
 }
@@ -326,7 +326,7 @@ static void test_truncate_in_doubt(void **state)
 static void test_append(void **state)
 {
 	struct world *w = *state;
-	struct seq_slot *slot = fake_slot(w->f, &w->f->seq[0]);
+	struct seq_slot *slot = fake_slot_at(w->f, 0);
 	uint32_t pos[8];
 
 	assert_int_equal(atomic_load(&slot->len), seq_len_pack(1, 0));
@@ -390,7 +390,7 @@ static void test_truncate(void **state)
 	assert_int_equal(kvtier_plan_peek(w->s, &p), 0); /* of an older epoch */
 	assert_int_equal(kvtier_plan_ack(w->s, id, NULL), KVT_E_STALE);
 	assert_int_equal(kvtier_seq_resident(w->s, 0, NULL, 0), 30);
-	assert_int_equal(atomic_load(&fake_slot(w->f, &w->f->seq[0])->len), seq_len_pack(2, 30));
+	assert_int_equal(atomic_load(&fake_slot_at(w->f, 0)->len), seq_len_pack(2, 30));
 	assert_int_equal(kvtier_seq_append(w->s, KVT_ALL_LAYERS, 30, CAP - 30), 0);
 	assert_int_equal(kvtier_seq_append(w->s, KVT_ALL_LAYERS, CAP, 1), KVT_E_NOSPC);
 }
@@ -430,7 +430,7 @@ static void test_plan_life(void **state)
 	assert_int_equal(kvtier_plan_ack(w->s, id, NULL), 0);
 	assert_int_equal(kvtier_plan_peek(w->s, &p), 0);
 	assert_int_equal(kvtier_plan_ack(w->s, id, NULL), KVT_E_STALE);
-	assert_int_equal(atomic_load(&fake_slot(w->f, &w->f->seq[0])->acked), id);
+	assert_int_equal(atomic_load(&fake_slot_at(w->f, 0)->acked), id);
 	assert_int_equal(kvtier_seq_resident(w->s, 2, pos, 64), 40);
 	assert_int_equal(stats(w->c).plans_seen, 1);
 	assert_int_equal(stats(w->c).plans_applied, 1);
