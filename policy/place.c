@@ -116,6 +116,14 @@ static uint32_t without(const struct place_work *w, uint64_t *dst, const uint64_
 	return count(w, dst);
 }
 
+/* dst = a and b; returns how many. */
+static uint32_t both(const struct place_work *w, uint64_t *dst, const uint64_t *a, const uint64_t *b)
+{
+	for (uint32_t i = 0; i < w->words; i++)
+		dst[i] = a[i] & b[i];
+	return count(w, dst);
+}
+
 static void add(const struct place_work *w, uint64_t *dst, const uint64_t *src)
 {
 	for (uint32_t i = 0; i < w->words; i++)
@@ -137,9 +145,7 @@ static void seat_band(const struct place_work *w, const struct place_units *u, u
 
 	memcpy(in, w->cut[0], w->words * sizeof(*in));
 	without(w, band, w->cut[1], w->cut[0]);
-	for (uint32_t i = 0; i < w->words; i++)
-		some[i] = band[i] & u->device[i];
-	have = count(w, some);
+	have = both(w, some, band, u->device);
 	if (have < seats) {
 		add(w, in, some);
 		seats -= have;
@@ -151,36 +157,24 @@ static void seat_band(const struct place_work *w, const struct place_units *u, u
 
 /*
  * Below the device. Units that only nvme holds do not move up into dram while
- * nvme has room: the best of them go up only when nvme would overflow, which
- * can only be when dram has room for them. Of the others dram takes the best.
+ * nvme has room: the best of them go up only when nvme would overflow. Of the
+ * others dram takes the best. Both fit: saved has at most dram + nvme units, so
+ * when `up` of those in nvme are too many, at most dram - up are others.
  */
 static void place_below(const struct place_work *w, const struct place_units *u, const uint64_t *saved,
 			uint32_t dram, uint32_t nvme)
 {
 	uint64_t *only = w->tmp[0], *others = w->tmp[1], *picked = w->cut[0];
-	uint32_t n_only, up, room;
+	uint32_t n_only = both(w, only, saved, u->nvme_only), up = n_only > nvme ? n_only - nvme : 0;
 
-	for (uint32_t i = 0; i < w->words; i++)
-		only[i] = saved[i] & u->nvme_only[i];
-	n_only = count(w, only);
-	up = n_only > nvme ? n_only - nvme : 0;
-	room = dram - up;
 	without(w, others, saved, only);
-	top(w, u->keys, others, &room, 1, &picked);
+	top(w, u->keys, others, &dram, 1, &picked);
 	memcpy(u->to_dram, picked, w->words * sizeof(*picked));
 	if (up) {
 		top(w, u->keys, only, &up, 1, &picked);
 		add(w, u->to_dram, picked);
 	}
 	without(w, u->to_nvme, saved, u->to_dram);
-}
-
-/* dst = a and b; returns how many. */
-static uint32_t both(const struct place_work *w, uint64_t *dst, const uint64_t *a, const uint64_t *b)
-{
-	for (uint32_t i = 0; i < w->words; i++)
-		dst[i] = a[i] & b[i];
-	return count(w, dst);
 }
 
 void place(const struct place_work *w, const struct place_units *u, uint32_t keep, uint32_t dram, uint32_t nvme)
