@@ -42,23 +42,23 @@ struct decide_in {
 	uint32_t protect_first, protect_last;
 	uint32_t granularity, block_rows;
 	uint32_t equal_lanes;
-	uint32_t hysteresis_permille; /* of the device budget */
-	const uint16_t *scores;       /* [lanes][score_stride] */
+	uint32_t hysteresis_permille;                  /* of the device budget */
+	const uint16_t *scores;                        /* [lanes][score_stride] */
 	const uint64_t *on_device, *on_dram, *on_nvme; /* [lanes][words] residency now (inclusive) */
-	const uint64_t *pinned;       /* [words], every lane; may be NULL */
-	const uint64_t *wanted;       /* [words], every lane; may be NULL */
-	const uint32_t *budget[DECIDE_TIERS]; /* [lanes] rows; UINT32_MAX = all */
+	const uint64_t *pinned;                        /* [words], every lane; may be NULL */
+	const uint64_t *wanted;                        /* [words], every lane; may be NULL */
+	const uint32_t *budget[DECIDE_TIERS];          /* [lanes] rows; UINT32_MAX = all */
 };
 
 /* Caller's memory: bitmaps [lanes][words] with words = BITS_WORDS(watermark) packed; counts [lanes]. */
 struct decide_out {
 	uint32_t words;
-	uint64_t *resident;  /* device tier after the plan */
-	uint64_t *copy_out;  /* leave the device and have no copy below: bytes must be saved */
-	uint64_t *bring_in;  /* come up to the device */
-	uint64_t *to_dram;   /* best tier after the plan is dram */
-	uint64_t *to_nvme;   /* best tier after the plan is nvme */
-	uint64_t *drop;      /* alive now, gone after */
+	uint64_t *resident;                  /* device tier after the plan */
+	uint64_t *copy_out;                  /* leave the device and have no copy below: bytes must be saved */
+	uint64_t *bring_in;                  /* come up to the device */
+	uint64_t *to_dram;                   /* best tier after the plan is dram */
+	uint64_t *to_nvme;                   /* best tier after the plan is nvme */
+	uint64_t *drop;                      /* alive now, gone after */
 	uint32_t *kept, *out, *in, *dropped; /* per lane */
 };
 
@@ -67,11 +67,14 @@ int policy_decide(const struct decide_in *in, struct decide_out *out);
 
 /* Sortable 16-bit key of a finite score (half precision, order-preserving, saturating; never 0). */
 uint16_t score_key(float score);
-void score_keys(const float *scores, uint16_t *keys, size_t n); /* vectorised; non-finite becomes the lowest key */
+void score_keys(const float *scores, uint16_t *keys,
+		size_t n); /* vectorised; non-finite becomes the lowest key */
 
 /* Snapshots: a flat byte string (magic, version, lengths, CRC32C) that replays to the same plan. */
 size_t snapshot_bytes(const struct decide_in *in);
 int snapshot_write(const struct decide_in *in, void *buf, size_t bytes);
 /* Points *ret into buf (8-byte aligned). -EBADMSG with *err_off the offset of what is wrong. */
-struct snapshot { struct decide_in in; };
+struct snapshot {
+	struct decide_in in;
+};
 int snapshot_read(struct snapshot *ret, const void *buf, size_t bytes, size_t *err_off);

@@ -127,7 +127,8 @@ static void block_keys(struct merged *m, const struct ranks *r, uint32_t lanes, 
 
 		for (uint32_t p = from; p < to; p++)
 			sum += r->sum[p];
-		m->keys[b] = (uint16_t)(1 + (uint64_t)((unsigned __int128)sum * 65534 / (top * (to - from))));
+		m->keys[b] = (uint16_t)(1 + (uint64_t)((unsigned __int128)sum * 65534 /
+						       ((unsigned __int128)top * (to - from))));
 	}
 }
 

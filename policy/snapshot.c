@@ -88,7 +88,7 @@ int snapshot_write(const struct decide_in *in, void *buf, size_t bytes)
 		return -ENOSPC;
 	memset(base, 0, m.end);
 	for (int t = 0; t < DECIDE_TIERS; t++) {
-		memcpy(base + m.budget + t * in->lanes * sizeof(uint32_t), in->budget[t],
+		memcpy(base + m.budget + (size_t)t * in->lanes * sizeof(uint32_t), in->budget[t],
 		       in->lanes * sizeof(uint32_t));
 		put_bits(base + m.on_tier[t], tiers[t], in->words, in->lanes, in->watermark);
 	}
@@ -97,7 +97,7 @@ int snapshot_write(const struct decide_in *in, void *buf, size_t bytes)
 	if (in->wanted)
 		put_bits(base + m.wanted, in->wanted, 0, 1, in->watermark);
 	for (uint32_t l = 0; l < in->lanes; l++)
-		memcpy(base + m.scores + l * m.score_stride * sizeof(uint16_t),
+		memcpy(base + m.scores + (size_t)l * m.score_stride * sizeof(uint16_t),
 		       in->scores + (size_t)l * in->score_stride, in->watermark * sizeof(uint16_t));
 	h.bytes = m.end;
 	h.lanes = in->lanes;
