@@ -30,25 +30,27 @@ static void starts(uint32_t counts[256])
 }
 
 /* Add each row's rank in this lane: 0 the worst; equal keys by position. A key of 0 counts as 1. */
-static void add_ranks(struct ranks *r, const uint16_t *keys)
+static void add_ranks(const struct ranks *r, const uint16_t *restrict keys)
 {
+	const uint32_t n = r->n, *restrict row = r->row;
+	uint32_t *restrict by_low = r->by_low, *restrict sum = r->sum;
 	uint32_t low[256] = {0}, high[256] = {0};
 
-	for (uint32_t i = 0; i < r->n; i++) {
-		uint32_t key = keys[r->row[i]];
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t key = keys[row[i]];
 
 		low[(key | (key == 0)) & 0xff]++;
 		high[key >> 8]++;
 	}
 	starts(low);
 	starts(high);
-	for (uint32_t i = 0; i < r->n; i++) {
-		uint32_t key = keys[r->row[i]];
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t key = keys[row[i]];
 
-		r->by_low[low[(key | (key == 0)) & 0xff]++] = key >> 8 << 24 | r->row[i];
+		by_low[low[(key | (key == 0)) & 0xff]++] = key >> 8 << 24 | row[i];
 	}
-	for (uint32_t i = 0; i < r->n; i++)
-		r->sum[r->by_low[i] & 0xffffff] += high[r->by_low[i] >> 24]++;
+	for (uint32_t i = 0; i < n; i++)
+		sum[by_low[i] & 0xffffff] += high[by_low[i] >> 24]++;
 }
 
 /* Row bitmaps over all lanes: alive and on the device everywhere, nvme only anywhere. */
