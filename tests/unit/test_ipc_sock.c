@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -236,6 +237,32 @@ static void test_too_many_fds_are_all_closed(void **state)
 	close(sv[1]);
 }
 
+/* The descriptor table is full half way: the kernel delivers some and says MSG_CTRUNC. */
+static void test_fds_cut_by_rlimit_are_closed(void **state)
+{
+	int sv[2], got[WIRE_MAX_FDS], before, top;
+	struct rlimit old, tight;
+	unsigned n = 77;
+	char buf[16];
+	ssize_t r;
+
+	pair(sv);
+	before = open_fds();
+	assert_int_equal(sock_send(sv[0], "fds", 3, (int[]){sv[0], sv[0], sv[0], sv[0]}, 4), 0);
+	assert_int_equal(getrlimit(RLIMIT_NOFILE, &old), 0);
+	top = dup(sv[0]); /* the lowest free number */
+	close(top);
+	tight = (struct rlimit){.rlim_cur = (rlim_t)top + 2, .rlim_max = old.rlim_max};
+	assert_int_equal(setrlimit(RLIMIT_NOFILE, &tight), 0);
+	r = sock_recv(sv[1], buf, sizeof(buf), got, &n);
+	assert_int_equal(setrlimit(RLIMIT_NOFILE, &old), 0);
+	assert_int_equal(r, -EPROTO);
+	assert_int_equal(n, 0);
+	assert_int_equal(open_fds(), before);
+	close(sv[0]);
+	close(sv[1]);
+}
+
 static void test_cut_message_closes_fds(void **state)
 {
 	int sv[2], got[WIRE_MAX_FDS], before;
@@ -308,6 +335,7 @@ int main(void)
 		cmocka_unit_test(test_bad_paths),
 		cmocka_unit_test(test_fds_pass),
 		cmocka_unit_test(test_too_many_fds_are_all_closed),
+		cmocka_unit_test(test_fds_cut_by_rlimit_are_closed),
 		cmocka_unit_test(test_cut_message_closes_fds),
 		PLACE(test_peer),
 	};
