@@ -218,7 +218,7 @@ RUNDIR ?= build/run
 .PHONY: run gdb
 run gdb: all ## a private daemon in build/run (gdb: under the debugger)
 	@mkdir -p $(RUNDIR)/nvme
-	$(Q)printf '[kvtierd]\nrun_dir=%s\n[nvme]\npath=%s\nsize=1G\n[policy]\nmodel_dir=%s\n' $(abspath $(RUNDIR)) \
+	$(Q)printf '[kvtierd]\nrun_dir=%s\n[nvme]\nenabled=yes\npath=%s\nsize=1G\n[policy]\nmodel_dir=%s\n' $(abspath $(RUNDIR)) \
 		$(abspath $(RUNDIR)/nvme) $(abspath policy/models) > $(RUNDIR)/kvtierd.conf
 	$(Q)$(if $(filter gdb,$@),gdb --args) $(BUILD)/kvtierd --config $(RUNDIR)/kvtierd.conf
 

@@ -76,6 +76,7 @@ void config_defaults(struct config *c)
 		if (strcmp(k->section, "tenant") && config_value_parse(k, c, k->def, err, sizeof(err)))
 			abort();
 	}
+	c->nvme_marks.low = c->nvme_marks.high = c->nvme_marks.min;
 	tenant_defaults(&c->tenant[0], "default");
 	c->tenants = 1;
 }
@@ -218,16 +219,29 @@ static unsigned line_of(const struct parse *p, const char *section, const char *
 	return MAX(p->key_line[ka - config_keys], p->key_line[kb - config_keys]);
 }
 
-static void check_marks(struct parse *p, const char *section, const struct config_watermarks *w)
+static void check_marks(struct parse *p)
 {
+	const struct config_watermarks *w = &p->cfg->dram_marks;
+
 	if (w->min > w->low)
-		refuse(p, line_of(p, section, "free_min", "free_low"),
+		refuse(p, line_of(p, "dram", "free_min", "free_low"),
 		       "free_min: %u.%u, must be at most free_low (%u.%u)", w->min / 10, w->min % 10,
 		       w->low / 10, w->low % 10);
 	else if (w->low > w->high)
-		refuse(p, line_of(p, section, "free_low", "free_high"),
+		refuse(p, line_of(p, "dram", "free_low", "free_high"),
 		       "free_low: %u.%u, must be at most free_high (%u.%u)", w->low / 10, w->low % 10,
 		       w->high / 10, w->high % 10);
+}
+
+/* A segment that nobody chose follows a small size. */
+static void fit_segments(struct parse *p)
+{
+	struct config *c = p->cfg;
+
+	if (!line_of(p, "dram", "segment", NULL))
+		c->dram_segment = MIN(c->dram_segment, c->dram_size / (4u << 20) * (4u << 20));
+	if (!line_of(p, "nvme", "segment", NULL))
+		c->nvme_segment = MIN(c->nvme_segment, c->nvme_size / 4 / (1u << 20) * (1u << 20));
 }
 
 static void check_sizes(struct parse *p)
@@ -329,8 +343,7 @@ static void check_sockets(struct parse *p)
 
 static void check_relations(struct parse *p)
 {
-	check_marks(p, "dram", &p->cfg->dram_marks);
-	check_marks(p, "nvme", &p->cfg->nvme_marks);
+	check_marks(p);
 	check_sizes(p);
 	check_budget(p);
 	check_policies(p);
@@ -384,6 +397,8 @@ int config_load(struct config *c, const char *path, char *err, size_t errsize)
 		tenant_defaults(&cfg->tenant[0], "default");
 		cfg->tenants = 1;
 	}
+	fit_segments(p);
+	cfg->nvme_marks.low = cfg->nvme_marks.high = cfg->nvme_marks.min;
 	check_relations(p);
 	if (p->failed)
 		return -EINVAL;

@@ -45,7 +45,8 @@ struct config {
 	bool nvme_enabled;
 	char nvme_path[CONFIG_PATH];
 	uint64_t nvme_size, nvme_segment, nvme_staging;
-	struct config_watermarks nvme_marks;
+	struct config_watermarks
+		nvme_marks; /* only min is configured: the tier's cleaner has its own reserve */
 	uint32_t nvme_depth, nvme_deadline_ms;
 	bool nvme_io_uring, nvme_prealloc;
 	char nvme_fault[128];

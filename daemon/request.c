@@ -368,8 +368,10 @@ static int on_fetch(struct client *cl, const struct wire_fetch *m)
 
 static int on_admin(struct client *cl, const struct wire_admin *m)
 {
-	struct admin_peer peer = {
-		.uid = cl->uid, .pid = (int)cl->pid, .tenant = cl->tenant ? (int)cl->tenant->index : -1};
+	struct admin_peer peer = {.uid = cl->uid,
+				  .pid = (int)cl->pid,
+				  .tenant = cl->tenant ? (int)cl->tenant->index : -1,
+				  .owner = cl->tenant ? tenant_hash(cl->tenant, cl->uid) : 0};
 	struct admin_result res = {.fd = -1};
 	struct seg json = SEG_INIT;
 	const char *argv[65];

@@ -54,6 +54,7 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 
 	*ret = (struct core_seq_stat){
 		.handle = s->handle,
+		.owner = s->tenant_hash,
 		.tenant = s->tenant->name,
 		.client = s->client ? s->client->name : "-",
 		.model = s->model ? s->model->name : "-",

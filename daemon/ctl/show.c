@@ -117,13 +117,16 @@ static void show_tier_notes(const json_t *tiers)
 		if (flag(o, "offline"))
 			printf("OFFLINE, ");
 		if (!strcmp(text(o, "name"), "nvme"))
-			printf("%s, %s segments cleaned", flag(o, "io_uring") ? "io_uring" : "no io_uring",
-			       fmt_count(num(o, "cleaned_segments")));
+			printf("%s, %s segments cleaned, at least %.1f %% stays free\n",
+			       flag(o, "io_uring") ? "io_uring" : "no io_uring",
+			       fmt_count(num(o, "cleaned_segments")), (double)num(o, "free_min_permille") / 10);
 		else
-			printf("%s pages, node %s", flag(o, "huge_pages") ? "huge" : "small",
-			       node < 0 ? "interleaved" : fmt_count((uint64_t)node));
-		printf(", free marks %.1f %.1f %.1f %%\n", (double)num(o, "free_min_permille") / 10,
-		       (double)num(o, "free_low_permille") / 10, (double)num(o, "free_high_permille") / 10);
+			printf("%s pages, node %s, free marks %.1f %.1f %.1f %%\n",
+			       flag(o, "huge_pages") ? "huge" : "small",
+			       node < 0 ? "interleaved" : fmt_count((uint64_t)node),
+			       (double)num(o, "free_min_permille") / 10,
+			       (double)num(o, "free_low_permille") / 10,
+			       (double)num(o, "free_high_permille") / 10);
 		if (strcmp(text(o, "note"), "-"))
 			printf("           %s\n", clean(text(o, "note")));
 	}
