@@ -15,8 +15,26 @@ def budget(device=ROWS_ALL, dram=0, nvme=0, policy=None, slack=0, manual=False):
                  manual=int(manual), policy=policy.encode() if policy else None)
 
 
+class _Link:
+    """The C connection. It owns its regions and sequences: once it is closed they are gone too, whatever order
+    Python drops the objects in."""
+
+    def __init__(self, ptr):
+        self.ptr, self.open = ptr, True
+
+    def close(self):
+        if self.open:
+            self.open = False
+            lib.close(self.ptr)
+
+    def close_part(self, fn, ptr):
+        if self.open:
+            fn(ptr)
+
+
 class Client:
-    """A connection to kvtierd. Close it, or use it as a context manager."""
+    """A connection to kvtierd. Close it, or use it as a context manager. Closing ends its sequences and unmaps its
+    regions: tensors over them must not be used afterwards."""
 
     def __init__(self, socket=None, name=None, timeout_ms=0, max_seqs=0, plan_bytes=0):
         self._keep = (socket and str(socket).encode(), name and name.encode())
@@ -25,7 +43,8 @@ class Client:
         p = c.c_void_p()
         check(lib.open(c.byref(o), c.byref(p)), "open")
         self.ptr = p
-        self._final = weakref.finalize(self, lib.close, p)
+        self.link = _Link(p)
+        self._final = weakref.finalize(self, self.link.close)
 
     def close(self):
         self._final()
@@ -81,7 +100,7 @@ class Region:
         check(lib.region_create(client.ptr, nbytes, c.byref(p)), "region_create")
         self.client, self.ptr = client, p
         self.nbytes = lib.region_bytes(p)
-        self._final = weakref.finalize(self, lib.region_close, p)
+        self._final = weakref.finalize(self, client.link.close_part, lib.region_close, p)
 
     def close(self):
         self._final()
@@ -117,14 +136,14 @@ class Sequence:
         else:
             check(lib.seq_open(client.ptr, model.ptr, c.byref(o), c.byref(p)), "seq_open")
         self.ptr = p
-        self._final = weakref.finalize(self, lib.seq_close, p)
+        self._final = weakref.finalize(self, client.link.close_part, lib.seq_close, p)
 
     def close(self):
         self._final()
 
     def drop(self):
         """Close and free even when leased."""
-        if self._final.detach():
+        if self._final.detach() and self.client.link.open:
             check(lib.seq_drop(self.ptr), "seq_drop")
 
     @property
