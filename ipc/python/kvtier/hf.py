@@ -138,9 +138,13 @@ class KvtierCache(Cache):
             try:
                 self.seq.append(self.layers[0].seen - n, n)
             except Error as e:
-                if e.code not in _GONE:
-                    raise
-                self.detached = True
+                self._gone(e)
+
+    def _gone(self, error):
+        """A dead daemon ends tiering, not generation; anything else is the caller's to see."""
+        if error.code not in _GONE:
+            raise error
+        self.detached = True
 
     def get_mask_sizes(self, query_length, layer_idx=0):
         if self.auto:
@@ -157,7 +161,11 @@ class KvtierCache(Cache):
         """Apply the newest plan if it is READY. Returns it, or None."""
         if self.detached or not self.idle():
             return None
-        plan = self.seq.peek()
+        try:
+            plan = self.seq.peek()
+        except Error as e:
+            self._gone(e)
+            return None
         if plan is None or plan.state != PLAN_READY:
             return None
         self._apply(plan)
