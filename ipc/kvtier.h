@@ -290,7 +290,10 @@ struct kvtier_plan {
 	const uint64_t *resident_after, *copy_out, *bring_in;
 };
 
-/* Set the budget (sticky) and ask for a plan; asynchronous. *ret_id: plans with id >= it reflect it. */
+/*
+ * Set the budget (sticky) and ask for a plan; asynchronous. *ret_id: plans with
+ * id >= it reflect it. One that is outstanding already does not, and comes first.
+ */
 KVT_PUBLIC int kvtier_plan_request(struct kvtier_seq *s, const struct kvtier_budget *b, uint64_t *ret_id);
 /* Newest plan of this epoch, DECIDED or READY, not yet acknowledged: 1 found, 0 none. No lock, no system call.
  */
@@ -298,7 +301,8 @@ KVT_PUBLIC int kvtier_plan_peek(struct kvtier_seq *s, struct kvtier_plan *ret);
 /*
  * Wait until a plan with id >= min_id is in `state`: READY, DECIDED (or READY), or
  * CANCELLED. A cancelled plan is followed by one with a later id, so a wait for
- * READY just goes on. Errors: TIMEOUT, DAEMON as soon as its end is seen, STALE.
+ * READY just goes on. Errors: BUSY when an earlier plan is READY (apply and
+ * acknowledge it first: the awaited one is made then), TIMEOUT, DAEMON as soon as its end is seen, STALE.
  */
 KVT_PUBLIC int kvtier_plan_wait(struct kvtier_seq *s, uint64_t min_id, uint32_t state, uint32_t timeout_ms,
 				struct kvtier_plan *ret);

@@ -94,6 +94,10 @@ static int arrived(struct kvtier_seq *s, uint64_t min_id, uint32_t state, struct
 	r = look(s, v);
 	if (r <= 0)
 		return r;
+	/* One plan at a time: the awaited one is not made before this one is acknowledged. */
+	if (v->id < min_id && v->state == PLAN_READY)
+		return err_set(KVT_E_BUSY, "plan %llu: ready, to be acknowledged before plan %llu is made",
+			       (unsigned long long)v->id, (unsigned long long)min_id);
 	if (v->id < min_id || (v->state == PLAN_CANCELLED) != (state == PLAN_CANCELLED))
 		return 0;
 	return v->state >= state;

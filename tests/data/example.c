@@ -26,7 +26,7 @@ int main(void)
 	struct kvtier_model *model;
 	struct kvtier_region *region;
 	struct kvtier_seq *seq;
-	uint64_t bytes, ticket;
+	uint64_t bytes;
 
 	desc.n_layers = LAYERS;
 	budget.dram_rows = budget.nvme_rows = KVT_ROWS_ALL; /* what leaves the device is kept below */
@@ -46,8 +46,8 @@ int main(void)
 		memset(base + l->k_off + h * l->k_head_stride + t * l->k_row_stride, t, ROW);
 		memset(base + l->v_off + h * l->v_head_stride + t * l->v_row_stride, -t, ROW);
 	}
-	if (kvtier_seq_append(seq, KVT_ALL_LAYERS, 0, ROWS) || kvtier_plan_request(seq, NULL, &ticket) ||
-	    kvtier_plan_wait(seq, ticket, KVT_PLAN_READY, 10000, &plan) || kvtier_plan_apply(seq, &plan) ||
+	if (kvtier_seq_append(seq, KVT_ALL_LAYERS, 0, ROWS) || /* over the budget: a plan will come */
+	    kvtier_plan_wait(seq, 1, KVT_PLAN_READY, 10000, &plan) || kvtier_plan_apply(seq, &plan) ||
 	    kvtier_plan_ack(seq, plan.id, NULL) || kvtier_seq_info(seq, &info))
 		return failed("plan");
 	printf("%d of %u rows in lane 0, %llu rows in DRAM, region %llu KiB\n",
