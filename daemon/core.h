@@ -25,14 +25,16 @@ int core_reload(struct core *c, const struct config *cfg, char *err, size_t errs
 void core_free(struct core *c);
 /* Still alive? The watchdog is fed only when this says so: loop, workers and io threads answered lately. */
 bool core_healthy(struct core *c);
+/* One dispatch of the event loop took this long (counted in core_stat.loop_max_ns). */
+void core_slice(struct core *c, uint64_t ns);
 
 /* ---- looking --------------------------------------------------------------- */
 
 struct core_stat {
-	uint64_t uptime_ns, clients, seqs, orphans, models;
-	uint64_t rows[KVT_TIERS];         /* best copy there, all sequences */
-	uint64_t bytes[KVT_TIERS];        /* device: resident bytes of all regions */
-	struct tier_stat tier[KVT_TIERS]; /* [0] unused */
+	uint64_t uptime_ns, clients, seqs, orphans, models; /* clients: runtimes, not kvtierctl */
+	uint64_t rows[KVT_TIERS];                           /* best copy there, all sequences */
+	uint64_t bytes[KVT_TIERS];                          /* device: resident bytes of all regions */
+	struct tier_stat tier[KVT_TIERS];                   /* [0] unused */
 	struct config_watermarks marks[KVT_TIERS];
 	uint64_t plans, plans_acked, plans_cancelled, plans_nacked, plan_ns_last, plan_ns_max, plan_ns_total;
 	uint64_t rows_demoted[KVT_TIERS], rows_promoted[KVT_TIERS],

@@ -160,7 +160,7 @@ static void tell_status(struct app *app)
 	char text[sizeof(app->status)];
 
 	core_stat(app->core, &s);
-	snprintf(text, sizeof(text), "%llu clients, %llu sequences%s%s%s", (unsigned long long)s.clients,
+	snprintf(text, sizeof(text), "clients %llu, sequences %llu%s%s%s", (unsigned long long)s.clients,
 		 (unsigned long long)s.seqs, s.observe ? ", observing" : "", s.frozen ? ", frozen" : "",
 		 s.draining ? ", draining" : "");
 	if (!strcmp(text, app->status))
@@ -244,6 +244,28 @@ static int start(struct app *app, char *err, size_t errsize)
 	return serve_sockets(app, err, errsize);
 }
 
+/* sd_event_loop() with a clock: no dispatch should hold the loop for longer than a millisecond. */
+static int loop(struct app *app)
+{
+	int r = 0, code = EXIT_RUNTIME;
+
+	while (r >= 0 && sd_event_get_state(app->ev) != SD_EVENT_FINISHED) {
+		uint64_t begin;
+
+		r = sd_event_prepare(app->ev);
+		if (!r)
+			r = sd_event_wait(app->ev, UINT64_MAX);
+		if (r <= 0)
+			continue;
+		begin = now_ns();
+		r = sd_event_dispatch(app->ev);
+		core_slice(app->core, now_ns() - begin);
+	}
+	if (r >= 0)
+		r = sd_event_get_exit_code(app->ev, &code);
+	return r < 0 ? r : code;
+}
+
 static int run(struct app *app)
 {
 	char err[512] = "";
@@ -259,7 +281,7 @@ static int run(struct app *app)
 			 *app->cfg.file ? app->cfg.file : "built-in defaults");
 		sd_notify(0, "READY=1");
 		tell_status(app);
-		r = sd_event_loop(app->ev);
+		r = loop(app);
 		if (r < 0) {
 			log_line(LOG_ERR, "event loop: %s", strerror(-r));
 			r = EXIT_RUNTIME;

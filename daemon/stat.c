@@ -8,13 +8,16 @@
 
 void core_stat(struct core *c, struct core_stat *ret)
 {
+	const struct client *cl;
 	const struct region *g;
 	uint32_t cursor = 0;
 	struct seq *s;
 
 	*ret = c->stat;
 	ret->uptime_ns = now_ns() - c->started_ns;
-	ret->clients = c->n_clients;
+	ret->clients = 0;
+	LIST_FOREACH(cl, &c->clients, link)
+		ret->clients += cl->hello;
 	ret->seqs = c->n_seqs;
 	ret->orphans = c->n_orphans;
 	ret->models = c->n_models;
@@ -36,6 +39,11 @@ void core_stat(struct core *c, struct core_stat *ret)
 	ret->frozen = c->frozen;
 	ret->draining = c->draining;
 	memcpy(ret->policy, c->policy, sizeof(ret->policy));
+}
+
+void core_slice(struct core *c, uint64_t ns)
+{
+	c->stat.loop_max_ns = MAX(c->stat.loop_max_ns, ns);
 }
 
 static const char *plan_state(const struct plan *p)

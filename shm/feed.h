@@ -18,8 +18,8 @@ enum feed_type {
 	FEED_CANCEL,
 	FEED_MOVE,    /* from -> to, rows, bytes */
 	FEED_DROP,
-	FEED_MISS,    /* arg: enum miss reason */
-	FEED_CLIENT,  /* connect / disconnect */
+	FEED_MISS,    /* plan = errno, rows = lost, bytes */
+	FEED_CLIENT,  /* plan = client, bytes = 1 connected, 0 left */
 	FEED_ADMIN,   /* a mutation by kvtierctl */
 	FEED_TYPES
 };

@@ -164,8 +164,8 @@ void show_status(const json_t *j)
 	if (json_object_get(j, "tenant"))
 		printf("tenant %s, ", clean(text(j, "tenant")));
 	else
-		printf("%s clients, %s models, ", fmt_count(num(j, "clients")), fmt_count(num(j, "models")));
-	printf("%s sequences (%s orphaned)\n\n", fmt_count(num(j, "sequences")), fmt_count(num(j, "orphans")));
+		printf("clients %s, models %s, ", fmt_count(num(j, "clients")), fmt_count(num(j, "models")));
+	printf("sequences %s, orphaned %s\n\n", fmt_count(num(j, "sequences")), fmt_count(num(j, "orphans")));
 	show_tier_table(tiers);
 	if (json_object_get(j, "tenant")) {
 		printf("\n%s plans decided, %s misses, %s rows dropped\n", fmt_count(num(j, "plans_decided")),

@@ -67,7 +67,11 @@ static void print_detail(const struct feed_event *e)
 		printf("%u rows", e->rows[0]);
 		break;
 	case FEED_MISS:
-		printf("reason %" PRIu64 ", %u rows", e->plan, e->rows[0]);
+		printf("%s, %u rows", e->plan == EBADMSG ? "checksum mismatch" : strerror((int)e->plan),
+		       e->rows[0]);
+		break;
+	case FEED_CLIENT:
+		printf("client %" PRIu64 " %s", e->plan, e->bytes ? "connected" : "left");
 		break;
 	default:
 		if (e->client)

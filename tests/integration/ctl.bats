@@ -356,6 +356,7 @@ until_json() { # JQ-CONDITION VERB...: asks again until it holds
 	[ "$(echo "$output" | awk 'length > 80' | wc -l)" -eq 0 ]
 	ctl ls
 	[[ $output =~ $handle ]]
+	until_json '.clients == 1 and .sequences == 1 and .loop_max_ns > 0' status # kvtierctl itself is no client
 	run --separate-stderr "$BUILD/kvtierctl" --socket "$SHARED/kvtierd.sock" --json status
 	echo "$output" | jq -e '.sequences == 1 and .tiers[1].rows == 2000'
 }
