@@ -159,6 +159,7 @@ struct seq {
 	uint32_t refs; /* background work that will come back to it */
 	bool dead;     /* freed but for refs */
 	struct settle *settle;
+	uint32_t repacks; /* on their way */
 	struct page *note; /* see restart.c */
 	bool noting, note_again;
 	bool recount; /* background moves changed the counts */

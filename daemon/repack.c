@@ -36,6 +36,7 @@ static void finish(struct repack *r)
 	struct core *c = r->core;
 
 	c->background_bytes -= r->dst->bytes;
+	r->seq->repacks--;
 	for (unsigned i = 0; i < r->n; i++) {
 		r->src[i]->moving = false;
 		page_unpin(&c->pages, r->src[i]);
@@ -316,6 +317,7 @@ int repack_start(struct seq *s, struct page *const *src, unsigned n, int from, i
 		return -ENOMEM;
 	}
 	s->refs++;
+	s->repacks++;
 	c->background_bytes += r->dst->bytes;
 	page_pin(r->dst);
 	r->reading = n;

@@ -15,6 +15,8 @@
 struct settle {
 	struct seq *seq; /* a reference */
 	uint32_t lane, words;
+	bool left;    /* rows were passed over in this round: their page was on its way, or did not fit */
+	bool started; /* something was moved in this round, so another one may get further */
 	TAILQ_ENTRY(settle) link;
 	uint64_t want[]; /* [lanes][words]: rows that dram should give up */
 };
@@ -109,10 +111,10 @@ struct taken {
 	uint64_t word[PAGE_SPAN];
 };
 
-/* Add what fits of one page's rows; true when something did. */
-static bool take(struct taken *k, struct page *p, const uint64_t *mask)
+/* Add what fits of one page's rows; how many did. */
+static uint32_t take(struct taken *k, struct page *p, const uint64_t *mask)
 {
-	bool any = false;
+	uint32_t any = 0;
 
 	for (uint32_t w = 0; w < p->span; w++)
 		for (uint64_t b = mask[w]; b && k->rows < PAGE_ROWS; b &= b - 1) {
@@ -125,7 +127,7 @@ static bool take(struct taken *k, struct page *p, const uint64_t *mask)
 			bits_set(k->word, pos - k->first);
 			k->span = MAX(k->span, (pos - k->first) / 64 + 1);
 			k->rows++;
-			any = true;
+			any++;
 		}
 	if (any)
 		k->src[k->n++] = p;
@@ -151,32 +153,54 @@ static bool settle_lane(struct settle *t)
 		uint64_t mask[PAGE_SPAN];
 		uint32_t alive, n;
 
-		if (!page_in(p, KVT_TIER_DRAM) || p->moving)
+		if (!page_in(p, KVT_TIER_DRAM))
 			continue;
 		n = moving_rows(t, p, mask, &alive);
 		if (!n)
 			continue;
+		if (p->moving) {
+			t->left = true;
+			continue;
+		}
 		if (c->background_bytes >= IN_FLIGHT)
 			return false;
 		if (n == p->rows && p->refs == 1 && p->origin == s->origin) {
 			if (repack_start(s, &p, 1, KVT_TIER_DRAM, KVT_TIER_NVME, true, 0, NULL, 0) < 0)
 				return true;
+			t->started = true;
 			continue;
 		}
-		take(&k, p, mask);
+		t->left |= take(&k, p, mask) < n;
 		if (k.n == REPACK_SOURCES || k.rows == PAGE_ROWS) {
 			if (repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word,
 					 k.span) < 0)
 				return true;
+			t->started = true;
 			for (uint32_t w = 0; w < k.span; w++) /* what is on its way is not wanted again */
 				for (uint64_t b = k.word[w]; b; b &= b - 1)
 					bits_clear(want, k.first + w * 64 + (uint32_t)__builtin_ctzll(b));
 			memset(&k, 0, sizeof(k));
 		}
 	}
-	if (k.rows)
-		repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word, k.span);
+	if (k.rows && !repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word, k.span))
+		t->started = true;
 	index_sweep(&s->ix, &c->pages, t->lane);
+	return true;
+}
+
+/* All lanes were gone through. True: once more, for what a page on its way kept back. */
+static bool next_round(struct settle *t)
+{
+	struct seq *s = t->seq;
+
+	if (t->left && s->repacks)
+		return false; /* their ends come back here */
+	if (!t->left || !t->started) {
+		settle_stop(s);
+		return false;
+	}
+	t->lane = 0;
+	t->left = t->started = false;
 	return true;
 }
 
@@ -190,10 +214,8 @@ void settle_pump(struct core *c)
 		next = TAILQ_NEXT(t, link);
 		if (plan_lent(s) || s->cut != ROWS_ALL)
 			continue;
-		if (t->lane == s->ix.lanes) {
-			settle_stop(s);
+		if (t->lane == s->ix.lanes && !next_round(t))
 			continue;
-		}
 		while (t->lane < s->ix.lanes && c->background_bytes < IN_FLIGHT && settle_lane(t))
 			t->lane++;
 	}
