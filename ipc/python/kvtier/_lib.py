@@ -107,7 +107,7 @@ _PROTOTYPES = {
     "region_bytes": (U64, [P]),
     "region_resident": (U64, [P]),
     "region_close": (None, [P]),
-    "layout_plain": (INT, [P, U32, U32, INT, U64, c.POINTER(Layout), c.POINTER(U64)]),
+    "layout_plain": (INT, [P, U32, U32, U32, U64, c.POINTER(Layout), c.POINTER(U64)]),
     "seq_open": (INT, [P, P, c.POINTER(SeqOpts), c.POINTER(P)]),
     "seq_resume": (INT, [P, P, c.POINTER(SeqOpts), c.POINTER(P), c.POINTER(U32)]),
     "seq_append": (INT, [P, INT, U32, U32]),

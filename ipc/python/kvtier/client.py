@@ -84,11 +84,12 @@ class Model:
     def lanes(self):
         return self.layers * self.heads
 
-    def layout(self, cap, stage, scores=False):
-        """The plain layout [layer][K|V][head][cap + stage][row]: (Layout array, bytes of region it needs)."""
+    def layout(self, cap, stage, score_rows=0):
+        """The plain layout [layer][K|V][head][cap + stage][row]: (Layout array, bytes of region it needs).
+        score_rows: positions of a float32 score plane per head, 0 for none (policy "client" needs max_rows)."""
         table = (Layout * self.layers)()
         n = c.c_uint64()
-        check(lib.layout_plain(self.ptr, cap, stage, int(scores), 0, table, c.byref(n)), "layout_plain")
+        check(lib.layout_plain(self.ptr, cap, stage, score_rows, 0, table, c.byref(n)), "layout_plain")
         return table, n.value
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ._lib import PLAN_READY, Error
 from .client import Model, Region, Sequence, budget
 
+_BUSY = -2017  # KVT_E_BUSY: an earlier plan is READY and must be applied first
 _GONE = (-2003, -2004, -2006)  # KVT_E_DAEMON, KVT_E_TIMEOUT, KVT_E_STALE
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -181,24 +182,32 @@ class KvtierCache(Cache):
         for layer in self.layers:
             layer.slots = n
 
+    def _reach(self, ident, timeout_ms=60000):
+        """Apply plans until one that reflects request `ident` is applied. Returns that one."""
+        while True:
+            try:
+                plan = self.seq.wait(ident, timeout_ms=timeout_ms)
+            except Error as e:
+                if e.code != _BUSY or self.poll() is None:
+                    raise
+                continue
+            self._apply(plan)
+            return plan
+
     def compress(self, b=None, timeout_ms=60000):
         """Ask for a plan (under budget b), wait until it is READY, apply it. Returns the plan."""
-        plan = self.seq.wait(self.seq.request(b), timeout_ms=timeout_ms)
-        self._apply(plan)
-        return plan
+        return self._reach(self.seq.request(b), timeout_ms)
 
     def recall_rows(self, pos, n, timeout_ms=60000):
         """Bring rows [pos, pos + n) back within the budget."""
-        plan = self.seq.wait(self.seq.fetch(pos, n), timeout_ms=timeout_ms)
-        self._apply(plan)
-        return plan
+        return self._reach(self.seq.fetch(pos, n), timeout_ms)
 
     def truncate(self, n):
         """Roll back to n rows. Rows of the prefix that some heads keep and others do not are levelled by a plan."""
         self.seq.truncate(n)
         counts = {len(self.seq.resident(lane)) for lane in range(self.model.lanes)}
         if len(counts) > 1:
-            self._apply(self.seq.wait(self.seq.request()))
+            self._reach(self.seq.request())
         for layer in self.layers:
             layer.seen = n
         self._count()
