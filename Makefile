@@ -61,6 +61,7 @@ SOLIB      := $(BUILD)/libkvtier.so.$(SOVERSION)
 MANSRC     := $(wildcard daemon/man/*.scd ipc/man/*.scd)
 MAN        := $(patsubst %.scd,$(BUILD)/man/%,$(notdir $(MANSRC)))
 
+.SECONDARY:
 .PHONY: all
 all: $(DAEMON_BIN) $(CTL_BIN) $(if $(CLIENT),$(SOLIB) $(BUILD)/libkvtier.a $(BUILD)/libkvtier.pc) $(TOOL_BINS) man ## build everything
 
@@ -75,10 +76,12 @@ $(BUILD)/obj/%.o: %.c Makefile
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
 
 $(BUILD)/librooms.a: $(ROOMS)
+	@mkdir -p $(@D)
 	$(say) AR $@
 	$(Q)rm -f $@ && ar rcs $@ $^
 
 $(BUILD)/libdaemon.a: $(call obj,$(DAEMON))
+	@mkdir -p $(@D)
 	$(say) AR $@
 	$(Q)rm -f $@ && ar rcs $@ $^
 
@@ -102,6 +105,7 @@ $(SOLIB): $(LIBOBJ) ipc/libkvtier.map
 	$(Q)ln -sf libkvtier.so.$(SOVERSION) $(BUILD)/libkvtier.so
 
 $(BUILD)/libkvtier.a: $(LIBOBJ)
+	@mkdir -p $(@D)
 	$(say) AR $@
 	$(Q)rm -f $@ && ar rcs $@ $^
 
