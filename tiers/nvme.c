@@ -3,8 +3,8 @@
  * The NVMe tier: an append-only log of packed pages in container files, moved by
  * io_uring. This file is the ops table; the rest of the room is one file per
  * concern: nvme_page (prepare to release), nvme_dir (files), nvme_format (bytes on disk),
- * nvme_stage (staging memory), nvme_req (requests), nvme_log (segments and places), nvme_seal (durability), nvme_clean
- * (cleaner), nvme_scan (restart), uring and pool_io (engines).
+ * nvme_stage (staging memory), nvme_req (requests), nvme_log (segments and places), nvme_seal (durability),
+ * nvme_clean (cleaner), nvme_scan (restart), uring and pool_io (engines).
  */
 #include <poll.h>
 #include <stdio.h>

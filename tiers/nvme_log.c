@@ -189,7 +189,7 @@ int nvme_build_add(struct nvme *t, struct nvme_seg *s, const struct nvme_entry *
 	n->seq_index = (uint32_t)index;
 	n->pos_off = b->pos_bytes;
 	/* Encoded already (the cleaner's) or still a bitmap of pos_words words. */
-	if (e->from_seq)
+	if (e->pos_len && e->from_seq)
 		memcpy(b->pos + b->pos_bytes, pos, e->pos_len);
 	else if (e->pos_len)
 		nvme_pos_put(b->pos + b->pos_bytes, pos, e->pos_words, e->flags);

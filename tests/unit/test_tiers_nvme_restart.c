@@ -173,7 +173,9 @@ static struct news run_child_and_kill_it(struct fx *f, int life)
 		_exit(127);
 	}
 	close(fd[1]);
-	usleep(80000 + 40000 * (unsigned)life);
+	while (!news.durable && read(fd[0], &n, sizeof(n)) == sizeof(n))
+		news = n;
+	usleep(20000 * (unsigned)life); /* anywhere in what follows the first sync */
 	kill(pid, SIGKILL);
 	assert_int_equal(waitpid(pid, &status, 0), pid);
 	assert_true(WIFSIGNALED(status)); /* it did not end by itself */
@@ -203,7 +205,7 @@ static void check_crc(struct fx *f, uint64_t no)
 static void killed_at_any_moment_no_page_is_wrong(void **state)
 {
 	struct fx *f = *state;
-	unsigned found = 0, synced = 0;
+	unsigned found = 0;
 
 	f->cfg.size = 64 << 20;
 	for (int life = 0; life < 8; life++) {
@@ -224,7 +226,7 @@ static void killed_at_any_moment_no_page_is_wrong(void **state)
 		}
 		for (uint64_t no = news.doomed; no < news.durable; no++)
 			assert_int_equal(f->page[no].found, 1);
-		synced += news.durable > 0;
+		assert_true(news.durable > 0);
 		fx_close(f);
 		/* The next life starts afresh: it asks for nothing. */
 		fx_open(f);
@@ -236,7 +238,6 @@ static void killed_at_any_moment_no_page_is_wrong(void **state)
 		fx_close(f);
 	}
 	assert_true(found > 100);
-	assert_true(synced > 3);
 }
 
 /* ---- damage on disk ---------------------------------------------------------------------- */
