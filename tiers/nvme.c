@@ -283,6 +283,7 @@ static void nvme_tick(struct tier *tier,
 
 	nvme_check_deadline(t);
 	t->can_move = moved != NULL;
+	t->cleaner.nothing = false;
 	nvme_drain(t);
 	if (t->offline)
 		return;

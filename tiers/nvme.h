@@ -134,6 +134,7 @@ struct nvme_cleaner {
 	uint64_t seq; /* of the victim */
 	void *table_buf;
 	struct nvme_table table;
+	bool nothing;  /* no segment was worth it: do not look again before the next tick */
 	bool ready;    /* the table is there and checked */
 	uint32_t next; /* entry to look at next */
 	unsigned outstanding;
@@ -241,6 +242,8 @@ struct nvme_seg *nvme_resolve(struct nvme *t, tier_addr addr, uint32_t *ret_unit
 int nvme_log_open(struct nvme *t);
 void nvme_log_close(struct nvme *t);
 struct nvme_stream *nvme_stream_for(struct nvme *t, const uint8_t key[16], unsigned life);
+/* Would that many more units and table bytes fit? */
+bool nvme_has_room(const struct nvme *t, const struct nvme_seg *s, uint32_t units, uint32_t need);
 /* Reserve `units` units and `need` table bytes in the stream. -ENOSPC. */
 int nvme_place(struct nvme *t, struct nvme_stream *st, unsigned life, uint32_t units, uint32_t need,
 	       struct nvme_seg **ret, uint32_t *ret_unit);

@@ -321,10 +321,14 @@ void nvme_clean_pump(struct nvme *t)
 
 	if (!t->can_move || c->outstanding)
 		return;
-	if (!c->victim && t->nfree + t->nvictims < low_mark(t) && (v = choose(t)))
-		victim_start(t, v);
-	else if (!c->victim && t->nfree <= t->reserve && t->nvictims >= 2 && t->cold.seg)
+	if (!c->victim && !c->nothing && t->nfree + t->nvictims < low_mark(t)) {
+		v = choose(t);
+		c->nothing = !v;
+		if (v)
+			victim_start(t, v);
+	} else if (!c->victim && t->nfree <= t->reserve && t->nvictims >= 2 && t->cold.seg) {
 		nvme_stream_close(t, &t->cold); /* victims wait for this seal, and writers for the victims */
+	}
 	if (!c->ready)
 		return;
 	if (c->error) {
@@ -341,4 +345,6 @@ void nvme_clean_pump(struct nvme *t)
 	nvme_stage_put(t, c->slab, 1);
 	if (c->next == c->table.pages)
 		victim_done(t);
+	else /* no segment left to copy to: seal what there is, so that its sources become free */
+		nvme_stream_close(t, &t->cold);
 }

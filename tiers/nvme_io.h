@@ -6,6 +6,8 @@
  * submit and reap; the engine's own threads do the rest. A request and its
  * buffer belong to the engine from submit until reap returns it.
  */
+#include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -56,6 +58,16 @@ struct io_ops {
 };
 
 extern const struct io_ops io_uring_ops, io_pool_ops;
+
+/* An engine's thread has a name, and no signals: those are the daemon's loop's. */
+static inline void io_thread_begin(const char *name)
+{
+	sigset_t all;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, NULL);
+	pthread_setname_np(pthread_self(), name);
+}
 
 /*
  * A lock-free stack that many push to and one takes whole: taken and reversed it is a queue. Since

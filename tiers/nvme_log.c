@@ -80,7 +80,7 @@ struct nvme_stream *nvme_stream_for(struct nvme *t, const uint8_t key[16], unsig
 	return best;
 }
 
-static bool has_room(const struct nvme *t, const struct nvme_seg *s, uint32_t units, uint32_t need)
+bool nvme_has_room(const struct nvme *t, const struct nvme_seg *s, uint32_t units, uint32_t need)
 {
 	const struct nvme_build *b = &s->build;
 
@@ -107,12 +107,18 @@ static struct nvme_seg *take(struct nvme *t, unsigned life)
 int nvme_place(struct nvme *t, struct nvme_stream *st, unsigned life, uint32_t units, uint32_t need,
 	       struct nvme_seg **ret, uint32_t *ret_unit)
 {
-	if (st->seg && (st->seg->failed || !has_room(t, st->seg, units, need)))
+	if (!st->seg || st->seg->failed || !nvme_has_room(t, st->seg, units, need)) {
+		struct nvme_seg *s = take(t, life);
+
+		if (!s) {
+			/* What is open stays open while the smallest page still fits. */
+			if (st->seg && !nvme_has_room(t, st->seg, 1, sizeof(struct nvme_entry)))
+				nvme_stream_close(t, st);
+			return -ENOSPC;
+		}
 		nvme_stream_close(t, st);
-	if (!st->seg)
-		st->seg = take(t, life);
-	if (!st->seg)
-		return -ENOSPC;
+		st->seg = s;
+	}
 	*ret = st->seg;
 	*ret_unit = st->seg->cursor;
 	st->seg->cursor += units;
@@ -177,7 +183,7 @@ int nvme_build_add(struct nvme *t, struct nvme_seg *s, const struct nvme_entry *
 	int64_t index = NVME_NO_SEQ;
 
 	b->reserved -= need;
-	if (!has_room(t, s, 0, (uint32_t)sizeof(*e) + (uint32_t)sizeof(*seq) + e->pos_len))
+	if (!nvme_has_room(t, s, 0, (uint32_t)sizeof(*e) + (uint32_t)sizeof(*seq) + e->pos_len))
 		return -E2BIG;
 	if (!grow((void **)&b->entry, &b->page_cap, (uint64_t)b->pages + 1, sizeof(*b->entry)) ||
 	    !grow((void **)&b->pos, &b->pos_cap, (uint64_t)b->pos_bytes + e->pos_len, 1))

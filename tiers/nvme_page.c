@@ -38,7 +38,8 @@ static struct nvme_stream *place_anywhere(struct nvme *t, uint32_t units, uint32
 	for (unsigned i = 0; i < 2 * t->streams; i++) {
 		struct nvme_stream *st = &t->stream[i % 2][i / 2];
 
-		if (st->seg && nvme_place(t, st, i % 2, units, need, s, unit) >= 0)
+		if (st->seg && !st->seg->failed && nvme_has_room(t, st->seg, units, need) &&
+		    nvme_place(t, st, i % 2, units, need, s, unit) >= 0)
 			return st;
 	}
 	return NULL;

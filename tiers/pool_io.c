@@ -72,6 +72,7 @@ static void *pool_thread(void *arg)
 {
 	struct pool *p = arg;
 
+	io_thread_begin("kvtier-io");
 	pthread_mutex_lock(&p->lock);
 	for (;;) {
 		struct io_req *r = next_request(p);
@@ -155,8 +156,6 @@ static int pool_open(struct io_engine **ret, const struct io_cfg *cfg, char *not
 	pthread_mutex_lock(&p->lock);
 	for (; p->threads < want && !r; p->threads += !r, p->alive += !r)
 		r = pthread_create(&p->thread[p->threads], NULL, pool_thread, p);
-	for (unsigned i = 0; i < p->threads; i++)
-		pthread_setname_np(p->thread[i], "kvtier-io");
 	pthread_mutex_unlock(&p->lock);
 	if (!p->threads) {
 		(void)pool_close(&p->engine, 0);

@@ -194,6 +194,7 @@ static void *uring_thread(void *arg)
 	/* liburing 2.3 declares wrappers for this and for the restrictions but does not export them. */
 	int r = io_uring_register((unsigned)u->ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
 
+	io_thread_begin("kvtier-uring");
 	while (r >= 0 || r == -EINTR || r == -EAGAIN || r == -EBUSY) {
 		if (atomic_load(&u->stop)) {
 			cancel_queued(u);
@@ -312,7 +313,6 @@ static int uring_open(struct io_engine **ret, const struct io_cfg *cfg, char *no
 	r = -pthread_create(&u->thread, NULL, uring_thread, u);
 	if (r < 0)
 		goto fail;
-	pthread_setname_np(u->thread, "kvtier-uring");
 	*ret = &u->engine;
 	return 0;
 fail:

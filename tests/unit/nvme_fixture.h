@@ -56,12 +56,12 @@ static inline uint64_t fx_rand(struct fx *f)
 
 static inline void fx_init(struct fx *f)
 {
-	f->cfg = (struct tier_cfg){ .path = f->dir,
-				    .size = 32 << 20,
-				    .segment = 1 << 20,
-				    .staging = 8 << 20,
-				    .depth = 16,
-				    .deadline_ms = 8000 };
+	f->cfg = (struct tier_cfg){.path = f->dir,
+				   .size = 32 << 20,
+				   .segment = 1 << 20,
+				   .staging = 8 << 20,
+				   .depth = 16,
+				   .deadline_ms = 8000};
 	f->per_seq = 16;
 	f->rng = 88172645463325252;
 }

@@ -1,6 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /* The NVMe tier in one life: pages in and out, limits, errors, and a device that stops answering. */
 #include "nvme_fixture.h"
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 
 static int setup_uring(void **state)
 {
@@ -273,6 +278,129 @@ static void a_file_system_too_small_is_named(void **state)
 	assert_int_equal(stat(path, &sb), -1); /* nothing is left lying about */
 }
 
+static void sync_says_when_a_write_was_never_submitted(void **state)
+{
+	struct fx *f = *state;
+	struct tier_io io = {.op = TIER_WRITE, .bytes = 4096}, *p = &io, *done;
+
+	fx_open(f);
+	fx_write(f, 5, 32768, TIER_SHORT, NULL);
+	memset(io.meta.id.key, 0xff, sizeof(io.meta.id.key));
+	assert_int_equal(f->t->ops->prepare(f->t, &io), 0);
+	memset(io.buf, 1, io.bytes);
+	assert_int_equal(f->t->ops->sync(f->t), -EBUSY);
+	f->t->ops->submit(f->t, &p, 1);
+	while (!f->t->ops->reap(f->t, &done, 1))
+		fx_wait(f);
+	assert_int_equal(io.res, 0);
+	f->t->ops->release(f->t, &io);
+	assert_int_equal(f->t->ops->sync(f->t), 0);
+	assert_int_equal(fx_verify(f), 5);
+}
+
+static void pages_may_be_reaped_after_a_sync(void **state)
+{
+	struct fx *f = *state;
+	struct tier_io io[4], *ios[4], *done[4];
+
+	fx_open(f);
+	for (int i = 0; i < 4; i++) {
+		io[i] = (struct tier_io){.op = TIER_WRITE, .bytes = 4096};
+		assert_int_equal(f->t->ops->prepare(f->t, &io[i]), 0);
+		ios[i] = &io[i];
+	}
+	f->t->ops->submit(f->t, ios, 4);
+	assert_int_equal(f->t->ops->sync(f->t), 0);
+	for (int i = 0; i < 4; i++) { /* one at a time: the fd stays readable as long as there is more */
+		fx_wait(f);
+		assert_int_equal(f->t->ops->reap(f->t, done, 1), 1);
+		assert_ptr_equal(done[0], &io[i]);
+		assert_int_equal(io[i].res, 0);
+		f->t->ops->release(f->t, &io[i]);
+	}
+	assert_int_equal(f->t->ops->reap(f->t, done, 4), 0);
+}
+
+/* ---- hosts that refuse ------------------------------------------------------------- */
+
+/* In a process of its own, because what is refused once stays refused. argv: "refused", what, directory. */
+static int refused_child(const char *what, const char *dir)
+{
+	struct fx *f = calloc(1, sizeof(*f));
+	struct tier_stat st;
+
+	fx_init(f);
+	strcpy(f->dir, dir);
+	if (!strcmp(what, "io_uring")) {
+		struct sock_filter code[] = {
+			BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+			BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_setup, 0, 1),
+			BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+			BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+		};
+		struct sock_fprog prog = {ARRAY_SIZE(code), code};
+
+		if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &prog))
+			return 77;
+	} else {
+		struct rlimit lim = {65536, 65536};
+
+		if (setrlimit(RLIMIT_MEMLOCK, &lim) || setgid(65534) || setuid(65534))
+			return 77;
+	}
+	fx_open(f);
+	fx_stat(f, &st);
+	if (!strstr(st.note,
+		    strcmp(what, "io_uring") ? "RLIMIT_MEMLOCK" : "io_uring refused (Operation not permitted)"))
+		return 1;
+	if (st.io_uring != !!strcmp(what, "io_uring"))
+		return 2;
+	fx_write(f, 100, 32768, TIER_LONG, NULL);
+	if (fx_verify(f) != 100 || f->t->ops->sync(f->t))
+		return 3;
+	fx_close(f);
+	return 0;
+}
+
+static void refused(struct fx *f, const char *what)
+{
+	int status;
+	pid_t pid;
+
+	assert_int_equal(chown(f->dir, geteuid() ? geteuid() : 65534, (gid_t)-1), 0);
+	pid = fork();
+	assert_true(pid >= 0);
+	if (!pid) {
+		execl("/proc/self/exe", "refused", what, f->dir, NULL);
+		_exit(127);
+	}
+	assert_int_equal(waitpid(pid, &status, 0), pid);
+	assert_true(WIFEXITED(status));
+	if (WEXITSTATUS(status) == 77) {
+		print_message("# SKIP this host does not let the test refuse %s\n", what);
+		skip();
+	}
+	assert_int_equal(WEXITSTATUS(status), 0);
+	fx_open(f);
+	fx_scan(f);
+	for (int i = 0; i < 100; i++)
+		assert_int_equal(f->page[i].found, 1);
+}
+
+static void without_io_uring_threads_serve(void **state)
+{
+	refused(*state, "io_uring");
+}
+
+static void without_memlock_buffers_stay_unregistered(void **state)
+{
+	if (geteuid()) {
+		print_message("# SKIP only root can give up the right to lock memory\n");
+		skip();
+	}
+	refused(*state, "memlock");
+}
+
 /* ---- engines that misbehave -------------------------------------------------------- */
 
 static struct {
@@ -468,7 +596,7 @@ static void a_failed_write_is_dead_and_harmless(void **state)
 #test " (threads)", test, setup_threads, teardown, NULL                                        \
 	}
 
-int main(void)
+int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
 		BOTH(round_trip_at_many_sizes),
@@ -479,11 +607,18 @@ int main(void)
 		BOTH(a_truncated_container_is_an_error_not_a_crash),
 		BOTH(several_containers_hold_one_store),
 		BOTH(opening_refuses_with_one_line),
+		BOTH(sync_says_when_a_write_was_never_submitted),
+		BOTH(pages_may_be_reaped_after_a_sync),
+		cmocka_unit_test_setup_teardown(without_io_uring_threads_serve, setup_uring, teardown),
+		cmocka_unit_test_setup_teardown(without_memlock_buffers_stay_unregistered, setup_uring,
+						teardown),
 		cmocka_unit_test_setup_teardown(a_file_system_too_small_is_named, setup_uring, teardown),
 		cmocka_unit_test_setup_teardown(consecutive_pages_travel_as_one_request, setup_uring, teardown),
 		cmocka_unit_test_setup_teardown(a_silent_device_takes_the_tier_offline, setup_uring, teardown),
 		cmocka_unit_test_setup_teardown(a_failed_write_is_dead_and_harmless, setup_uring, teardown),
 	};
 
+	if (argc == 3 && !strcmp(argv[0], "refused"))
+		return refused_child(argv[1], argv[2]);
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
