@@ -51,7 +51,7 @@ static int configure(struct nvme *t, const struct tier_cfg *cfg, const struct nv
 		return bad(err, errsize, "depth", t->depth, "must be 1 to 4096");
 	if (cfg->staging > MAX_STAGING)
 		return bad(err, errsize, "staging", cfg->staging, "must be at most 1G");
-	strcpy(t->path, cfg->path);
+	memcpy(t->path, cfg->path, strlen(cfg->path) + 1);
 	t->units = (uint32_t)(t->segment_bytes / KVT_UNIT);
 	t->segments = (uint32_t)(cfg->size / t->segment_bytes);
 	t->file_segments =

@@ -201,7 +201,7 @@ static int create_store(struct nvme *t, bool write_over, char *err, size_t errsi
 static int read_super(struct nvme *t, unsigned file, struct nvme_super *ret, char *err, size_t errsize)
 {
 	_cleanup_free_ char *unit = aligned_alloc(KVT_UNIT, KVT_UNIT);
-	struct nvme_super s, best = {0};
+	struct nvme_super s = {0}, best = {0};
 	int worst = -ENODATA;
 	char name[32];
 

@@ -359,6 +359,7 @@ static int refused_child(const char *what, const char *dir)
 	if (fx_verify(f) != 100 || f->t->ops->sync(f->t))
 		return 3;
 	fx_close(f);
+	free(f);
 	return 0;
 }
 
