@@ -13,14 +13,23 @@
 
 enum policy_id {
 	POLICY_CLIENT = 0, /* scores come from the runtime's score plane */
-	POLICY_RANDOM, POLICY_STREAMING, POLICY_KNORM, POLICY_VNORM, POLICY_KEYDIFF,
-	POLICY_LAGKV, POLICY_CUR, POLICY_VRANGE, POLICY_POSITION, POLICY_QFILTER, POLICY_KVP,
+	POLICY_RANDOM,
+	POLICY_STREAMING,
+	POLICY_KNORM,
+	POLICY_VNORM,
+	POLICY_KEYDIFF,
+	POLICY_LAGKV,
+	POLICY_CUR,
+	POLICY_VRANGE,
+	POLICY_POSITION,
+	POLICY_QFILTER,
+	POLICY_KVP,
 	POLICY_IDS
 };
 
 enum {
-	POLICY_STATIC = 1,   /* a row's score depends on that row alone: scored once */
-	POLICY_CONTEXT = 2,  /* other rows matter: device rows are rescored at each plan */
+	POLICY_STATIC = 1,  /* a row's score depends on that row alone: scored once */
+	POLICY_CONTEXT = 2, /* other rows matter: device rows are rescored at each plan */
 	POLICY_NEEDS_K = 4,
 	POLICY_NEEDS_V = 8,
 	POLICY_NEEDS_WEIGHTS = 16,
@@ -34,21 +43,21 @@ struct policy_cfg {
 	uint32_t k_dim, v_dim;  /* elements per row */
 	enum row_dtype dtype;
 	uint64_t seed;
-	const char *weights;    /* path of a .kvp file, for policies that need one */
-	const char *isa;        /* NULL: best of this CPU; "ref", "avx2", "avx512" */
-	const char *model;      /* model name, must match the weight file's */
+	const char *weights; /* path of a .kvp file, for policies that need one */
+	const char *isa;     /* NULL: best of this CPU; "ref", "avx2", "avx512" */
+	const char *model;   /* model name, must match the weight file's */
 };
 
 /* n rows of one lane, ascending positions. */
 struct policy_batch {
-	uint32_t lane;           /* layer * heads + head */
+	uint32_t lane; /* layer * heads + head */
 	uint32_t n;
-	const void *k, *v;       /* row i at k + i * k_stride; may be NULL if not needed */
+	const void *k, *v;         /* row i at k + i * k_stride; may be NULL if not needed */
 	size_t k_stride, v_stride; /* bytes */
-	const uint32_t *pos;     /* absolute position of row i; NULL: first_pos + i */
+	const uint32_t *pos;       /* absolute position of row i; NULL: first_pos + i */
 	uint32_t first_pos;
-	uint32_t total;          /* rows of the sequence so far (distance to the end = total - 1 - pos) */
-	uint64_t nonce;          /* differs per plan: for policies that resample */
+	uint32_t total; /* rows of the sequence so far (distance to the end = total - 1 - pos) */
+	uint64_t nonce; /* differs per plan: for policies that resample */
 };
 
 struct policy;
@@ -62,13 +71,14 @@ struct policy_ops {
 	/* scores[i] for row i, finite. 0 or -ENOMEM. */
 	int (*score)(struct policy *p, const struct policy_batch *b, float *scores);
 	void (*free)(struct policy *p); /* NULL is fine */
-	const char *doc; /* one line for `kvtierctl policy list` */
+	const char *doc;                /* one line for `kvtierctl policy list` */
 };
 
 struct policy { /* first member of every policy's own struct */
 	const struct policy_ops *ops;
 };
 
-extern const struct policy_ops *const policy_registry[]; /* NULL-terminated; POLICY_CLIENT included (score fails) */
+extern const struct policy_ops
+	*const policy_registry[]; /* NULL-terminated; POLICY_CLIENT included (score fails) */
 const struct policy_ops *policy_find(const char *name);
 const struct policy_ops *policy_by_id(enum policy_id id);

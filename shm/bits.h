@@ -68,5 +68,5 @@ static inline uint32_t bits_next(const uint64_t *b, uint32_t i, uint32_t n)
 	}
 	return n;
 }
-#define bits_for_each(i, b, n) \
+#define bits_for_each(i, b, n)                                                                                 \
 	for (uint32_t i = bits_next((b), 0, (n)); i < (n); i = bits_next((b), i + 1, (n)))

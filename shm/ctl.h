@@ -22,14 +22,14 @@ enum q_type {
 	/* client to daemon */
 	Q_DIRTY = 1, /* slot.len or slot.acked changed */
 	/* daemon to client */
-	Q_PLAN = 64,   /* arg[0] plan id, arg[1] enum plan_state */
-	Q_GONE = 65,   /* the sequence ended: arg[0] is a positive KVT_E_* reason */
+	Q_PLAN = 64, /* arg[0] plan id, arg[1] enum plan_state */
+	Q_GONE = 65, /* the sequence ended: arg[0] is a positive KVT_E_* reason */
 };
 
 /* Client-writable; the daemon copies each word once and validates it. */
 struct seq_slot {
-	_Atomic uint64_t len;   /* epoch << 32 | rows complete in every layer */
-	_Atomic uint64_t acked; /* id of the newest plan the client has finished with */
+	_Atomic uint64_t len;              /* epoch << 32 | rows complete in every layer */
+	_Atomic uint64_t acked;            /* id of the newest plan the client has finished with */
 	uint64_t nack[CTL_MAX_LANES / 64]; /* lanes on which plan `acked` was refused; written before acked */
 	uint64_t pad[6];
 };

@@ -12,15 +12,15 @@ enum feed_type {
 	FEED_NONE = 0,
 	FEED_SEQ_OPEN,
 	FEED_SEQ_CLOSE,
-	FEED_PLAN,    /* rows = kept, rows2 = out, rows3 = in, rows4 = drop */
+	FEED_PLAN, /* rows = kept, rows2 = out, rows3 = in, rows4 = drop */
 	FEED_READY,
 	FEED_ACK,
 	FEED_CANCEL,
-	FEED_MOVE,    /* from -> to, rows, bytes */
+	FEED_MOVE, /* from -> to, rows, bytes */
 	FEED_DROP,
-	FEED_MISS,    /* plan = errno, rows = lost, bytes */
-	FEED_CLIENT,  /* plan = client, bytes = 1 connected, 0 left */
-	FEED_ADMIN,   /* a mutation by kvtierctl */
+	FEED_MISS,   /* plan = errno, rows = lost, bytes */
+	FEED_CLIENT, /* plan = client, bytes = 1 connected, 0 left */
+	FEED_ADMIN,  /* a mutation by kvtierctl */
 	FEED_TYPES
 };
 
@@ -45,7 +45,8 @@ struct feed_writer {
 };
 int feed_writer_init(struct feed_writer *ret, void *mem, uint32_t entries);
 void feed_write(struct feed_writer *w, const struct feed_event *e);
-/* Reader: starts at the oldest entry still there (from_start) or at the next one. -EPROTO: no feed of `bytes`. */
+/* Reader: starts at the oldest entry still there (from_start) or at the next one. -EPROTO: no feed of `bytes`.
+ */
 struct feed_reader {
 	const void *mem;
 	uint32_t entries;

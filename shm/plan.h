@@ -41,11 +41,11 @@ struct plan_hdr {
 	uint32_t epoch;         /* of the sequence when decided */
 	uint32_t watermark;     /* rows the plan speaks of */
 	uint32_t lanes;
-	uint32_t words;         /* per bitmap: BITS_WORDS(watermark) */
+	uint32_t words; /* per bitmap: BITS_WORDS(watermark) */
 	uint32_t flags;
-	uint64_t decided_ns;    /* CLOCK_MONOTONIC */
+	uint64_t decided_ns;                   /* CLOCK_MONOTONIC */
 	uint64_t rows_out, rows_in, rows_drop; /* over all lanes */
-	uint32_t policy;        /* enum policy_id, for display */
+	uint32_t policy;                       /* enum policy_id, for display */
 	uint32_t pad;
 	uint64_t reserved[7];
 };

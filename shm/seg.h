@@ -56,4 +56,7 @@ int seg_commit(struct seg *s, size_t off, size_t len);
 size_t seg_resident(const struct seg *s);
 /* Unmap and close; safe on a zeroed or half-made segment (fd must be -1 or valid). */
 void seg_close(struct seg *s);
-#define SEG_INIT { .fd = -1 }
+#define SEG_INIT                                                                                               \
+	{                                                                                                      \
+		.fd = -1                                                                                       \
+	}

@@ -38,7 +38,8 @@ struct device_ops {
 		       const uint32_t *pick, uint32_t first, uint32_t n);
 	/* Copy plain bytes out (scores; chunks of K and V for scoring). */
 	int (*read)(struct device_mem *m, uint64_t off, void *dst, size_t bytes);
-	/* Direct pointer for scoring, or NULL when the memory is not mapped here. Contents may change under us. */
+	/* Direct pointer for scoring, or NULL when the memory is not mapped here. Contents may change under us.
+	 */
 	const void *(*peek)(struct device_mem *m, uint64_t off, size_t bytes);
 	size_t (*resident)(struct device_mem *m); /* bytes the memory really holds */
 };

@@ -41,10 +41,10 @@ _Static_assert(sizeof(struct page_ident) == 48, "hashed as bytes");
 /* What a tier that survives a restart keeps beside a page; opaque to the tier. */
 struct page_meta {
 	struct page_ident id;
-	uint32_t crc;      /* of the payload, seeded with id */
-	uint32_t bytes;    /* payload bytes, not rounded */
+	uint32_t crc;       /* of the payload, seeded with id */
+	uint32_t bytes;     /* payload bytes, not rounded */
 	uint32_t pos_words; /* position bitmap, relative to id.first */
-	uint32_t seq_info; /* index into the segment's sequence table, set by the tier */
+	uint32_t seq_info;  /* index into the segment's sequence table, set by the tier */
 	const uint64_t *pos;
 };
 
@@ -53,16 +53,16 @@ enum tier_class { TIER_SHORT = 0, TIER_LONG = 1 }; /* expected lifetime: ephemer
 
 struct tier_io {
 	enum tier_op op;
-	uint32_t bytes;        /* payload; the tier rounds up to its unit itself */
-	tier_addr addr;        /* set by prepare (write); given (read) */
-	void *buf;             /* set by prepare */
-	struct page_meta meta; /* write: what to remember beside the page; read: unused */
+	uint32_t bytes;               /* payload; the tier rounds up to its unit itself */
+	tier_addr addr;               /* set by prepare (write); given (read) */
+	void *buf;                    /* set by prepare */
+	struct page_meta meta;        /* write: what to remember beside the page; read: unused */
 	const struct seq_record *seq; /* write: owner of the page, copied by the tier before submit returns */
-	uint8_t life;          /* enum tier_class */
-	int32_t res;           /* after reap: 0 or -errno */
-	void *user;            /* the caller's */
-	struct tier_io *next;  /* the tier's while submitted */
-	uint64_t priv[4];      /* the tier's */
+	uint8_t life;                 /* enum tier_class */
+	int32_t res;                  /* after reap: 0 or -errno */
+	void *user;                   /* the caller's */
+	struct tier_io *next;         /* the tier's while submitted */
+	uint64_t priv[4];             /* the tier's */
 };
 
 /* What is needed to recognise an orphaned sequence after a restart. */
@@ -70,40 +70,40 @@ struct seq_record {
 	uint8_t key[16];
 	uint8_t secret_hash[32]; /* SHA-256; zero when ephemeral */
 	uint64_t tenant;
-	uint64_t model;          /* fingerprint of the model description */
+	uint64_t model; /* fingerprint of the model description */
 	uint32_t lanes, rows, epoch, lifetime;
 };
 
 enum {
-	TIER_CAP_MAPPED = 1,   /* io->buf is the page */
-	TIER_CAP_DURABLE = 2,  /* pages survive a restart */
-	TIER_CAP_ASYNC = 4,    /* completion comes later, through the fd */
+	TIER_CAP_MAPPED = 1,  /* io->buf is the page */
+	TIER_CAP_DURABLE = 2, /* pages survive a restart */
+	TIER_CAP_ASYNC = 4,   /* completion comes later, through the fd */
 };
 
 struct tier_stat {
-	uint64_t capacity, used, free;      /* bytes; used counts what pages occupy, padding included */
-	uint64_t overhead;                  /* headers, footers, staging buffers */
+	uint64_t capacity, used, free; /* bytes; used counts what pages occupy, padding included */
+	uint64_t overhead;             /* headers, footers, staging buffers */
 	uint64_t reads, writes, read_bytes, write_bytes;
-	uint64_t device_write_bytes;        /* bytes really sent to the device: / write_bytes = amplification */
+	uint64_t device_write_bytes; /* bytes really sent to the device: / write_bytes = amplification */
 	uint64_t errors, inflight, leaked_bytes;
 	uint64_t cleaned_segments;
-	bool offline, huge, io_uring;       /* offline: a deadline passed; no new work */
-	int node;                           /* NUMA node, -1 interleaved or unknown */
-	char note[96];                      /* one human line, e.g. why the fallback runs */
+	bool offline, huge, io_uring; /* offline: a deadline passed; no new work */
+	int node;                     /* NUMA node, -1 interleaved or unknown */
+	char note[96];                /* one human line, e.g. why the fallback runs */
 };
 
 struct tier_cfg {
-	const char *path;        /* nvme: directory of the container files */
-	uint64_t size;           /* capacity in bytes */
-	uint64_t segment;        /* nvme: log segment (default 64 MiB); dram: memfd size (default 256 MiB) */
-	uint64_t staging;        /* nvme: bytes of registered buffers (default 32 MiB) */
-	unsigned depth;          /* nvme: requests in flight (default 32) */
-	unsigned deadline_ms;    /* nvme: a request older than this takes the tier offline (default 10000) */
-	bool no_uring;           /* nvme: use the thread pool */
-	bool prealloc;           /* nvme: write containers over once at creation (default true in the daemon) */
-	bool no_huge;            /* dram */
-	int node;                /* dram: NUMA node, -1 = interleave over all */
-	const char *fault;       /* fault: "seed=N,write_eio=P,...,delay_us=N", keys in tiers/fault.h, P in 1/1000 */
+	const char *path;     /* nvme: directory of the container files */
+	uint64_t size;        /* capacity in bytes */
+	uint64_t segment;     /* nvme: log segment (default 64 MiB); dram: memfd size (default 256 MiB) */
+	uint64_t staging;     /* nvme: bytes of registered buffers (default 32 MiB) */
+	unsigned depth;       /* nvme: requests in flight (default 32) */
+	unsigned deadline_ms; /* nvme: a request older than this takes the tier offline (default 10000) */
+	bool no_uring;        /* nvme: use the thread pool */
+	bool prealloc;        /* nvme: write containers over once at creation (default true in the daemon) */
+	bool no_huge;         /* dram */
+	int node;             /* dram: NUMA node, -1 = interleave over all */
+	const char *fault; /* fault: "seed=N,write_eio=P,...,delay_us=N", keys in tiers/fault.h, P in 1/1000 */
 	const struct tier_ops *lower_ops; /* fault: what it wraps */
 };
 
@@ -139,7 +139,8 @@ struct tier_ops {
 	 * Housekeeping from a timer: cleaning, deadlines. Where the cleaner moves a live page it calls
 	 * moved(arg, meta, old, new) once the copy is durable; the owner answers false when the page died.
 	 */
-	void (*tick)(struct tier *t, bool (*moved)(void *arg, const struct page_meta *m, tier_addr from, tier_addr to),
+	void (*tick)(struct tier *t,
+		     bool (*moved)(void *arg, const struct page_meta *m, tier_addr from, tier_addr to),
 		     void *arg);
 };
 

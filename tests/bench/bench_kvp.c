@@ -229,8 +229,8 @@ static void spawn(char *self, char *isa, const char *core)
 int main(int argc, char **argv)
 {
 	static const struct contest contests[] = {
-		{"avx512-bf16", "1.5", "OpenBLAS sgemm", 1.5},
-		{"avx2", "0.8", "OpenBLAS sgemm (Haswell kernels)", 0.8},
+		{"avx512-bf16", "bf16 hardware", "1.5", "OpenBLAS sgemm", 1.5},
+		{"avx2", "AVX2", "0.8", "OpenBLAS sgemm (Haswell kernels)", 0.8},
 	};
 
 	if (argc < 2) {
