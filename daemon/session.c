@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include "daemon/internal.h"
 #include "ipc/codec.h"
 #include "ipc/sock.h"
@@ -376,6 +377,30 @@ static int client_new(struct core *c, int fd, struct tenant *t, const struct soc
 	return 0;
 }
 
+/*
+ * One connection too many: it gets its line as the answer to the hello that it sends, or has sent. What it
+ * sent is read before the close, which would otherwise overtake the line with a reset.
+ */
+static void turn_away(int fd, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void turn_away(int fd, const char *fmt, ...)
+{
+	struct wire_hdr hello = {.type = W_HELLO};
+	char text[WIRE_TEXT], rest[256];
+	struct wire_reply r;
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof(text), fmt, ap);
+	va_end(ap);
+	wire_reply_init(&r, &hello, sizeof(r), KVT_E_LIMIT, "%s", text);
+	(void)sock_send(fd, &r, r.hdr.len, NULL, 0);
+	shutdown(fd, SHUT_RDWR);
+	for (int i = 0; i < 16 && recv(fd, rest, sizeof(rest), MSG_DONTWAIT) > 0; i++)
+		;
+	close(fd);
+	log_line(4, "connection refused: %s", text);
+}
+
 static int on_accept(sd_event_source *src, int lfd, uint32_t revents, void *arg)
 {
 	struct listener *l = arg;
@@ -383,6 +408,7 @@ static int on_accept(sd_event_source *src, int lfd, uint32_t revents, void *arg)
 	struct tenant *t = l->tenant < 0 ? NULL : &c->tenant[l->tenant];
 	struct sock_peer peer;
 	int fd = sock_accept(lfd), r;
+	uint32_t n;
 
 	if (fd < 0)
 		return 0;
@@ -391,17 +417,20 @@ static int on_accept(sd_event_source *src, int lfd, uint32_t revents, void *arg)
 		close(fd);
 		return 0;
 	}
-	if (c->n_clients >= MAX_CLIENTS ||
-	    (t && t->limit.max_clients_per_uid && clients_of(c, t, peer.uid) >= t->limit.max_clients_per_uid)) {
-		log_line(4, "connection of pid %d uid %u refused: max_clients_per_uid %u", (int)peer.pid,
-			 (unsigned)peer.uid, t ? t->limit.max_clients_per_uid : MAX_CLIENTS);
+	n = t ? clients_of(c, t, peer.uid) : 0;
+	if (c->n_clients >= MAX_CLIENTS) {
+		turn_away(TAKE_FD(fd), "clients: %u, limit %u", c->n_clients, MAX_CLIENTS);
+		r = -EMFILE;
+	} else if (t && t->limit.max_clients_per_uid && n >= t->limit.max_clients_per_uid) {
+		turn_away(TAKE_FD(fd), "clients: uid %u has %u in tenant %s, limit max_clients_per_uid %u",
+			  (unsigned)peer.uid, n, t->name, t->limit.max_clients_per_uid);
 		r = -EMFILE;
 	} else {
 		r = client_new(c, fd, t, &peer);
 	}
 	if (r < 0) {
 		close_fdp(&peer.pidfd);
-		close(fd);
+		close_fdp(&fd);
 	}
 	return 0;
 }
