@@ -22,15 +22,29 @@ static uint64_t room_in(const struct seq *s, int tier)
 	return MIN(st.free - floor, limit - used);
 }
 
-/* Rows per lane that fit: those that have a copy there already and what the room takes, page padding included.
+/* What one position takes over all lanes, when its pages are full. */
+static uint64_t position_bytes(const struct model *m)
+{
+	uint64_t sum = 0;
+
+	for (uint32_t i = 0; i < m->n_layers; i++) {
+		uint32_t row = m->layer[i].k_bytes + m->layer[i].v_bytes,
+			 rows = MIN(PAGE_ROWS, TIER_MAX_PAGE / row);
+
+		sum += m->layer[i].kv_heads * DIV_UP(page_room(rows * row), rows);
+	}
+	return sum;
+}
+
+/* Rows per lane that fit: those that have a copy there already and what the room takes, short pages included.
  */
 static uint32_t rows_that_fit(const struct seq *s, int tier)
 {
 	uint32_t lanes = s->ix.lanes;
-	uint64_t room = room_in(s, tier), padding = (uint64_t)lanes * 2 * KVT_UNIT;
+	uint64_t room = s->avoid[tier] ? 0 : room_in(s, tier), padding = (uint64_t)lanes * 2 * KVT_UNIT;
 
 	room = room > padding ? room - padding : 0;
-	return (uint32_t)MIN(s->held[tier] / lanes + room / s->model->row_bytes_all, ROWS_ALL);
+	return (uint32_t)MIN(s->held[tier] / lanes + room / position_bytes(s->model), ROWS_ALL);
 }
 
 void budget_for(struct plan *p)
@@ -121,7 +135,8 @@ int budget_stage(struct plan *p)
 	if (p->saving || !s->layout)
 		return 0;
 	for (uint32_t l = 0; l < s->ix.lanes; l++) {
-		uint32_t stage = s->layout[s->model->lane_layer[l]].stage;
+		/* After too many misses the runtime gets a plan that promotes nothing, rather than none. */
+		uint32_t stage = s->retries >= PLAN_RETRIES ? 0 : s->layout[s->model->lane_layer[l]].stage;
 
 		if (p->in[l] > stage)
 			give_up(p, l, p->t.bring_in + (uint64_t)l * p->words, p->in[l] - stage, true);

@@ -192,6 +192,23 @@ static uint64_t valid_rows(const struct page *p, uint32_t w, uint32_t end)
 	return end - pos >= 64 ? p->pos[w] : p->pos[w] & ((UINT64_C(1) << (end - pos)) - 1);
 }
 
+/* Set or clear the bits v from absolute position pos on; none of them lies past the index. */
+static void put_bits(uint64_t *bits, uint32_t pos, uint64_t v, bool set)
+{
+	uint32_t s = pos % 64;
+	uint64_t lo = v << s, hi = s ? v >> (64 - s) : 0;
+
+	bits += pos / 64;
+	if (set)
+		bits[0] |= lo;
+	else
+		bits[0] &= ~lo;
+	if (hi && set)
+		bits[1] |= hi;
+	else if (hi)
+		bits[1] &= ~hi;
+}
+
 void index_mark(struct index *ix, const struct page *p, int tier, bool present)
 {
 	uint64_t *bits = index_bits(ix, tier, p->lane);
@@ -199,21 +216,39 @@ void index_mark(struct index *ix, const struct page *p, int tier, bool present)
 
 	for (uint32_t w = 0; w < p->span; w++) {
 		uint64_t v = valid_rows(p, w, end);
-		uint32_t pos = p->first + w * 64, s = pos % 64;
 
+		if (v)
+			put_bits(bits, p->first + w * 64, v, present);
+	}
+}
+
+void index_move(struct index *ix, const struct page *p, int from, int to)
+{
+	uint64_t *src = index_bits(ix, from, p->lane), *dst = index_bits(ix, to, p->lane);
+	uint32_t end = MIN(ix->rows, index_limit(ix, p->epoch));
+
+	for (uint32_t w = 0; w < p->span; w++) {
+		uint32_t pos = p->first + w * 64;
+		uint64_t v = valid_rows(p, w, end);
+
+		if (v)
+			v &= index_window(src, ix->words, pos);
 		if (!v)
 			continue;
-		if (present)
-			bits[pos / 64] |= v << s;
-		else
-			bits[pos / 64] &= ~(v << s);
-		if (s && v >> (64 - s)) {
-			if (present)
-				bits[pos / 64 + 1] |= v >> (64 - s);
-			else
-				bits[pos / 64 + 1] &= ~(v >> (64 - s));
-		}
+		put_bits(dst, pos, v, true);
+		if (from != to)
+			put_bits(src, pos, v, false);
 	}
+}
+
+bool index_lists(const struct index *ix, const struct page *p)
+{
+	const struct lane_pages *lp = &ix->lane[p->lane];
+
+	for (uint32_t i = 0; i < lp->n; i++)
+		if (lp->v[i] == p)
+			return true;
+	return false;
 }
 
 int index_add_page(struct index *ix, struct page *p, int tier)

@@ -58,6 +58,10 @@ int index_list_page(struct index *ix, struct page *p);
 int index_add_page(struct index *ix, struct page *p, int tier);
 /* Set or clear this page's rows (those it speaks for) in the tier's bitmap. */
 void index_mark(struct index *ix, const struct page *p, int tier, bool present);
+/* The page's rows that are still in `from` are in `to` now instead: a row dropped meanwhile stays dropped. */
+void index_move(struct index *ix, const struct page *p, int from, int to);
+/* Is the page one of this index's? */
+bool index_lists(const struct index *ix, const struct page *p);
 /* Rows of the page that this sequence counts on in `tier`. mask: NULL or uint64_t[page span], the rows. */
 uint32_t index_alive(const struct index *ix, const struct page *p, int tier, uint64_t *mask);
 /* Unlist pages in which no row is alive; give back unshared copies that serve no row. */

@@ -25,6 +25,7 @@
 #define CORE_MAX_SEQS (1u << 20)
 #define CORE_MAX_PLAN_BYTES (UINT64_C(4) << 30)
 #define ROWS_ALL UINT32_MAX
+#define PLAN_RETRIES 5u /* of a plan that could not be carried out; the last one promotes nothing */
 
 struct core;
 struct client;
@@ -146,7 +147,8 @@ struct seq {
 	uint64_t acked;
 	uint64_t nonce;
 	uint32_t retries, saves;
-	bool again; /* a plan is due whatever the rows say */
+	bool avoid[KVT_TIERS]; /* writing there failed repeatedly */
+	bool again;            /* a plan is due whatever the rows say */
 
 	struct client *closer; /* waits for the reply to its close */
 	struct wire_hdr close_req;
@@ -159,7 +161,7 @@ struct seq {
 	uint32_t refs; /* background work that will come back to it */
 	bool dead;     /* freed but for refs */
 	struct settle *settle;
-	uint32_t repacks; /* on their way */
+	uint32_t repacks;  /* on their way */
 	struct page *note; /* see restart.c */
 	bool noting, note_again;
 	bool recount; /* background moves changed the counts */
@@ -353,6 +355,7 @@ struct pio { /* one page on its way between a tier and us */
 	struct tier_io io;
 	struct core *core;
 	struct page *page;           /* pinned */
+	uint64_t reserved;           /* quota held until the page has its copy */
 	int tier, error;             /* error: the worker's verdict, -errno */
 	void (*end)(struct pio *io); /* on the loop when the tier is done, io.res valid; owns io */
 	void *owner;

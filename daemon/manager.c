@@ -14,7 +14,6 @@
 
 #define INLINE_ROWS 65536u /* row-lanes decided on the loop: a hand-over costs more */
 #define SCORE_ROWS 16384u  /* row-lanes of one scoring job at least */
-#define MAX_RETRIES 5u
 
 struct plan_job {
 	struct job job;
@@ -429,7 +428,7 @@ void manager_moved(struct plan *p)
 
 	s->refs++;
 	if (!p->over && (p->missed || p->error)) {
-		bool again = s->retries++ < MAX_RETRIES;
+		bool again = s->retries++ < PLAN_RETRIES;
 
 		log_line(again ? 5 : 4, "plan %llu: seq %016llx: %s, %s", (unsigned long long)p->id,
 			 (unsigned long long)s->handle, p->missed ? "a promotion missed" : strerror(-p->error),
@@ -442,6 +441,7 @@ void manager_moved(struct plan *p)
 			s->wanted[w] |= p->wanted[w];
 	} else if (!p->over) {
 		s->retries = 0;
+		memset(s->avoid, 0, sizeof(s->avoid));
 		p->phase = PHASE_READY;
 		c->stat.rows_promoted[KVT_TIER_DEVICE] += p->rows_in;
 		if (p->saving) {

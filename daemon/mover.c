@@ -53,6 +53,7 @@ void pio_free(struct pio *io)
 		c->pages.tier[io->tier]->ops->release(c->pages.tier[io->tier], &io->io);
 		mover_kick(c);
 	}
+	c->pages.used[io->tier][io->page->origin->charge] -= io->reserved;
 	page_unpin(&c->pages, io->page);
 	c->pios--;
 	free(io);
@@ -110,13 +111,24 @@ void pio_read(struct pio *io)
 	mover_kick(io->core);
 }
 
+/* The quota is kept here, to the byte: plans only estimate what their pages will take. */
+static bool room_for(const struct pio *io, const struct seq *s)
+{
+	const struct config_tenant *l = &s->tenant->limit;
+	uint64_t limit = io->tier == KVT_TIER_DRAM ? l->dram_bytes : l->nvme_bytes;
+	uint64_t used = io->core->pages.used[io->tier][io->page->origin->charge];
+
+	return used <= limit && limit - used >= page_room(io->page->bytes);
+}
+
 int pio_prepare(struct pio *io, const struct seq *s)
 {
 	struct core *c = io->core;
 	struct tier *t = c->pages.tier[io->tier];
 	struct page *p = io->page;
+	int r;
 
-	if (!t)
+	if (!t || !room_for(io, s))
 		return -ENOSPC;
 	memcpy(io->words, p->pos, p->span * sizeof(uint64_t));
 	page_ident(p, &io->io.meta.id);
@@ -134,7 +146,12 @@ int pio_prepare(struct pio *io, const struct seq *s)
 	io->rec.rows = s->rows;
 	io->rec.epoch = s->epoch;
 	io->rec.lifetime = s->lifetime;
-	return t->ops->prepare(t, &io->io);
+	r = t->ops->prepare(t, &io->io);
+	if (!r) {
+		io->reserved = page_room(p->bytes);
+		c->pages.used[io->tier][p->origin->charge] += io->reserved;
+	}
+	return r;
 }
 
 void pio_write(struct pio *io)
@@ -218,7 +235,8 @@ static unsigned pump_plans(struct core *c)
 
 	for (p = TAILQ_FIRST(&c->mover->plans); p; p = next) {
 		next = TAILQ_NEXT(p, pump);
-		if (p->over || p->error || p->missed)
+		/* After a miss the others are still read: the next plan should not meet them one by one. */
+		if (p->over || p->error)
 			p->out_done = p->in_done = true;
 		if (!p->out_done)
 			n += mover_out(p, BATCH);

@@ -131,7 +131,7 @@ static void count_refaults(struct seq *s, const struct page *page, int tier, con
 {
 	uint32_t n = 0;
 
-	if (page->number < s->recent_page[s->nonce % ARRAY_SIZE(s->recent_page)])
+	if (page->number < s->recent_page[(s->nonce + 1) % ARRAY_SIZE(s->recent_page)])
 		return;
 	for (uint32_t w = 0; w < page->span; w++)
 		n += (uint32_t)__builtin_popcountll(mask[w]);

@@ -55,6 +55,20 @@ static void out_run(struct job *j, struct worker_ctx *w)
 	}
 }
 
+/* The plan cannot be carried out; the next one leaves this tier alone if it fails there again and again. */
+static void out_failed(struct plan *p, int tier, int r)
+{
+	struct core *c = p->seq->core;
+
+	p->error = r;
+	if (p->seq->retries)
+		p->seq->avoid[tier] = true;
+	if (r == -ENOSPC)
+		c->stat.miss_nospace++;
+	else
+		c->stat.miss_io++;
+}
+
 /* Written (or not): the page enters the index when its rows still mean the same. */
 static void out_end(struct pio *io)
 {
@@ -74,13 +88,8 @@ static void out_end(struct pio *io)
 			feed_move(s, KVT_TIER_DEVICE, io->tier, page->lane, page->rows, page->bytes);
 		}
 	}
-	if (r < 0 && !p->error) {
-		p->error = r;
-		if (r == -ENOSPC)
-			c->stat.miss_nospace++;
-		else
-			c->stat.miss_io++;
-	}
+	if (r < 0 && !p->error && !p->over)
+		out_failed(p, io->tier, r);
 	pio_free(io);
 	page_unref(&c->pages, page);
 	plan_unref(p);
@@ -251,9 +260,7 @@ unsigned mover_out(struct plan *p, unsigned pages)
 	if (!r) {
 		p->out_done = true;
 	} else if (r < 0 && r != -EAGAIN) {
-		if (r == -ENOSPC)
-			c->stat.miss_nospace++;
-		p->error = r;
+		out_failed(p, p->out_tier, r);
 		p->out_done = true;
 	}
 	return made;

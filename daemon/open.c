@@ -130,8 +130,7 @@ static void bind(struct opening *o, struct seq *s)
 	core_feed(cl->core, FEED_SEQ_OPEN, s, 0, 0, NULL);
 }
 
-/* resident: bitmaps of a fork's child, or NULL. */
-static int reply(struct opening *o, struct seq *s, const struct seg *resident)
+static int reply(struct opening *o, struct seq *s)
 {
 	struct wire_seq_open_reply a;
 
@@ -142,7 +141,7 @@ static int reply(struct opening *o, struct seq *s, const struct seg *resident)
 	a.slot = s->slot;
 	a.epoch = s->epoch;
 	a.rows = s->rows;
-	client_reply(o->cl, &a.r, resident ? &resident->fd : NULL, resident ? 1 : 0);
+	client_reply(o->cl, &a.r, NULL, 0);
 	return 0;
 }
 
@@ -196,7 +195,7 @@ static int open_fresh(struct opening *o)
 		return r;
 	}
 	manager_headroom(s);
-	return reply(o, s, NULL);
+	return reply(o, s);
 }
 
 static int open_resume(struct opening *o)
@@ -242,27 +241,13 @@ static int open_resume(struct opening *o)
 		return r;
 	}
 	manager_headroom(s);
-	return reply(o, s, NULL);
-}
-
-/* The child's residency, for the library to copy the rows. */
-static int residency(const struct seq *s, struct seg *ret)
-{
-	uint32_t words = (uint32_t)BITS_WORDS(s->ix.rows);
-	int r = seg_create(ret, SEG_PUBLISHED, "kvtier-fork", MAX((uint64_t)s->ix.lanes * words * 8, 1),
-			   SEG_F_POPULATE);
-
-	for (uint32_t l = 0; !r && l < s->ix.lanes; l++)
-		memcpy((uint64_t *)ret->addr + (uint64_t)l * words, index_bits(&s->ix, KVT_TIER_DEVICE, l),
-		       words * 8);
-	return r;
+	return reply(o, s);
 }
 
 static int open_fork(struct opening *o)
 {
 	struct client *cl = o->cl;
 	struct seq *parent = handle_get(cl->core->seqs, o->m->parent, cl), *s;
-	struct seg map = SEG_INIT;
 	int r;
 
 	if (!parent || !seq_poll(parent))
@@ -292,22 +277,18 @@ static int open_fork(struct opening *o)
 	s->scored = MIN(parent->scored, o->m->prefix);
 	bind(o, s);
 	r = index_fork(&s->ix, &parent->ix, o->m->prefix, s->epoch);
-	if (!r)
-		r = residency(s, &map);
 	if (r < 0) {
 		seq_end(s);
 		return fail(o, KVT_E_NOMEM, "daemon: %s", strerror(-r));
 	}
 	r = set_budget(o, s);
 	if (r < 0) {
-		seg_close(&map);
 		seq_end(s);
 		return r;
 	}
 	seq_recount(s);
 	manager_headroom(s);
-	reply(o, s, &map);
-	seg_close(&map);
+	reply(o, s);
 	seq_step(parent);
 	return 0;
 }

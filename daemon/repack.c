@@ -21,7 +21,7 @@ struct repack {
 	uint32_t epoch;
 	int from, to, error, failed[REPACK_SOURCES];
 	bool whole;
-	uint32_t k_bytes;
+	uint32_t k_bytes, limit[REPACK_SOURCES]; /* positions for which a source speaks end here */
 	unsigned n, reading;
 	struct page *src[REPACK_SOURCES]; /* pinned, marked moving */
 	struct pio *read[REPACK_SOURCES];
@@ -51,10 +51,9 @@ static void finish(struct repack *r)
 /* ---- reading ------------------------------------------------------------------------ */
 
 /* Copy the rows that dst wants from this page; K plane and V plane each keep their place. */
-static void take_rows(const struct repack *r, const struct page *src, const uint8_t *buf, uint32_t k,
-		      uint32_t v)
+static void take_rows(const struct repack *r, unsigned i, const uint8_t *buf, uint32_t k, uint32_t v)
 {
-	const struct page *dst = r->dst;
+	const struct page *dst = r->dst, *src = r->src[i];
 	uint8_t *dk = r->buf, *dv = r->buf + (size_t)dst->rows * k;
 	const uint8_t *sk = buf, *sv = buf + (size_t)src->rows * k;
 	uint32_t row = 0, out;
@@ -63,7 +62,7 @@ static void take_rows(const struct repack *r, const struct page *src, const uint
 		for (uint64_t b = src->pos[w]; b; b &= b - 1, row++) {
 			uint32_t pos = src->first + w * 64 + (uint32_t)__builtin_ctzll(b);
 
-			if (!page_has(dst, pos))
+			if (pos >= r->limit[i] || !page_has(dst, pos))
 				continue;
 			out = bits_rank(dst->pos, pos - dst->first);
 			memcpy(dk + (size_t)out * k, sk + (size_t)row * k, k);
@@ -88,7 +87,7 @@ static void repack_run(struct job *j, struct worker_ctx *w)
 		else if (r->whole)
 			memcpy(r->buf, r->read[i]->io.buf, p->bytes);
 		else
-			take_rows(r, p, r->read[i]->io.buf, r->k_bytes, p->bytes / p->rows - r->k_bytes);
+			take_rows(r, i, r->read[i]->io.buf, r->k_bytes, p->bytes / p->rows - r->k_bytes);
 	}
 	if (r->whole)
 		return;
@@ -149,17 +148,16 @@ static void commit(struct repack *r)
 	page_ref(p);
 	if (!e)
 		e = page_set_copy(&c->pages, p, r->to, r->addr);
-	if (stale(r)) {
+	/* Dropped by a plan or cut by a truncation while it was on its way. */
+	if (stale(r) || (r->whole && !index_lists(&s->ix, p))) {
 		if (!e && r->whole)
 			page_free_copy(&c->pages, p, r->to);
 		e = -ESTALE;
 	}
-	if (!e && r->whole)
-		index_mark(&s->ix, p, r->to, true);
-	else if (!e)
-		e = index_add_page(&s->ix, p, r->to);
+	if (!e && !r->whole)
+		e = index_list_page(&s->ix, p);
 	if (!e) {
-		index_mark(&s->ix, p, r->from, false);
+		index_move(&s->ix, p, r->from, r->to);
 		c->stat.rows_demoted[r->to] += p->rows;
 		feed_move(s, r->from, r->to, p->lane, p->rows, p->bytes);
 	}
@@ -323,6 +321,7 @@ int repack_start(struct seq *s, struct page *const *src, unsigned n, int from, i
 	r->reading = n;
 	for (unsigned i = 0; i < n; i++) {
 		r->src[i] = src[i];
+		r->limit[i] = index_limit(&s->ix, src[i]->epoch);
 		src[i]->moving = true;
 		page_pin(src[i]);
 	}

@@ -403,7 +403,21 @@ static inline uint32_t rt_wrong(struct rt_seq *q)
 		int n = rt_resident(q, l, pos);
 
 		for (int i = 0; i < n; i++)
-			bad += rt_check(q, l, (uint32_t)i, pos[i]) != 0;
+			if (rt_check(q, l, (uint32_t)i, pos[i])) {
+				uint32_t real = q->salts[pos[i]], k;
+
+				for (k = 0; k < 10; k++) {
+					q->salts[pos[i]] = k;
+					if (!rt_check(q, l, (uint32_t)i, pos[i]))
+						break;
+				}
+				q->salts[pos[i]] = real;
+				if (getenv("V") && bad < 40)
+					fprintf(stderr, "is salt %u: ", k),
+						fprintf(stderr, "# lane %u slot %d pos %u salt %u\n", l, i,
+							pos[i], q->salts[pos[i]]);
+				bad++;
+			}
 	}
 	free(pos);
 	return bad;
