@@ -140,6 +140,7 @@ struct seq {
 	uint64_t *wanted, *pinned;    /* [BITS_WORDS(max_rows)] or NULL */
 	char policy[32];              /* asked for; empty: the default */
 	const struct policy_ops *ops; /* in use since the last plan */
+	const struct policy_ops *keys_by; /* gave the keys of the index; NULL: nobody yet */
 
 	struct plan *plan;
 	uint64_t plan_id;   /* of the newest plan published to this client */
@@ -188,6 +189,7 @@ struct plan {
 	enum plan_phase phase;
 	bool over; /* applied, cancelled or not to be published: forget it when nothing is lent */
 	bool requested, saving, private_tables, direct;
+	bool rescore; /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
 	struct plan_tables t;
 	struct plan_mem *mem;
 	struct region *region;

@@ -252,7 +252,7 @@ static int put_scoring(struct plan *p)
 {
 	uint32_t lanes = p->seq->ix.lanes, rows = p->watermark - p->from, per;
 
-	if (p->use->ops->caps & POLICY_CONTEXT)
+	if (p->rescore || (p->use->ops->caps & POLICY_CONTEXT))
 		rows = p->watermark;
 	per = MAX(1u, MIN(DIV_UP(lanes, 2 * workers_count(p->seq->core->workers)), DIV_UP(SCORE_ROWS, rows)));
 	p->phase = PHASE_SCORE;
@@ -268,7 +268,7 @@ static int put_scoring(struct plan *p)
 /* Scores that are there already or cost next to nothing are read where the decision is made. */
 static bool cheap(const struct plan *p)
 {
-	return p->from == p->watermark || p->use->ops->id == POLICY_CLIENT ||
+	return (p->from == p->watermark && !p->rescore) || p->use->ops->id == POLICY_CLIENT ||
 	       !(p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_CONTEXT));
 }
 
@@ -302,6 +302,7 @@ int manager_plan(struct seq *s, bool save)
 		goto fail;
 	}
 	s->ops = p->use->ops;
+	p->rescore = from && s->keys_by != p->use->ops;
 	if (s->region)
 		p->region = region_ref(s->region);
 	s->plan = p;
@@ -311,7 +312,7 @@ int manager_plan(struct seq *s, bool save)
 	settle_stop(s);
 	seq_touch(s);
 	p->refs = 1; /* ours, until every job is out */
-	r = cheap(p) ? put_decide(p, from < p->watermark) : put_scoring(p);
+	r = cheap(p) ? put_decide(p, from < p->watermark || p->rescore) : put_scoring(p);
 	if (r < 0) {
 		p->error = r;
 		p->over = true;
@@ -392,8 +393,10 @@ static void decided(struct plan *p)
 
 	s->refs++;
 	p->phase = PHASE_MOVE;
-	if (!p->error && p->epoch == s->epoch)
+	if (!p->error && p->epoch == s->epoch) {
 		s->scored = MAX(s->scored, p->watermark);
+		s->keys_by = p->use->ops;
+	}
 	if (p->error || p->epoch != s->epoch || s->state == SEQ_CLOSING)
 		p->over = true;
 	if (p->error)

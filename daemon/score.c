@@ -16,14 +16,14 @@ static int from_plane(struct plan *p, uint32_t lane, struct worker_ctx *w)
 {
 	struct seq *s = p->seq;
 	const struct wire_layout *y = &s->layout[s->model->lane_layer[lane]];
-	uint32_t n = p->watermark - p->from;
+	uint32_t from = p->rescore ? 0 : p->from, n = p->watermark - from;
 	uint64_t off = y->score_off + s->model->lane_head[lane] * y->score_head_stride +
-		       (uint64_t)p->from * sizeof(float);
+		       (uint64_t)from * sizeof(float);
 	float *buf = worker_scratch(w, n * sizeof(float));
 	int r = buf ? device_host_ops.read(p->region->mem, off, buf, n * sizeof(float)) : -ENOMEM;
 
 	if (!r)
-		score_keys(buf, s->ix.key + (size_t)lane * s->ix.cap + p->from, n);
+		score_keys(buf, s->ix.key + (size_t)lane * s->ix.cap + from, n);
 	return r;
 }
 
@@ -127,7 +127,7 @@ static int score_new(struct plan *p, uint32_t lane, struct worker_ctx *w)
 	return 0;
 }
 
-/* The policy compares rows: everything in the device tier again, in one batch. */
+/* The policy compares rows, or is a new one: everything in the device tier again, in one batch. */
 static int score_all(struct plan *p, uint32_t lane, struct worker_ctx *w)
 {
 	struct seq *s = p->seq;
@@ -148,13 +148,13 @@ int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w)
 	unsigned caps = p->use->ops->caps;
 	int r = 0;
 
-	if (p->from >= p->watermark && !(caps & POLICY_CONTEXT))
+	if (p->from >= p->watermark && !p->rescore && !(caps & POLICY_CONTEXT))
 		return 0;
 	for (uint32_t l = lo; l < hi && !r; l++) {
 		if (p->use->ops->id == POLICY_CLIENT)
 			r = from_plane(p, l, w);
 		else
-			r = caps & POLICY_CONTEXT ? score_all(p, l, w) : score_new(p, l, w);
+			r = p->rescore || (caps & POLICY_CONTEXT) ? score_all(p, l, w) : score_new(p, l, w);
 	}
 	return r;
 }

@@ -179,6 +179,22 @@ def rows_come_back_bit_for_bit(d, c):
     assert plan.rows_out == 0, plan.rows_out
 
 
+def another_policy_ranks_anew(d, c):
+    def kept(first, then):
+        ours = fresh(c)
+        run(MODEL, ours, IDS[:, :400])
+        if first:  # everything stays; only the keys are made
+            ours.compress(budget(400, policy=first, manual=True))
+        ours.compress(budget(100, 300, policy=then, manual=True))
+        rows = [ours.positions(layer, h) for layer in range(LAYERS) for h in range(KV)]
+        ours.close()
+        return rows
+
+    for then in ("knorm", "keydiff", "streaming"):
+        assert kept("random", then) == kept(None, then), then
+    assert kept("knorm", "random") != kept(None, "knorm")
+
+
 def fetch_by_hand(d, c):
     ours = fresh(c)
     run(MODEL, ours, IDS[:, :500])
@@ -282,8 +298,8 @@ def daemon_killed_runtime_goes_on(d, c):
 
 
 TESTS = [no_eviction_equals_dynamic_cache, eviction_equals_masked_full_cache, second_plan_after_eviction, roll_back,
-         memory_goes_back_to_the_kernel, rows_come_back_bit_for_bit, fetch_by_hand, swap_out_and_resume,
-         generate_accepts_the_cache, bfloat16_rows, bad_input_is_one_line, daemon_killed_runtime_goes_on]
+         memory_goes_back_to_the_kernel, rows_come_back_bit_for_bit, another_policy_ranks_anew, fetch_by_hand,
+         swap_out_and_resume, generate_accepts_the_cache, bfloat16_rows, bad_input_is_one_line, daemon_killed_runtime_goes_on]
 
 
 def main():
