@@ -15,6 +15,8 @@
 #include "policy/policy.h"
 #include "shm/util.h"
 
+#define DRAM_MAX_SEGMENTS 4096u /* what the tier's allocator can number */
+
 struct parse {
 	struct config *cfg;
 	FILE *f;
@@ -233,15 +235,16 @@ static void check_marks(struct parse *p)
 		       w->high / 10, w->high % 10);
 }
 
-/* A segment that nobody chose follows a small size. */
+/* A segment that nobody chose follows the size. */
 static void fit_segments(struct parse *p)
 {
 	struct config *c = p->cfg;
+	uint64_t least = ALIGN_UP(c->dram_size / DRAM_MAX_SEGMENTS, UINT64_C(256) << 20);
 
 	if (!line_of(p, "dram", "segment", NULL))
-		c->dram_segment = MIN(c->dram_segment, c->dram_size / (4u << 20) * (4u << 20));
+		c->dram_segment = MIN(MAX(c->dram_segment, least), c->dram_size / (4u << 20) * (4u << 20));
 	if (!line_of(p, "nvme", "segment", NULL))
-		c->nvme_segment = MIN(c->nvme_segment, c->nvme_size / 4 / (1u << 20) * (1u << 20));
+		c->nvme_segment = MIN(c->nvme_segment, c->nvme_size / 8 / (1u << 20) * (1u << 20));
 }
 
 static void check_sizes(struct parse *p)
@@ -251,12 +254,16 @@ static void check_sizes(struct parse *p)
 	if (c->dram_segment > c->dram_size)
 		refuse(p, line_of(p, "dram", "segment", "size"), "segment: %llu, must be at most size (%llu)",
 		       (unsigned long long)c->dram_segment, (unsigned long long)c->dram_size);
+	if (c->dram_size / DRAM_MAX_SEGMENTS > c->dram_segment)
+		refuse(p, line_of(p, "dram", "segment", "size"),
+		       "segment: %llu, must be at least size (%llu) / %u", (unsigned long long)c->dram_segment,
+		       (unsigned long long)c->dram_size, DRAM_MAX_SEGMENTS);
 	if (c->dram_segment % (2u << 20))
 		refuse(p, line_of(p, "dram", "segment", NULL), "segment: %llu, must be a multiple of 2M",
 		       (unsigned long long)c->dram_segment);
-	if (c->nvme_segment > c->nvme_size / 4)
+	if (c->nvme_segment > c->nvme_size / 8)
 		refuse(p, line_of(p, "nvme", "segment", "size"),
-		       "segment: %llu, must be at most a quarter of size (%llu)",
+		       "segment: %llu, must be at most an eighth of size (%llu)",
 		       (unsigned long long)c->nvme_segment, (unsigned long long)c->nvme_size);
 	if (c->nvme_segment % (1u << 20))
 		refuse(p, line_of(p, "nvme", "segment", NULL), "segment: %llu, must be a multiple of 1M",

@@ -45,7 +45,7 @@ const struct config_key config_keys[] = {
 
 	GLOBAL("dram", "size", KEY_SIZE, false, dram_size, 4 * M, 64 * T, "4G", "bytes",
 	       "capacity of the DRAM tier"),
-	GLOBAL("dram", "segment", KEY_SIZE, false, dram_segment, 4 * M, 1 * G, "256M", "bytes",
+	GLOBAL("dram", "segment", KEY_SIZE, false, dram_segment, 4 * M, 64 * G, "256M", "bytes",
 	       "memory is taken and given back in pieces of this size"),
 	GLOBAL("dram", "free_min", KEY_SHARE, true, dram_marks.min, 0, 500, "1.0", "%",
 	       "below this much free, nothing new enters: rows pass by to NVMe"),
@@ -63,11 +63,11 @@ const struct config_key config_keys[] = {
 	       "have an NVMe tier; off until a disk is chosen"),
 	TEXT("nvme", "path", KEY_PATH, false, false, nvme_path, "/var/lib/kvtier",
 	     "directory of the container files"),
-	GLOBAL("nvme", "size", KEY_SIZE, false, nvme_size, 16 * M, 1024 * T, "16G", "bytes",
+	GLOBAL("nvme", "size", KEY_SIZE, false, nvme_size, 16 * M, 64 * T, "16G", "bytes",
 	       "capacity of the NVMe tier"),
-	GLOBAL("nvme", "segment", KEY_SIZE, false, nvme_segment, 1 * M, 1 * G, "64M", "bytes",
+	GLOBAL("nvme", "segment", KEY_SIZE, false, nvme_segment, 1 * M, 64 * M, "64M", "bytes",
 	       "log segment: the unit of writing, sealing and cleaning"),
-	GLOBAL("nvme", "staging", KEY_SIZE, false, nvme_staging, 2 * M, 4 * G, "32M", "bytes",
+	GLOBAL("nvme", "staging", KEY_SIZE, false, nvme_staging, 2 * M, 1 * G, "32M", "bytes",
 	       "registered I/O buffers"),
 	GLOBAL("nvme", "free_min", KEY_SHARE, true, nvme_marks.min, 0, 500, "2.0", "%",
 	       "this much stays free: below it nothing more is admitted"),
@@ -118,7 +118,7 @@ const struct config_key config_keys[] = {
 	       "exchange memory of all its clients"),
 	TENANT("max_dram", KEY_QUOTA, true, false, dram_bytes, 0, 64 * T, "none", "bytes",
 	       "what it may hold in the DRAM tier"),
-	TENANT("max_nvme", KEY_QUOTA, true, false, nvme_bytes, 0, 1024 * T, "none", "bytes",
+	TENANT("max_nvme", KEY_QUOTA, true, false, nvme_bytes, 0, 64 * T, "none", "bytes",
 	       "what it may hold in the NVMe tier"),
 };
 const unsigned config_n_keys = ARRAY_SIZE(config_keys);

@@ -459,6 +459,17 @@ until_json() { # JQ-CONDITION VERB...: asks again until it holds
 	[ "$status" -eq 0 ]
 }
 
+@test "a second daemon on the same NVMe directory is refused; status tells of the tier" {
+	mkdir "$dir/nvme" "$dir/other"
+	printf '[nvme]\nenabled = yes\npath = %s\nsize = 16M\n' "$dir/nvme" > "$dir/c.conf"
+	start -c "$dir/c.conf"
+	wait_for "$dir/admin.sock"
+	refuses_to_start 1 "nvme path $dir/nvme: in use by another daemon" --run-dir "$dir/other" -c "$dir/c.conf"
+	[ -z "$(ls -A "$dir/other")" ]
+	run "$BUILD/kvtierctl" --socket "$dir/admin.sock" --json status
+	echo "$output" | jq -e '.tiers[2] | .capacity_bytes > 0 and .free_bytes == .capacity_bytes and (.offline | not)'
+}
+
 @test "a killed daemon's sockets are replaced" {
 	start
 	wait_for "$dir/admin.sock"

@@ -260,13 +260,17 @@ static void values_are_read(void **state)
 	assert_string_equal(f->cfg.tenant[1].socket, "/run/x/b");
 }
 
-static void segments_follow_small_sizes(void **state)
+static void segments_follow_sizes(void **state)
 {
 	struct fixture *f = *state;
 
 	assert_int_equal(load(f, "[dram]\nsize = 65M\n[nvme]\nsize = 18M\n"), 0);
 	assert_int_equal(f->cfg.dram_segment, 64 << 20);
-	assert_int_equal(f->cfg.nvme_segment, 4 << 20);
+	assert_int_equal(f->cfg.nvme_segment, 2 << 20);
+	assert_int_equal(load(f, "[dram]\nsize = 2T\n"), 0);
+	assert_int_equal(f->cfg.dram_segment, 512 << 20);
+	assert_int_equal(load(f, "[dram]\nsize = 64T\n"), 0);
+	assert_int_equal(f->cfg.dram_segment, 16ull << 30);
 	assert_int_equal(load(f, "[dram]\nsize = 4M\n[nvme]\nsize = 16M\n"), 0);
 	assert_int_equal(f->cfg.dram_segment, 4 << 20);
 }
@@ -350,6 +354,10 @@ static void relations_are_checked(void **state)
 	refused(f, "[dram]\nfree_min = 20\n", ":2: free_min: 20.0, must be at most free_low (5.0)");
 	refused(f, "[dram]\nsegment = 256M\nsize = 8M\n",
 		":3: segment: 268435456, must be at most size (8388608)");
+	refused(f, "[dram]\nsegment = 256M\nsize = 2T\n",
+		":3: segment: 268435456, must be at least size (2199023255552) / 4096");
+	refused(f, "[nvme]\nsize = 32M\nsegment = 5M\n",
+		":3: segment: 5242880, must be at most an eighth of size (33554432)");
 	refused(f, "[dram]\nsegment = 5M\n", ":2: segment: 5242880, must be a multiple of 2M");
 	refused(f, "[nvme]\nenabled = yes\n[budget]\ndevice = 50\ndram = 30\nnvme = 30\n",
 		":6: device + dram + nvme: 110.0, must be at most 100.0");
@@ -493,7 +501,7 @@ int main(void)
 		cmocka_unit_test(every_key_is_stored_and_printed),
 		cmocka_unit_test(limits_are_inclusive),
 		cmocka_unit_test(values_are_read),
-		cmocka_unit_test(segments_follow_small_sizes),
+		cmocka_unit_test(segments_follow_sizes),
 		cmocka_unit_test(a_tenant_needs_no_keys),
 		cmocka_unit_test(unknown_is_refused),
 		cmocka_unit_test(malformed_lines_are_refused),
