@@ -175,6 +175,11 @@ test-unit: tests-bin ## unit tests alone (no model needed)
 bench: bench-bin ## measure against floors and rivals; writes build/bench.json
 	$(Q)$(TESTENV) tests/bench/run --json $(BUILD)/bench.json $(BENCH_BINS)
 
+.PHONY: bench-policies
+bench-policies: all ## perplexity under each policy without weights (six minutes; needs the model)
+	$(Q).ci/deps model
+	$(Q)$(TESTENV) $(PY) tests/bench/policies.py
+
 .PHONY: check-asan check-tsan
 check-asan: ## unit tests under AddressSanitizer and UBSan
 	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/asan SAN=address,undefined OPT="-O1 -g" tests-bin

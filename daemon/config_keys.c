@@ -82,7 +82,7 @@ const struct config_key config_keys[] = {
 
 	TEXT("policy", "default", KEY_NAME, true, false, policy, "kvp",
 	     "policy of sequences that name none; see kvtierctl policy list"),
-	TEXT("policy", "fallback", KEY_NAME, true, false, fallback, "keydiff",
+	TEXT("policy", "fallback", KEY_NAME, true, false, fallback, "streaming",
 	     "runs where the default cannot, for example without a weight file"),
 	TEXT("policy", "model_dir", KEY_PATH, false, false, model_dir, KVT_DATADIR "/models",
 	     "directory of weight files, MODEL.kvp"),
