@@ -136,10 +136,10 @@ struct seq {
 	uint32_t budget[KVT_TIERS];
 	uint32_t *device_table; /* [lanes], NULL: uniform */
 	bool budget_default, manual;
-	uint32_t slack, device_cap;   /* device_cap: kvtierctl demote */
-	uint64_t *wanted, *pinned;    /* [BITS_WORDS(max_rows)] or NULL */
-	char policy[32];              /* asked for; empty: the default */
-	const struct policy_ops *ops; /* in use since the last plan */
+	uint32_t slack, device_cap;       /* device_cap: kvtierctl demote */
+	uint64_t *wanted, *pinned;        /* [BITS_WORDS(max_rows)] or NULL */
+	char policy[32];                  /* asked for; empty: the default */
+	const struct policy_ops *ops;     /* in use since the last plan */
 	const struct policy_ops *keys_by; /* gave the keys of the index; NULL: nobody yet */
 
 	struct plan *plan;
@@ -237,10 +237,10 @@ struct core {
 	uint32_t poll_cursor;
 
 	/* mover */
-	TAILQ_HEAD(, plan) moving;
 	struct mover *mover;
-	struct in_job *in_batch; /* pages read, not yet with a worker */
-	uint32_t pios;           /* pages between a tier and us */
+	struct in_job *in_batch;    /* pages read, not yet with a worker */
+	unsigned in_jobs, out_jobs; /* with the workers */
+	uint32_t pios;              /* pages between a tier and us */
 	STAILQ_HEAD(, seq) recounts;
 	STAILQ_HEAD(, repack) repack_wait; /* for a buffer to write from */
 	uint64_t background_bytes;         /* of lower-tier moves in flight */
@@ -357,6 +357,7 @@ struct pio { /* one page on its way between a tier and us */
 	struct tier_io io;
 	struct core *core;
 	struct page *page;           /* pinned */
+	bool reading;
 	uint64_t reserved;           /* quota held until the page has its copy */
 	int tier, error;             /* error: the worker's verdict, -errno */
 	void (*end)(struct pio *io); /* on the loop when the tier is done, io.res valid; owns io */

@@ -13,15 +13,17 @@
 #include "shm/util.h"
 
 #define BATCH 64u
+#define READ_RUN (UINT64_C(2) << 20)
 #define PUMP_NS UINT64_C(500000) /* of one slice */
 
 struct mover {
 	struct pio_list waiting[KVT_TIERS]; /* for a buffer */
 	struct tier_io *batch[KVT_TIERS][BATCH];
 	unsigned n_batch[KVT_TIERS];
-	TAILQ_HEAD(, plan) plans;
+	TAILQ_HEAD(plans, plan) plans;
 	sd_event_source *pump, *io[KVT_TIERS];
-	bool again;
+	uint64_t reading; /* bytes of staging that reads hold */
+	bool full, again;
 };
 
 /* ---- one page ------------------------------------------------------------------ */
@@ -49,6 +51,8 @@ void pio_free(struct pio *io)
 {
 	struct core *c = io->core;
 
+	if (io->reading && io->tier == KVT_TIER_NVME)
+		c->mover->reading -= io->io.bytes;
 	if (io->io.buf) {
 		c->pages.tier[io->tier]->ops->release(c->pages.tier[io->tier], &io->io);
 		mover_kick(c);
@@ -97,6 +101,8 @@ static bool try_read(struct pio *io)
 		io->io.res = r;
 		io->end(io);
 	} else {
+		io->reading = true;
+		io->core->mover->reading += io->tier == KVT_TIER_NVME ? io->io.bytes : 0;
 		enqueue(io);
 	}
 	return true;
@@ -204,15 +210,34 @@ static bool reap(struct core *c, int tier)
 	return n == BATCH;
 }
 
+/*
+ * Buffers come back a few at a time, but a disk wants long runs: once the share
+ * of the staging memory that reads may hold is used up, wait until a good run fits.
+ */
+static bool may_read(struct core *c, int tier)
+{
+	struct mover *m = c->mover;
+	uint64_t share = c->cfg.nvme_staging / 4 * 3;
+
+	if (tier != KVT_TIER_NVME)
+		return true;
+	if (m->reading >= share)
+		m->full = true;
+	else if (m->reading + MIN(READ_RUN, share / 2) <= share)
+		m->full = false;
+	return !m->full;
+}
+
 static void start_reads(struct core *c, int tier)
 {
 	struct mover *m = c->mover;
 	struct pio *io;
 
-	while ((io = STAILQ_FIRST(&m->waiting[tier]))) {
+	while ((io = STAILQ_FIRST(&m->waiting[tier])) && may_read(c, tier)) {
 		STAILQ_REMOVE_HEAD(&m->waiting[tier], link);
 		if (!try_read(io)) {
 			STAILQ_INSERT_HEAD(&m->waiting[tier], io, link);
+			m->full = m->reading > 0;
 			break;
 		}
 	}
@@ -230,16 +255,19 @@ static void check_moved(struct plan *p)
 /* One round over the plans that move: a few pages each, so that none waits for another. */
 static unsigned pump_plans(struct core *c)
 {
-	struct plan *p, *next;
-	unsigned n = 0;
+	struct plan *p, *next, *last = TAILQ_LAST(&c->mover->plans, plans);
+	unsigned n = 0, made;
 
-	for (p = TAILQ_FIRST(&c->mover->plans); p; p = next) {
+	for (p = TAILQ_FIRST(&c->mover->plans); p; p = p == last ? NULL : next) {
 		next = TAILQ_NEXT(p, pump);
 		/* After a miss the others are still read: the next plan should not meet them one by one. */
 		if (p->over || p->error)
 			p->out_done = p->in_done = true;
-		if (!p->out_done)
-			n += mover_out(p, BATCH);
+		if (!p->out_done && (made = mover_out(p, BATCH))) {
+			n += made;
+			TAILQ_REMOVE(&c->mover->plans, p, pump); /* the next one goes first next time */
+			TAILQ_INSERT_TAIL(&c->mover->plans, p, pump);
+		}
 		if (!p->in_done)
 			n += mover_in(p, BATCH);
 	}

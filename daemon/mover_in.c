@@ -84,6 +84,10 @@ static void in_finish(struct pio *io)
 static void in_done(struct job *j)
 {
 	struct in_job *b = container_of(j, struct in_job, job);
+	struct core *c = b->io[0]->core;
+
+	c->in_jobs--;
+	mover_in_flush(c);
 
 	for (unsigned i = 0; i < b->n; i++)
 		in_finish(b->io[i]);
@@ -94,9 +98,11 @@ void mover_in_flush(struct core *c)
 {
 	struct in_job *b = c->in_batch;
 
-	if (!b)
+	/* Reads end one by one; while the workers are busy anyway the batch may grow. */
+	if (!b || (b->n < JOB_PAGES && c->in_jobs >= workers_count(c->workers)))
 		return;
 	c->in_batch = NULL;
+	c->in_jobs++;
 	b->job.run = in_run;
 	b->job.done = in_done;
 	b->job.tenant = ((struct plan *)b->io[0]->owner)->seq->tenant->index;

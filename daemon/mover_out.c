@@ -99,6 +99,8 @@ static void out_done(struct job *j)
 {
 	struct out_job *o = container_of(j, struct out_job, job);
 
+	o->plan->seq->core->out_jobs--;
+	mover_kick(o->plan->seq->core);
 	for (unsigned i = 0; i < o->n; i++) {
 		if (o->io[i]->error || o->plan->over) {
 			if (!o->io[i]->error)
@@ -215,6 +217,18 @@ static int next_page(struct plan *p, struct pio **ret)
 	return 1;
 }
 
+static void put_job(struct plan *p, struct out_job *o)
+{
+	struct core *c = p->seq->core;
+
+	o->plan = p;
+	o->job.run = out_run;
+	o->job.done = out_done;
+	o->job.tenant = p->seq->tenant->index;
+	c->out_jobs++;
+	workers_put(c->workers, &o->job);
+}
+
 unsigned mover_out(struct plan *p, unsigned pages)
 {
 	struct out_job *o = NULL;
@@ -222,6 +236,9 @@ unsigned mover_out(struct plan *p, unsigned pages)
 	unsigned made = 0;
 	int r = 1;
 
+	/* Buffers come back one by one; while the workers are busy anyway, let them gather for a fair job. */
+	if (c->out_jobs >= 2 * workers_count(c->workers))
+		return 0;
 	while (made < pages) {
 		struct pio *io;
 
@@ -229,34 +246,23 @@ unsigned mover_out(struct plan *p, unsigned pages)
 		if (r <= 0)
 			break;
 		made++;
+		p->refs++;
 		if (!o)
 			o = calloc(1, sizeof(*o));
 		if (!o) {
-			io->error = -ENOMEM;
-			p->refs++;
+			io->error = r = -ENOMEM;
 			out_end(io);
-			r = -ENOMEM;
 			break;
 		}
-		p->refs++;
 		o->io[o->n++] = io;
 		o->job.bytes += io->page->bytes;
-		if (o->n == JOB_PAGES || o->job.bytes >= JOB_BYTES || made == pages) {
-			o->plan = p;
-			o->job.run = out_run;
-			o->job.done = out_done;
-			o->job.tenant = p->seq->tenant->index;
-			workers_put(c->workers, &o->job);
+		if (o->n == JOB_PAGES || o->job.bytes >= JOB_BYTES) {
+			put_job(p, o);
 			o = NULL;
 		}
 	}
-	if (o) {
-		o->plan = p;
-		o->job.run = out_run;
-		o->job.done = out_done;
-		o->job.tenant = p->seq->tenant->index;
-		workers_put(c->workers, &o->job);
-	}
+	if (o)
+		put_job(p, o);
 	if (!r) {
 		p->out_done = true;
 	} else if (r < 0 && r != -EAGAIN) {

@@ -190,6 +190,7 @@ int workers_new(struct workers **ret, sd_event *ev, unsigned threads, unsigned t
 		r = -pthread_create(&t->id, NULL, work, t);
 		if (r < 0)
 			break;
+		pthread_setname_np(t->id, "kvt-worker");
 	}
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	if (r < 0)

@@ -13,6 +13,7 @@
 
 #include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define CHUNK 4096u          /* bytes copied, then checksummed: well inside L1 */
 #define LONG_RUN 8u          /* adjacent slots from which a plain copy beats the row loop */
@@ -227,6 +228,16 @@ static size_t extent(const struct plane *p, uint32_t n)
 	return (uint64_t)(n - 1) * p->stride + p->width;
 }
 
+/* Allocate and map in one call where the kernel can (5.14): a fault for every page costs as much as the copy. */
+static int commit(struct device_mem *m, uint64_t off, size_t len)
+{
+	uint64_t from = off / KVT_UNIT * KVT_UNIT;
+
+	if (!madvise((char *)m->seg.addr + from, off - from + len, MADV_POPULATE_WRITE))
+		return 0;
+	return errno == EINVAL ? seg_commit(&m->seg, off, len) : -ENOSPC;
+}
+
 /*
  * Put memory behind the slots, so that writing them cannot be what runs out of it. Where the rows of a
  * lane lie far apart only the rows are made sure of.
@@ -239,9 +250,9 @@ static int commit_plane(struct device_mem *m, const struct plane *p, uint32_t fi
 	if (!p->width)
 		return 0;
 	if (p->stride < SPARSE_STRIDE)
-		return seg_commit(&m->seg, off, extent(p, n));
+		return commit(m, off, extent(p, n));
 	for (uint32_t i = 0; i < n && r == 0; i++)
-		r = seg_commit(&m->seg, off + (uint64_t)i * p->stride, p->width);
+		r = commit(m, off + (uint64_t)i * p->stride, p->width);
 	return r;
 }
 
