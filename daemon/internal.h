@@ -86,7 +86,7 @@ struct client {
 	char name[64];
 	bool hello, dead;
 	sd_event_source *io, *wake, *death, *again, *retry;
-	uint32_t entries, max_seqs, n_seqs;
+	uint32_t entries, max_seqs, n_seqs, n_regions;
 	struct seg ctl;
 	struct plan_mem *plans;
 	struct ring sq, cq;

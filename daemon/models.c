@@ -123,6 +123,7 @@ int region_new(struct region **ret, struct client *cl, uint64_t bytes)
 	}
 	g->tenant->region_bytes += g->seg.size;
 	LIST_INSERT_HEAD(&cl->regions, g, link);
+	cl->n_regions++;
 	LIST_INSERT_HEAD(&c->all_regions, g, all);
 	*ret = g;
 	return 0;

@@ -8,7 +8,8 @@
 #include "ipc/codec.h"
 #include "shm/util.h"
 
-#define MAX_MODELS 64u /* of one client */
+#define MAX_MODELS 64u    /* of one client */
+#define SPARE_REGIONS 16u /* of one client, besides two for each sequence it may have */
 
 static int refuse(struct client *cl, const struct wire_hdr *m, int status, const char *fmt, ...)
 	__attribute__((format(printf, 4, 5)));
@@ -137,6 +138,10 @@ static int on_region(struct client *cl, const struct wire_region *m)
 	struct region *g;
 	int r;
 
+	/* Each costs a descriptor, which all tenants share. */
+	if (cl->n_regions >= 2 * cl->max_seqs + SPARE_REGIONS)
+		return refuse(cl, &m->hdr, KVT_E_LIMIT, "regions: this client has %u, limit 2 x max_seqs + %u",
+			      cl->n_regions, SPARE_REGIONS);
 	if (m->bytes > limit || have > limit - m->bytes)
 		return refuse(cl, &m->hdr, KVT_E_LIMIT, "bytes: %llu, tenant %s has %llu of %llu left",
 			      (unsigned long long)m->bytes, cl->tenant->name,
@@ -161,6 +166,7 @@ static int on_region_close(struct client *cl, const struct wire_handle *m)
 			      (unsigned long long)m->handle);
 	handle_del(cl->core->regions, g->handle);
 	LIST_REMOVE(g, link);
+	cl->n_regions--;
 	g->client = NULL;
 	region_unref(cl->core, g); /* sequences that still use it keep it */
 	wire_reply_init(&a, &m->hdr, sizeof(a), 0, NULL);

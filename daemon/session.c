@@ -4,6 +4,7 @@
  * end of a client for whatever reason. A client that breaks a rule is ended
  * with one log line; nobody else notices.
  */
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -22,6 +23,7 @@ struct listener {
 	LIST_ENTRY(listener) link;
 	struct core *core;
 	int fd, tenant;
+	int spare; /* given up to turn a connection away when no descriptor is left */
 	sd_event_source *io;
 };
 
@@ -311,6 +313,7 @@ void client_end(struct client *cl, const char *fmt, ...)
 	}
 	while ((g = LIST_FIRST(&cl->regions))) {
 		LIST_REMOVE(g, link);
+		cl->n_regions--;
 		g->client = NULL;
 		handle_del(c->regions, g->handle);
 		region_unref(c, g);
@@ -401,6 +404,19 @@ static void turn_away(int fd, const char *fmt, ...)
 	log_line(4, "connection refused: %s", text);
 }
 
+/* A connection that waits would wake the loop again and again. */
+static void no_descriptor(struct listener *l, int lfd)
+{
+	int fd;
+
+	close_fdp(&l->spare);
+	l->spare = -1;
+	fd = sock_accept(lfd);
+	if (fd >= 0)
+		turn_away(fd, "clients: kvtierd has no descriptor left");
+	l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+}
+
 static int on_accept(sd_event_source *src, int lfd, uint32_t revents, void *arg)
 {
 	struct listener *l = arg;
@@ -410,6 +426,10 @@ static int on_accept(sd_event_source *src, int lfd, uint32_t revents, void *arg)
 	int fd = sock_accept(lfd), r;
 	uint32_t n;
 
+	if (fd == -EMFILE || fd == -ENFILE) {
+		no_descriptor(l, lfd);
+		return 0;
+	}
 	if (fd < 0)
 		return 0;
 	r = sock_peer(fd, &peer);
@@ -445,8 +465,10 @@ int core_listen(struct core *c, int fd, int tenant)
 	l->core = c;
 	l->fd = fd;
 	l->tenant = tenant;
+	l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
 	r = sd_event_add_io(c->ev, &l->io, fd, EPOLLIN, on_accept, l);
 	if (r < 0) {
+		close_fdp(&l->spare);
 		free(l);
 		return KVT_E_INTERNAL;
 	}
@@ -462,6 +484,7 @@ void session_stop_listening(struct core *c)
 		LIST_REMOVE(l, link);
 		sd_event_source_disable_unref(l->io);
 		close(l->fd);
+		close_fdp(&l->spare);
 		free(l);
 	}
 }
