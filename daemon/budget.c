@@ -47,14 +47,35 @@ static uint32_t rows_that_fit(const struct seq *s, int tier)
 	return (uint32_t)MIN(s->held[tier] / lanes + room / position_bytes(s->model), ROWS_ALL);
 }
 
+/*
+ * Budgets that promise to drop nothing: rows of the lane for which the tiers below have no room stay on the
+ * device, and where writing failed again and again all that are there do. want: rows that were asked for, all
+ * tiers; below: rows that the lower tiers can take.
+ */
+static uint32_t stay_behind(const struct seq *s, uint32_t lane, uint64_t want, uint64_t below)
+{
+	uint32_t in[KVT_TIERS], gone;
+
+	if (s->retries >= PLAN_RETRIES && (s->avoid[KVT_TIER_DRAM] || s->avoid[KVT_TIER_NVME]))
+		return ROWS_ALL;
+	if (MIN(want, s->ix.rows) <= below)
+		return 0;
+	index_count(&s->ix, lane, in, &gone);
+	want = MIN(want, s->ix.rows - gone);
+	return want > below ? (uint32_t)(want - below) : 0;
+}
+
 void budget_for(struct plan *p)
 {
 	struct seq *s = p->seq;
 	struct core *c = s->core;
 	const struct config *cfg = &c->cfg;
 	uint32_t want[KVT_TIERS] = {s->budget[0], s->budget[1], s->budget[2]};
-	bool shares = cfg->budget_device || cfg->budget_dram || cfg->budget_nvme, direct;
+	uint32_t shares = cfg->budget_device + cfg->budget_dram + cfg->budget_nvme;
+	bool direct;
+	uint64_t asked; /* rows that the tiers below should take */
 
+	p->lossless = s->budget_default ? shares >= 1000 : want[2] == ROWS_ALL;
 	if (s->budget_default) {
 		want[0] = shares ? (uint32_t)((uint64_t)p->watermark * cfg->budget_device / 1000) : ROWS_ALL;
 		want[1] = (uint32_t)((uint64_t)p->watermark * cfg->budget_dram / 1000);
@@ -66,6 +87,7 @@ void budget_for(struct plan *p)
 		want[2] = ROWS_ALL;
 	}
 	/* Below min nothing new enters DRAM: rows pass it by. */
+	asked = (uint64_t)want[1] + want[2];
 	direct = want[1] && c->below_min[KVT_TIER_DRAM] && c->pages.tier[KVT_TIER_NVME];
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		want[t] = MIN(want[t], rows_that_fit(s, t));
@@ -76,10 +98,14 @@ void budget_for(struct plan *p)
 	for (uint32_t l = 0; l < s->ix.lanes; l++) {
 		uint32_t device =
 			s->device_table && !s->budget_default && !p->saving ? s->device_table[l] : want[0];
+		uint64_t total = device + asked;
 
+		device = MIN(device, s->device_cap);
+		if (p->lossless && !p->saving)
+			device = MAX(device, stay_behind(s, l, total, (uint64_t)want[1] + want[2]));
 		if (s->layout)
 			device = MIN(device, s->layout[s->model->lane_layer[l]].cap);
-		p->budget[0][l] = MIN(device, s->device_cap);
+		p->budget[0][l] = device;
 		p->budget[1][l] = want[1];
 		p->budget[2][l] = want[2];
 	}
@@ -127,6 +153,45 @@ static void give_up(struct plan *p, uint32_t lane, uint64_t *set, uint32_t n, bo
 	}
 }
 
+/*
+ * Nothing more is written to a tier where writing failed again and again: rows that were to go there are
+ * dropped, and as many that would have been dropped though they have a copy take their seats.
+ */
+static void write_no_more(struct plan *p, uint32_t lane)
+{
+	struct seq *s = p->seq;
+	const uint64_t *dram = index_bits(&s->ix, KVT_TIER_DRAM, lane),
+		       *nvme = index_bits(&s->ix, KVT_TIER_NVME, lane);
+	uint64_t base = (uint64_t)lane * p->words;
+	uint32_t seats = 0;
+
+	for (uint64_t i = base; i < base + p->words; i++) {
+		uint64_t to = (s->avoid[KVT_TIER_DRAM] ? p->to_dram[i] : 0) |
+			      (s->avoid[KVT_TIER_NVME] ? p->to_nvme[i] : 0),
+			 lost = p->t.copy_out[i] & to;
+
+		p->t.copy_out[i] &= ~lost;
+		p->to_dram[i] &= ~lost;
+		p->to_nvme[i] &= ~lost;
+		p->drop[i] |= lost;
+		seats += (uint32_t)__builtin_popcountll(lost);
+	}
+	p->out[lane] -= seats;
+	p->dropped[lane] += seats;
+	bits_for_each(row, p->drop + base, p->watermark) {
+		bool in_dram = bits_test(dram, row);
+
+		if (!seats)
+			break;
+		if (!in_dram && !bits_test(nvme, row))
+			continue;
+		bits_clear(p->drop + base, row);
+		bits_set((in_dram ? p->to_dram : p->to_nvme) + base, row);
+		p->dropped[lane]--;
+		seats--;
+	}
+}
+
 int budget_stage(struct plan *p)
 {
 	struct seq *s = p->seq;
@@ -155,5 +220,8 @@ int budget_stage(struct plan *p)
 		if (n)
 			give_up(p, l, p->t.resident + base, n, false);
 	}
+	for (uint32_t l = 0; l < s->ix.lanes; l++)
+		if (!p->lossless && (s->avoid[KVT_TIER_DRAM] || s->avoid[KVT_TIER_NVME]))
+			write_no_more(p, l);
 	return 0;
 }

@@ -102,7 +102,7 @@ const struct config_key config_keys[] = {
 	GLOBAL("budget", "dram", KEY_SHARE, true, budget_dram, 0, 1000, "0.0", "% of the rows",
 	       "default DRAM budget"),
 	GLOBAL("budget", "nvme", KEY_SHARE, true, budget_nvme, 0, 1000, "0.0", "% of the rows",
-	       "default NVMe budget; what fits nowhere is dropped"),
+	       "default NVMe budget; rows past the sum of the three are dropped"),
 
 	TENANT("socket", KEY_SOCKET, false, false, socket, 0, 0, NULL, NULL,
 	       "socket of this tenant's clients; a relative path is below run_dir"),

@@ -189,6 +189,7 @@ struct plan {
 	enum plan_phase phase;
 	bool over; /* applied, cancelled or not to be published: forget it when nothing is lent */
 	bool requested, saving, private_tables, direct;
+	bool lossless; /* its budgets promise to drop nothing */
 	bool rescore; /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
 	struct plan_tables t;
 	struct plan_mem *mem;

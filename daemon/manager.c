@@ -363,6 +363,12 @@ static void account(struct plan *p)
 	core_feed(c, FEED_PLAN, p->seq, p->id, 0, rows);
 }
 
+static void carried_out(struct seq *s)
+{
+	s->retries = 0;
+	memset(s->avoid, 0, sizeof(s->avoid));
+}
+
 static void publish(struct plan *p)
 {
 	struct seq *s = p->seq;
@@ -380,6 +386,7 @@ static void publish(struct plan *p)
 	if (moves) {
 		mover_start(p);
 	} else {
+		carried_out(s);
 		p->phase = PHASE_READY;
 		if (p->saving)
 			manager_applied(s, p, NULL);
@@ -443,8 +450,7 @@ void manager_moved(struct plan *p)
 		for (uint32_t w = 0; p->wanted && s->wanted && w < p->words; w++)
 			s->wanted[w] |= p->wanted[w];
 	} else if (!p->over) {
-		s->retries = 0;
-		memset(s->avoid, 0, sizeof(s->avoid));
+		carried_out(s);
 		p->phase = PHASE_READY;
 		c->stat.rows_promoted[KVT_TIER_DEVICE] += p->rows_in;
 		if (p->saving) {

@@ -195,7 +195,10 @@ KVT_PUBLIC int kvtier_layout_plain(struct kvtier_model *m, uint32_t cap, uint32_
 enum { KVT_BUDGET_UNIFORM = 0, KVT_BUDGET_PER_LAYER = 1, KVT_BUDGET_PER_LANE = 2 };
 #define KVT_ROWS_ALL UINT32_MAX
 
-/* Rows per lane that each tier may hold. What fits nowhere is dropped: nvme_rows = KVT_ROWS_ALL drops nothing.
+/*
+ * Rows per lane that each tier may hold. Rows past the sum are dropped, and rows for which a full tier or a
+ * quota leaves no room or that cannot be written. nvme_rows = KVT_ROWS_ALL drops nothing: such rows stay on the
+ * device.
  */
 struct kvtier_budget {
 	size_t size;

@@ -10,7 +10,7 @@ from ._lib import (ALL_LAYERS, BUDGET_UNIFORM, DTYPE, EPHEMERAL, GRANULARITY, LE
 
 
 def budget(device=ROWS_ALL, dram=0, nvme=0, policy=None, slack=0, manual=False):
-    """Rows per lane that each tier may hold; what fits nowhere is dropped."""
+    """Rows per lane that each tier may hold; rows past the sum are dropped."""
     return sized(Budget, kind=BUDGET_UNIFORM, device_rows=device, dram_rows=dram, nvme_rows=nvme, slack_rows=slack,
                  manual=int(manual), policy=policy.encode() if policy else None)
 
