@@ -12,7 +12,7 @@ from lib.attacks import MALFORMED, REFUSED, REGION_BODY, Q, QII, bad_layouts, ha
 from lib.raw import ALL, FETCH, HELLO, PLAN_REQUEST, REGION, REGION_CLOSE, SEQ_CLOSE, SEQ_INFO, SEQ_OPEN, SEQ_TRUNCATE
 from lib.raw import HungUp, Raw, Refused, message
 from lib.rows import Neighbour
-from lib.world import E_INVAL, E_STALE, E_VERSION, Tap, World, equal, expect, matches, until
+from lib.world import E_INVAL, E_LIMIT, E_STALE, E_VERSION, Tap, World, equal, expect, matches, until
 
 
 class Arena:
@@ -148,6 +148,19 @@ def handles(a):
         r.ask(REGION_CLOSE, Q.pack(r.region_handle))
         refusal(r, REGION_CLOSE, Q.pack(r.region_handle), E_STALE, r"is no region")
 
+    def hoards(r):
+        r.ready()
+        for n in range(1, 100):
+            try:
+                r.ask(REGION, REGION_BODY)
+            except Refused as e:
+                equal((n, e.status), (32, E_LIMIT), f"the first region that is one too many ({e.text})")
+                matches(e.text, r"regions: this client has 32, limit 2 x max_seqs \+ 16", "text")
+                r.ask(REGION_CLOSE, Q.pack(r.region_handle))
+                return
+        raise AssertionError("a hundred regions")
+
+    a.attack("regions without end: descriptors are everybody's", hoards)
     a.attack("a neighbour's sequence in every message", others)
     a.attack("regions guessed by number", guess_regions)
     a.attack("its own closed sequence and region", closed)

@@ -12,7 +12,7 @@ import time
 from . import raw
 from .attacks import Q, garbage
 from .raw import ALL, RING_HEAD, RING_TAIL, SEQ_INFO, HungUp, Raw, Refused, message
-from .world import equal, expect, until
+from .world import SEED, equal, expect, until
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 PUNCH_HOLE_KEEP_SIZE, F_ADD_SEALS = 3, 1033
@@ -120,7 +120,7 @@ def slots(a):
 
 def scribble(a):
     """Random bytes everywhere; whoever is hung up on comes again."""
-    rnd = random.Random(5)
+    rnd = random.Random(SEED)
 
     def control(r):
         r.sock.close()

@@ -15,10 +15,10 @@ if __name__ == "__main__":
 
 from kvtier import ROWS_ALL, Client, Error
 from lib.rows import Neighbour, Rows, cycle
-from lib.world import E_BUSY, Failed, equal
+from lib.world import E_BUSY, SEED, Failed, equal
 
 SECRET = bytes(range(32))
-RND = random.Random(11)
+RND = random.Random(SEED)
 
 
 def leased(tag):

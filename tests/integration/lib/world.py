@@ -15,6 +15,9 @@ from kvtier.daemon import PrivateDaemon, build_dir
  E_MODEL, E_FORKED, E_IO, E_CORRUPT, E_BUSY, E_INTERNAL) = range(-2001, -2019, -1)
 
 
+SEED = int(os.environ.get("KVT_SEED", "11"))  # of everything that is random in these tests
+
+
 class Skip(Exception):
     """This host cannot run the case; the text says why."""
 
@@ -113,10 +116,14 @@ class World(PrivateDaemon):
         if self.proc and self.proc.poll() is None:
             os.kill(self.proc.pid, 18)  # SIGCONT: a case may have failed between stop and continue
         if exc[0] is not None or os.environ.get("KVT_SHOW_LOG"):
-            for line in self.log_lines()[-20:]:
+            for line in self.log_lines()[-60:]:
                 print(f"# log: {line}")
+        self.stop()
+        bad = [x for x in self.log_lines() if "Sanitizer" in x or "runtime error:" in x]
         self.store = self.own_store
         super().__exit__(*exc)
+        if bad:
+            raise Failed(f"the daemon's log: {bad}")
 
     # ---- looking at it
 
