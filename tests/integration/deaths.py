@@ -99,6 +99,17 @@ def busy_leased(d):
             r.close(drop=True)
 
 
+def torn_leased(d):
+    """Rows moved in the region, the daemon does not know: it may believe only what no plan touched."""
+    Victim(d, "torn", "torn").kill()
+    with Client(d.socket, name="heir") as c:
+        r = resume(d, "torn", c)
+        equal(r.rows, 677, "rows")
+        there, lost = survivors(r)
+        expect(there >= 400 * LANES and lost > 0, f"{there} rows came back, {lost} are lost")
+        r.close(drop=True)
+
+
 def expires(d):
     base = usage(d)
     Victim(d, "idle", "brief", ttl=1).kill()
@@ -274,6 +285,7 @@ def main():
         tap.case("SIGKILL while a forked child holds the socket", forked, d)
         tap.case("SIGKILL of a leased client at rest: another process resumes every byte", idle_leased, d)
         tap.case("SIGKILL of a busy leased client: right bytes, losses counted", busy_leased, d)
+        tap.case("SIGKILL between a plan's application and its acknowledgement", torn_leased, d)
         tap.case("a lease ends after its TTL", expires, d)
         tap.case("SIGSTOP of the daemon: calls return at their deadline", stopped, d)
     with World() as d:

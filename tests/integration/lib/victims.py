@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """Clients to be killed, as processes of their own (this file is their program), and clients that watch the daemon die."""
+import ctypes
 import hashlib
 import os
 import random
@@ -13,7 +14,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kvtier import ROWS_ALL, Client, Error
+from kvtier import ROWS_ALL, Client, Error, budget
+from kvtier._lib import check, lib
 from lib.rows import Neighbour, Rows, cycle
 from lib.world import E_BUSY, SEED, Failed, equal
 
@@ -32,7 +34,8 @@ def say(text):
 
 def work(socket, kind, tag, ttl):
     """ephemeral: cycles for ever. forked: so does it, and a child keeps its descriptors. idle: leased, at rest
-    with rows in every tier. busy: leased, in the middle of everything."""
+    with rows in every tier. torn: that, but a plan was applied and the daemon not told. busy: leased, in the middle
+    of everything."""
     if kind in ("ephemeral", "forked"):
         n = Neighbour(socket, tag)
         n.well()
@@ -50,6 +53,9 @@ def work(socket, kind, tag, ttl):
     r.append(600)
     r.plan(device=200, dram=150, nvme=ROWS_ALL)
     r.append(77)
+    if kind == "torn":
+        plan = r.seq.wait(r.seq.request(budget(100, 100, ROWS_ALL, manual=True)))
+        check(lib.plan_apply(r.seq.ptr, ctypes.byref(plan)), "plan_apply")
     say("ready")
     while kind == "busy":
         r.plan(device=RND.randrange(50, 700), dram=RND.randrange(0, 300), nvme=ROWS_ALL)
