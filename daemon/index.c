@@ -251,6 +251,19 @@ bool index_lists(const struct index *ix, const struct page *p)
 	return false;
 }
 
+void index_unlist(struct index *ix, struct page_store *ps, struct page *p)
+{
+	struct lane_pages *lp = &ix->lane[p->lane];
+	uint32_t i = 0;
+
+	while (i < lp->n && lp->v[i] != p)
+		i++;
+	if (i == lp->n)
+		return;
+	memmove(&lp->v[i], &lp->v[i + 1], (--lp->n - i) * sizeof(*lp->v));
+	page_unref(ps, p);
+}
+
 int index_add_page(struct index *ix, struct page *p, int tier)
 {
 	int r = index_list_page(ix, p);

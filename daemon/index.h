@@ -60,6 +60,8 @@ int index_add_page(struct index *ix, struct page *p, int tier);
 void index_mark(struct index *ix, const struct page *p, int tier, bool present);
 /* The page's rows that are still in `from` are in `to` now instead: a row dropped meanwhile stays dropped. */
 void index_move(struct index *ix, const struct page *p, int from, int to);
+/* Give up the page, if it is listed; the rows' bits stay: another page holds them. */
+void index_unlist(struct index *ix, struct page_store *ps, struct page *p);
 /* Is the page one of this index's? */
 bool index_lists(const struct index *ix, const struct page *p);
 /* Rows of the page that this sequence counts on in `tier`. mask: NULL or uint64_t[page span], the rows. */

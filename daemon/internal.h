@@ -162,6 +162,9 @@ struct seq {
 	uint32_t refs; /* background work that will come back to it */
 	bool dead;     /* freed but for refs */
 	struct settle *settle;
+	bool compacting;
+	uint32_t compact_lane;
+	TAILQ_ENTRY(seq) compacts;
 	uint32_t repacks;  /* on their way */
 	struct page *note; /* see restart.c */
 	bool noting, note_again;
@@ -246,6 +249,7 @@ struct core {
 	STAILQ_HEAD(, repack) repack_wait; /* for a buffer to write from */
 	uint64_t background_bytes;         /* of lower-tier moves in flight */
 	TAILQ_HEAD(, settle) settles;
+	TAILQ_HEAD(, seq) compacts;
 	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
 
 	struct verify *verify;
@@ -357,7 +361,7 @@ int budget_stage(struct plan *p);
 struct pio { /* one page on its way between a tier and us */
 	struct tier_io io;
 	struct core *core;
-	struct page *page;           /* pinned */
+	struct page *page; /* pinned */
 	bool reading;
 	uint64_t reserved;           /* quota held until the page has its copy */
 	int tier, error;             /* error: the worker's verdict, -errno */
@@ -416,6 +420,10 @@ void settle_start(struct seq *s, const uint64_t *to_nvme, uint32_t words);
 void settle_flush(struct seq *s);
 void settle_stop(struct seq *s);
 void settle_pump(struct core *c);
+/* Merge small and mostly dead pages of the sequence, behind everything else. */
+void compact_start(struct seq *s);
+void compact_stop(struct seq *s);
+void compact_pump(struct core *c);
 /* Tier watermarks: wake the demoter, set direct demotion. */
 void settle_watermarks(struct core *c);
 

@@ -494,6 +494,7 @@ void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
 	if (p->id)
 		core_feed(c, FEED_ACK, s, p->id, 0, NULL);
 	settle_start(s, p->to_nvme, p->words);
+	compact_start(s);
 	p->over = true; /* done with */
 	seq_recount(s);
 	manager_headroom(s);

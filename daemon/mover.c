@@ -288,6 +288,7 @@ void mover_run(struct core *c)
 				start_reads(c, t);
 		repack_pump(c);
 		settle_pump(c);
+		compact_pump(c);
 		verify_pump(c);
 		if (pump_plans(c))
 			m->again = true;

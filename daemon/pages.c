@@ -157,9 +157,13 @@ struct page *page_find(const struct page_store *ps, uint64_t number)
 
 int page_set_copy(struct page_store *ps, struct page *p, int tier, tier_addr addr)
 {
+	if (addr == TIER_ADDR_NONE)
+		return -EINVAL;
 	if (tier == KVT_TIER_NVME) {
-		if ((ps->filled + 1) * 4 > ps->slots * 3 && table_grow(ps) < 0)
+		if ((ps->filled + 1) * 4 > ps->slots * 3 && table_grow(ps) < 0) {
+			ps->tier[tier]->ops->free(ps->tier[tier], addr, p->bytes);
 			return -ENOMEM;
+		}
 		table_put(ps, p);
 		ps->filled++;
 	}

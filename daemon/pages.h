@@ -81,7 +81,8 @@ void origin_unref(struct page_store *ps, struct origin *o);
  */
 struct page *page_new(struct page_store *ps, struct origin *o, uint32_t lane, uint32_t first, uint32_t span);
 void page_ident(const struct page *p, struct page_ident *ret);
-/* A copy now lies at addr / its copy in this tier is dead and its place given back. */
+/* A copy now lies at addr. -ENOMEM: the place is given back. / Its copy there is dead: its place is given back.
+ */
 int page_set_copy(struct page_store *ps, struct page *p, int tier, tier_addr addr);
 void page_free_copy(struct page_store *ps, struct page *p, int tier);
 /* The cleaner moved the copy. */

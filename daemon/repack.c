@@ -158,8 +158,14 @@ static void commit(struct repack *r)
 		e = index_list_page(&s->ix, p);
 	if (!e) {
 		index_move(&s->ix, p, r->from, r->to);
-		c->stat.rows_demoted[r->to] += p->rows;
-		feed_move(s, r->from, r->to, p->lane, p->rows, p->bytes);
+		if (r->from == r->to) {
+			/* All that lived in the sources lives here now. */
+			for (unsigned i = 0; i < r->n; i++)
+				index_unlist(&s->ix, &c->pages, r->src[i]);
+		} else {
+			c->stat.rows_demoted[r->to] += p->rows;
+			feed_move(s, r->from, r->to, p->lane, p->rows, p->bytes);
+		}
 	}
 	page_unref(&c->pages, p);
 	if (e == -ENOSPC)
@@ -224,7 +230,9 @@ static bool try_write(struct repack *r)
 	struct pio *io;
 	int e;
 
-	if (r->error || stale(r)) {
+	if (!r->error && stale(r))
+		r->error = -ESTALE; /* nothing was written: there is no place to give back */
+	if (r->error) {
 		finish_or_park(r);
 		return true;
 	}
@@ -294,6 +302,7 @@ int repack_start(struct seq *s, struct page *const *src, unsigned n, int from, i
 	r->from = from;
 	r->to = to;
 	r->whole = whole;
+	r->addr = TIER_ADDR_NONE;
 	r->n = n;
 	r->k_bytes = s->model ? s->model->layer[s->model->lane_layer[src[0]->lane]].k_bytes : 0;
 	r->dst = whole ? src[0] : make_dst(s, src[0], first, take, span);

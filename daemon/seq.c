@@ -194,6 +194,7 @@ static void destroy(struct seq *s)
 	struct core *c = s->core;
 
 	settle_stop(s);
+	compact_stop(s);
 	if (s->plan)
 		plan_forget(s->plan);
 	seq_unbind(s);
@@ -380,7 +381,7 @@ void seq_step(struct seq *s)
 		if (s->state == SEQ_LIVE)
 			answer(s);
 	}
-	if (s->settle)
+	if (s->settle || s->compacting)
 		mover_kick(s->core);
 	if (s->state == SEQ_SAVING && !p)
 		save_step(s);
@@ -494,8 +495,12 @@ void seq_last_words(struct seq *s)
 
 bool seq_poll(struct seq *s)
 {
-	if (s->state != SEQ_LIVE || !poll_acked(s) || !poll_len(s))
-		return s->state == SEQ_LIVE && s->client;
-	seq_step(s);
-	return s->state == SEQ_LIVE && s->client;
+	bool live;
+
+	s->refs++; /* a client that lies ends here, and its sequences with it */
+	if (s->state == SEQ_LIVE && poll_acked(s) && poll_len(s))
+		seq_step(s);
+	live = s->state == SEQ_LIVE && s->client;
+	seq_unref(s);
+	return live;
 }

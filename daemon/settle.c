@@ -182,7 +182,8 @@ static bool settle_lane(struct settle *t)
 			memset(&k, 0, sizeof(k));
 		}
 	}
-	if (k.rows && !repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word, k.span))
+	if (k.rows &&
+	    !repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word, k.span))
 		t->started = true;
 	index_sweep(&s->ix, &c->pages, t->lane);
 	return true;

@@ -123,7 +123,7 @@ static inline void harness_init(struct harness *h, bool nvme)
 	h->cfg.protect_first = 4;
 	h->cfg.protect_last = 16;
 	h->cfg.hysteresis_permille = 0;
-	log_set_level(getenv("V") ? 7 : 2);
+	log_set_level(getenv("V") ? 7 : getenv("L") ? 4 : 2);
 }
 
 static inline bool harness_start(struct harness *h)

@@ -333,9 +333,10 @@ static void a_lease_survives_its_client(void **state)
 	assert_int_equal(rt_plan(&r, 1000, KVT_ROWS_ALL, KVT_ROWS_ALL, &p), 0);
 	assert_int_equal(rt_wrong(&r), 0);
 	rt_seq_free(&r, true);
+	free(q.lay);
+	free(q.salts);
 	assert_empty(&f);
 	rt_close(&second);
-	f.rt.m = NULL;
 	harness_stop(&f.h);
 	harness_rm(f.h.dir);
 }
