@@ -28,6 +28,7 @@
 #define PLAN_RETRIES 5u /* of a plan that could not be carried out; the last one promotes nothing */
 
 struct core;
+struct sock_peer;
 struct client;
 struct seq;
 struct plan;
@@ -193,7 +194,7 @@ struct plan {
 	bool over; /* applied, cancelled or not to be published: forget it when nothing is lent */
 	bool requested, saving, private_tables, direct;
 	bool lossless; /* its budgets promise to drop nothing */
-	bool rescore; /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
+	bool rescore;  /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
 	struct plan_tables t;
 	struct plan_mem *mem;
 	struct region *region;
@@ -284,6 +285,7 @@ void client_fail(struct client *cl, const struct wire_hdr *req, int status, cons
 /* Handle its held request again and go on reading. */
 void client_retry(struct client *cl);
 void client_free(struct client *cl);
+int client_new(struct core *c, int fd, struct tenant *t, const struct sock_peer *peer);
 int session_init(struct core *c);
 void session_stop_listening(struct core *c);
 /* Ends every client. */
@@ -331,6 +333,12 @@ void seq_unref(struct seq *s);
 void seq_recount(struct seq *s);
 void seq_touch(struct seq *s);
 void seq_expire(struct core *c, uint64_t now);
+/* One step of saving a sequence whose client is gone. */
+void seq_save(struct seq *s);
+void seq_drop_region(struct seq *s);
+/* Reply to those who waited for this sequence. */
+void seq_answer(struct seq *s);
+void seq_account(struct seq *s);
 /* Free what binds s to a client and its memory. */
 void seq_unbind(struct seq *s);
 
@@ -342,6 +350,14 @@ int manager_plan(struct seq *s, bool save);
 /* Every scoring job of p ended: decide. */
 void manager_scored(struct plan *p);
 void manager_headroom(struct seq *s);
+/* ---- plan.c ------------------------------------------------------------------------- */
+/* Scratch and tables for the rows of the plan; on failure plan_free() the plan. */
+int plan_alloc(struct plan *p, bool private_tables);
+void plan_free(struct plan *p);
+/* Fill the visible header and the lanes' counts. */
+void plan_header(const struct plan *p);
+/* Fill the tables. Any thread, with the index lent. */
+int plan_decide(struct plan *p);
 void plan_cancel(struct plan *p);
 void plan_unref(struct plan *p);
 /* Nothing is lent any more: forget it. */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Life of a sequence. Only seq_step() acts on what waited for a worker to give
- * the index back: cuts, ends, saves, the next plan.
+ * Life of a sequence; leave.c has what happens when its client goes, words.c what the client's words mean. Only
+ * seq_step() acts on what waited for a worker to give the index back: cuts, ends, saves, the next plan.
  */
 #include <openssl/crypto.h>
 #include <string.h>
@@ -80,7 +80,7 @@ static void unhash(struct seq *s)
 
 /* ---- making and ending ----------------------------------------------------------------- */
 
-static void index_account(struct seq *s)
+void seq_account(struct seq *s)
 {
 	uint64_t now = s->ix.bytes + heap_bytes(sizeof(*s)) +
 		       (s->layout ? heap_bytes(s->model->n_layers * sizeof(*s->layout)) : 0);
@@ -124,7 +124,7 @@ struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const ui
 	s->active_ns = now_ns();
 	t->seqs++;
 	c->n_seqs++;
-	index_account(s);
+	seq_account(s);
 	return s;
 fail:
 	free(s);
@@ -160,7 +160,7 @@ void seq_unbind(struct seq *s)
 	}
 }
 
-static void drop_region(struct seq *s)
+void seq_drop_region(struct seq *s)
 {
 	if (s->region)
 		region_unref(s->core, s->region);
@@ -170,7 +170,7 @@ static void drop_region(struct seq *s)
 }
 
 /* Those who waited for this sequence: the client that closes it, the one that wants to resume it. */
-static void answer(struct seq *s)
+void seq_answer(struct seq *s)
 {
 	struct client *closer = s->closer, *waiter = s->waiter;
 
@@ -213,7 +213,7 @@ static void destroy(struct seq *s)
 	origin_unref(&c->pages, s->origin);
 	c->seq_index_bytes -= s->index_seen;
 	core_feed(c, FEED_SEQ_CLOSE, s, 0, 0, NULL);
-	drop_region(s);
+	seq_drop_region(s);
 	if (s->model)
 		model_unref(c, s->model);
 	s->model = NULL;
@@ -226,7 +226,7 @@ static void destroy(struct seq *s)
 	s->tenant->seqs--;
 	c->n_seqs--;
 	s->dead = true;
-	answer(s);
+	seq_answer(s);
 	mover_kick(c);
 	seq_unref(s);
 }
@@ -236,106 +236,6 @@ void seq_end(struct seq *s)
 	s->state = SEQ_CLOSING;
 	if (s->plan)
 		plan_cancel(s->plan);
-	seq_step(s);
-}
-
-/* ---- saving what only the region holds ------------------------------------------------------ */
-
-/*
- * A client that died between READY and its acknowledgement may have moved rows
- * already: a lane is as the index says only below the first row that the plan
- * changes. What lies above and has no copy below is lost.
- */
-static void distrust(struct seq *s, const struct plan *p)
-{
-	uint64_t lost = 0;
-
-	if (index_extend(&s->ix, s->rows) < 0)
-		return;
-	for (uint32_t l = 0; l < s->ix.lanes; l++) {
-		uint64_t *dev = index_bits(&s->ix, KVT_TIER_DEVICE, l);
-		const uint64_t *after = p->t.resident + (uint64_t)l * p->words;
-		uint32_t w = 0, first;
-
-		while (w < p->words && dev[w] == after[w])
-			w++;
-		if (w == p->words)
-			continue;
-		first = w * 64 + (uint32_t)__builtin_ctzll(dev[w] ^ after[w]);
-		if (first >= p->watermark)
-			continue;
-		lost += s->ix.resident[l] - bits_rank(dev, first);
-		bits_clear_range(dev, first, s->rows);
-		s->ix.resident[l] = bits_rank(dev, s->ix.rows);
-	}
-	if (lost)
-		log_line(
-			5,
-			"seq %016llx: its client left in the middle of plan %llu: %llu device rows not trusted",
-			(unsigned long long)s->handle, (unsigned long long)p->id, (unsigned long long)lost);
-}
-
-static bool holds_device_rows(const struct seq *s)
-{
-	if (s->rows > s->ix.rows)
-		return true;
-	for (uint32_t l = 0; l < s->ix.lanes; l++)
-		if (s->ix.resident[l])
-			return true;
-	return false;
-}
-
-/* Nothing is left in the region: the sequence waits below for a resume. */
-static void detached(struct seq *s)
-{
-	s->state = SEQ_DETACHED;
-	seq_unbind(s);
-	drop_region(s);
-	s->expires_ns = now_ns() + (uint64_t)s->ttl_s * 1000000000u;
-	TAILQ_INSERT_TAIL(&s->core->gone, s, gone);
-	s->in_gone = true;
-	s->core->n_orphans++;
-	if (s->core->draining)
-		settle_flush(s);
-	restart_note(s);
-	index_account(s);
-	answer(s);
-	mover_kick(s->core);
-}
-
-static void save_step(struct seq *s)
-{
-	if (!holds_device_rows(s) || s->saves++ > 5) {
-		for (uint32_t l = 0; l < s->ix.lanes && s->ix.rows; l++) {
-			bits_clear_range(index_bits(&s->ix, KVT_TIER_DEVICE, l), 0, s->ix.rows);
-			s->ix.resident[l] = 0;
-		}
-		seq_recount(s);
-		detached(s);
-	} else if (manager_plan(s, true) < 0) {
-		save_step(s); /* out of memory: counts as a try */
-	}
-}
-
-void seq_leave(struct seq *s, bool drop)
-{
-	struct plan *p = s->plan;
-
-	if (s->state == SEQ_CLOSING)
-		return;
-	if (s->lifetime != KVT_LEASED || drop || s->core->freeing) {
-		seq_end(s);
-		return;
-	}
-	if (s->state != SEQ_LIVE)
-		return;
-	if (p && !p->over && p->phase == PHASE_READY)
-		distrust(s, p);
-	if (p)
-		plan_cancel(p);
-	s->state = SEQ_SAVING;
-	s->saves = 0;
-	s->requested = 0;
 	seq_step(s);
 }
 
@@ -379,12 +279,12 @@ void seq_step(struct seq *s)
 		if (s->lifetime == KVT_LEASED)
 			restart_note(s);
 		if (s->state == SEQ_LIVE)
-			answer(s);
+			seq_answer(s);
 	}
 	if (s->settle || s->compacting)
 		mover_kick(s->core);
 	if (s->state == SEQ_SAVING && !p)
-		save_step(s);
+		seq_save(s);
 	else if (!p)
 		manager_consider(s);
 }
@@ -408,99 +308,5 @@ void seq_recount(struct seq *s)
 	memcpy(s->tier_rows, rows, sizeof(rows));
 	memcpy(s->held, held, sizeof(held));
 	s->dropped = dropped;
-	index_account(s);
-}
-
-void seq_expire(struct core *c, uint64_t now)
-{
-	struct seq *s, *next;
-
-	for (s = TAILQ_FIRST(&c->gone); s; s = next) {
-		next = TAILQ_NEXT(s, gone);
-		if (s->expires_ns > now)
-			continue;
-		log_line(6, "seq %016llx: lease ended", (unsigned long long)s->handle);
-		seq_end(s);
-	}
-}
-
-/* ---- what the client says ---------------------------------------------------------------------- */
-
-/* One look at slot.acked. */
-static bool poll_acked(struct seq *s)
-{
-	uint64_t acked = atomic_load_explicit(&s->client->slots[s->slot].acked, memory_order_acquire);
-	uint32_t words = (uint32_t)BITS_WORDS(s->ix.lanes), refused = 0;
-	uint64_t nack[CTL_MAX_LANES / 64];
-	struct plan *p = s->plan;
-
-	if (acked == s->acked)
-		return true;
-	if (acked > s->plan_id || acked < s->acked) {
-		client_end(s->client, "slot.acked: %llu, plans so far are %llu..%llu",
-			   (unsigned long long)acked, (unsigned long long)s->acked,
-			   (unsigned long long)s->plan_id);
-		return false;
-	}
-	s->acked = acked;
-	if (!p || p->over || p->id != acked)
-		return true; /* of a plan that was cancelled meanwhile */
-	for (uint32_t w = 0; w < words; w++) {
-		nack[w] = __atomic_load_n(&s->client->slots[s->slot].nack[w], __ATOMIC_RELAXED);
-		if (w == words - 1 && s->ix.lanes % 64)
-			nack[w] &= (UINT64_C(1) << (s->ix.lanes % 64)) - 1;
-		refused += (uint32_t)__builtin_popcountll(nack[w]);
-	}
-	if (refused)
-		s->core->stat.plans_nacked++;
-	if (p->phase != PHASE_READY && refused < s->ix.lanes) {
-		client_end(s->client, "slot.acked: plan %llu is not ready yet", (unsigned long long)acked);
-		return false;
-	}
-	if (p->phase == PHASE_READY)
-		manager_applied(s, p, refused ? nack : NULL);
-	else
-		plan_cancel(p);
-	return true;
-}
-
-/* One look at slot.len. */
-static bool poll_len(struct seq *s)
-{
-	uint64_t len = atomic_load_explicit(&s->client->slots[s->slot].len, memory_order_acquire);
-	uint32_t epoch = (uint32_t)(len >> 32), rows = (uint32_t)len;
-
-	if (epoch < s->epoch || (epoch == s->epoch && rows == s->rows))
-		return true; /* before the last truncate, or nothing new */
-	if (epoch > s->epoch || rows < s->rows || rows > s->max_rows) {
-		client_end(s->client, "slot.len: epoch %u rows %u, must be epoch %u rows %u..%u", epoch, rows,
-			   s->epoch, s->rows, s->max_rows);
-		return false;
-	}
-	/* With a cut pending the room is not known yet; the device checks every slot anyway. */
-	if (s->cut == ROWS_ALL && rows - MIN(s->ix.rows, rows) > s->room) {
-		client_end(s->client, "slot.len: %u rows, a layout has room for %u", rows,
-			   s->ix.rows + s->room);
-		return false;
-	}
-	s->rows = rows;
-	return true;
-}
-
-void seq_last_words(struct seq *s)
-{
-	if (s->state == SEQ_LIVE && poll_acked(s))
-		poll_len(s);
-}
-
-bool seq_poll(struct seq *s)
-{
-	bool live;
-
-	s->refs++; /* a client that lies ends here, and its sequences with it */
-	if (s->state == SEQ_LIVE && poll_acked(s) && poll_len(s))
-		seq_step(s);
-	live = s->state == SEQ_LIVE && s->client;
-	seq_unref(s);
-	return live;
+	seq_account(s);
 }
