@@ -332,7 +332,7 @@ int index_fork(struct index *dst, const struct index *src, uint32_t prefix, uint
 	if (r < 0)
 		return r;
 	dst->rows = n;
-	for (uint32_t l = 0; l < src->lanes; l++) {
+	for (uint32_t l = 0; n && l < src->lanes; l++) { /* an index without rows has no arrays */
 		memcpy(dst->key + (size_t)l * dst->cap, src->key + (size_t)l * src->cap, n * sizeof(*dst->key));
 		for (int t = 0; t < KVT_TIERS; t++) {
 			memcpy(index_bits(dst, t, l), index_bits(src, t, l), BITS_WORDS(n) * sizeof(uint64_t));

@@ -86,6 +86,8 @@ struct client {
 	int fd, wake_fd, notify_fd, pid_fd;
 	char name[64];
 	bool hello, dead;
+	bool doomed;      /* ended by the loop's next turn, */
+	const char *doom; /* for this reason; NULL: it left by itself */
 	sd_event_source *io, *wake, *death, *again, *retry;
 	uint32_t entries, max_seqs, n_seqs, n_regions;
 	struct seg ctl;

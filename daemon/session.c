@@ -20,14 +20,25 @@
 
 /* ---- out ------------------------------------------------------------------------- */
 
+/*
+ * Sending happens deep inside requests and plans, which go on using the client's sequences: so it never ends
+ * a client itself, the loop does so next.
+ */
+static void doom(struct client *cl, const char *why)
+{
+	if (cl->dead || cl->doomed)
+		return;
+	cl->doomed = true;
+	cl->doom = why;
+	sd_event_source_set_enabled(cl->again, SD_EVENT_ONESHOT);
+}
+
 int client_reply(struct client *cl, struct wire_reply *r, const int *fds, unsigned n)
 {
-	int e = cl->dead ? -EPIPE : sock_send(cl->fd, r, r->hdr.len, fds, n);
+	int e = cl->dead || cl->doomed ? -EPIPE : sock_send(cl->fd, r, r->hdr.len, fds, n);
 
-	if (e == -EAGAIN)
-		client_end(cl, "does not read its replies");
-	else if (e < 0 && !cl->dead)
-		client_end(cl, NULL);
+	if (e < 0)
+		doom(cl, e == -EAGAIN ? "does not read its replies" : NULL);
 	return e;
 }
 
@@ -45,11 +56,11 @@ void client_notify(struct client *cl, uint32_t type, uint64_t handle, uint64_t a
 	const uint64_t one = 1;
 	int r;
 
-	if (cl->dead)
+	if (cl->dead || cl->doomed)
 		return;
 	r = ring_push(&cl->cq, &e);
 	if (r == -EPROTO)
-		client_end(cl, "complete ring: impossible cursor");
+		doom(cl, "complete ring: impossible cursor");
 	else if (r == 1)
 		(void)!write(cl->notify_fd, &one, sizeof(one));
 	/* Full: the client finds the plan by peeking. */
@@ -78,7 +89,7 @@ static bool handle_hint(struct client *cl, const struct ring_entry *e)
 		return true;
 	}
 	seq_poll(s);
-	return !cl->dead;
+	return !cl->dead && !cl->doomed;
 }
 
 /* Drain hints. Returns false when the client was ended. */
@@ -86,6 +97,8 @@ static bool drain_ring(struct client *cl)
 {
 	struct ring_entry e;
 
+	if (cl->doomed)
+		client_end(cl, cl->doom ? "%s" : NULL, cl->doom);
 	if (cl->dead)
 		return false;
 	ring_awake(&cl->sq);
@@ -145,7 +158,7 @@ static bool handle_message(struct client *cl, void *buf, size_t len)
 	}
 	if (r < 0) {
 		client_fail(cl, h, r, err);
-		return !cl->dead;
+		return !cl->dead && !cl->doomed;
 	}
 	if (!cl->hello && h->type != W_HELLO && h->type != W_ADMIN) {
 		client_end(cl, "message: %s before hello", wire_type_name(h->type));
@@ -164,7 +177,7 @@ static bool handle_message(struct client *cl, void *buf, size_t len)
 			client_fail(cl, h, KVT_E_NOMEM, "out of memory");
 		}
 	}
-	return !cl->dead;
+	return !cl->dead && !cl->doomed;
 }
 
 static int on_message(sd_event_source *src, int fd, uint32_t revents, void *arg)

@@ -11,7 +11,7 @@ import time
 
 from . import raw
 from .attacks import Q, garbage
-from .raw import ALL, RING_HEAD, RING_TAIL, SEQ_INFO, HungUp, Raw, Refused, message
+from .raw import ALL, RING_HEAD, RING_TAIL, SEQ_INFO, SEQ_OPEN, HungUp, Raw, Refused, message
 from .world import SEED, equal, expect, until
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -44,6 +44,28 @@ def rings(a):
         r.put32(r.cq + RING_HEAD, 0x7FFFFFFF)
         plans(r, 100)
 
+    def end_in_a_fork(r):
+        """A READY plan, a full ring, and a fork that takes the plan back: the daemon sees the cursor halfway."""
+        r.ready()
+        r.len_word(0, 200)
+        view = mmap.mmap(r.plan_fd, r.plan_bytes, prot=mmap.PROT_READ)
+        for i in range(100):
+            ident = r.request(device=150 - i)
+            until("a READY plan", lambda w=ident: struct.unpack_from("<QI", view) >= (w, 2), 5)
+            if struct.unpack_from("<I", r.ctl, r.cq + RING_TAIL)[0] >= r.entries:
+                break
+            r.put64(r.slot + 8, ident)
+        r.put32(r.cq + RING_HEAD, 0x7FFFFFFF)
+        r.ask(SEQ_OPEN, raw.seq_open(op=raw.FORK, parent=r.s, prefix=100, region=r.region_handle))
+
+    def deaf_forks(r):
+        r.hello(max_seqs=4000, plan_bytes=1 << 24)
+        r.model()
+        r.region_handle, _, _ = r.region()
+        r.seq(region=r.region_handle, max_rows=64)
+        for _ in range(3000):
+            r.send(message(SEQ_OPEN, raw.seq_open(op=raw.FORK, parent=r.s, region=r.region_handle, max_rows=64)))
+
     def flood(r):
         r.ready()
         for i in range(r.entries):
@@ -68,6 +90,8 @@ def rings(a):
     a.attack("garbage ring entries", lambda r: r.ready().push(raw=b"\xee" + garbage(63)), ended=r"entry type \d+ is not")
     a.attack("never reads its ring", lambda r: plans(r.ready(), 100))
     a.attack("a ring full of hints for a second", flood)
+    a.attack("the other ring breaks in the middle of a fork", end_in_a_fork, ended=r"complete ring: impossible cursor")
+    a.attack("does not read its replies while it forks", deaf_forks, ended=r"does not read its replies")
     a.attack("does not read its replies", deaf, ended=r"does not read its replies")
 
 
