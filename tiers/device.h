@@ -18,14 +18,14 @@ struct device_lane {
 struct device_mem; /* one mapping of device memory */
 
 struct device_ops {
-	const char *name; /* "host" */
-	/* Map `bytes` of client memory behind fd (exchange class). Does not take the fd. */
+	const char *name; /* "host", "fd" */
+	/* Use `bytes` of client memory behind fd. Does not take the fd; its own copy lasts until detach. */
 	int (*attach)(struct device_mem **ret, int fd, size_t bytes);
 	void (*detach)(struct device_mem *m);
 	/*
 	 * Copy rows in the given slots (ascending) to a packed page: K plane then V
 	 * plane, and continue crc over it. Any thread. Returns 0 or -errno (-ERANGE: a slot
-	 * lies outside the memory).
+	 * lies outside the memory, -EIO: the memory was taken away).
 	 */
 	int (*gather)(struct device_mem *m, const struct device_lane *lane, const uint32_t *slots, uint32_t n,
 		      void *page, uint32_t *crc);
@@ -43,4 +43,16 @@ struct device_ops {
 	const void *(*peek)(struct device_mem *m, uint64_t off, size_t bytes);
 	size_t (*resident)(struct device_mem *m); /* bytes the memory really holds */
 };
+/* A daemon-made region (exchange class), mapped. */
 extern const struct device_ops device_host_ops;
+/*
+ * A file of the client's own, read and written by offset and never mapped. The client may shrink it, seal it
+ * or punch it at any time; rows that are gone are -EIO. attach() takes what device_fd_check() passes.
+ */
+extern const struct device_ops device_fd_ops;
+/*
+ * May this descriptor serve as device memory of `bytes`? A regular file of tmpfs or hugetlbfs at least that
+ * long, open for reading and writing, not for appending, not sealed against writing. Never waits, whatever
+ * the descriptor is. 0, or -errno with one line (field, value, limit) in err.
+ */
+int device_fd_check(int fd, uint64_t bytes, char *err, size_t size);

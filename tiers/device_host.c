@@ -5,7 +5,7 @@
  * private memory first and the checksum runs over the copy. The lane layout came from
  * the client too, so every extent is checked in 64-bit arithmetic before use.
  */
-#include "tiers/device.h"
+#include "tiers/device_check.h"
 #include "tiers/tier.h"
 #include "shm/crc.h"
 #include "shm/seg.h"
@@ -23,43 +23,15 @@ struct device_mem {
 	struct seg seg;
 };
 
-/* One plane of a lane. */
+/* One plane of a lane as it is mapped here. */
 struct plane {
 	char *base; /* of slot 0 */
 	uint32_t stride, width;
-	uint64_t slots; /* slots below this lie inside the memory */
 };
 
-static int plane_of(struct plane *ret, const struct device_mem *m, uint64_t off, uint32_t stride,
-		    uint32_t width)
+static struct plane mapped(const struct device_mem *m, const struct device_plane *p)
 {
-	if (!width) {
-		*ret = (struct plane){.slots = UINT64_MAX};
-		return 0;
-	}
-	if (stride < width || off > m->seg.size || m->seg.size - off < width)
-		return -ERANGE;
-	*ret = (struct plane){
-		.base = (char *)m->seg.addr + off,
-		.stride = stride,
-		.width = width,
-		.slots = (m->seg.size - off - width) / stride + 1,
-	};
-	return 0;
-}
-
-/* Both planes, for pages of `rows` rows; a page never exceeds TIER_MAX_PAGE. */
-static int planes_of(struct plane ret[2], const struct device_mem *m, const struct device_lane *l,
-		     uint32_t rows)
-{
-	int r;
-
-	if (rows * ((uint64_t)l->k_bytes + l->v_bytes) > TIER_MAX_PAGE)
-		return -ERANGE;
-	r = plane_of(&ret[0], m, l->k_off, l->k_stride, l->k_bytes);
-	if (r < 0)
-		return r;
-	return plane_of(&ret[1], m, l->v_off, l->v_stride, l->v_bytes);
+	return (struct plane){.base = (char *)m->seg.addr + p->off, .stride = p->stride, .width = p->width};
 }
 
 static int host_attach(struct device_mem **ret, int fd, size_t bytes)
@@ -92,28 +64,6 @@ static void host_detach(struct device_mem *m)
 		return;
 	seg_close(&m->seg);
 	free(m);
-}
-
-/* Ascending slots, so the last one bounds them all. */
-static int slots_check(const struct plane p[2], const uint32_t *slots, uint32_t n)
-{
-	bool bad = false;
-
-	for (uint32_t i = 1; i < n; i++)
-		bad |= slots[i] <= slots[i - 1];
-	if (bad)
-		return -EINVAL;
-	return slots[n - 1] < p[0].slots && slots[n - 1] < p[1].slots ? 0 : -ERANGE;
-}
-
-/* Slots adjacent to slots[0], itself included. */
-static uint32_t run_length(const uint32_t *slots, uint32_t n)
-{
-	uint32_t r = 1;
-
-	while (r < n && slots[r] == slots[0] + r)
-		r++;
-	return r;
 }
 
 /*
@@ -191,7 +141,7 @@ static char *gather_plane(const struct plane *p, const struct plane *next, const
 		} else {
 			const char *src = p->base + (uint64_t)slots[i] * p->stride;
 
-			k = run_length(slots + i, n - i);
+			k = device_run(slots + i, n - i);
 			*crc = copy_run(*crc, dst, src, (size_t)k * p->width);
 		}
 		dst += (size_t)k * p->width;
@@ -202,6 +152,7 @@ static char *gather_plane(const struct plane *p, const struct plane *next, const
 static int host_gather(struct device_mem *m, const struct device_lane *lane, const uint32_t *slots, uint32_t n,
 		       void *page, uint32_t *crc)
 {
+	struct device_plane at[2];
 	struct plane p[2];
 	uint32_t c = *crc;
 	char *dst = page;
@@ -209,11 +160,13 @@ static int host_gather(struct device_mem *m, const struct device_lane *lane, con
 
 	if (!n)
 		return 0;
-	r = planes_of(p, m, lane, n);
+	r = device_planes(at, m->seg.size, lane, n);
 	if (r == 0)
-		r = slots_check(p, slots, n);
+		r = device_slots(at, slots, n);
 	if (r < 0)
 		return r;
+	p[0] = mapped(m, &at[0]);
+	p[1] = mapped(m, &at[1]);
 	if (slots[n - 1] - slots[0] >= n) /* not one run */
 		prefetch_rows(&p[0], slots, MIN(n, rows_per_chunk(&p[0])));
 	dst = gather_plane(&p[0], &p[1], slots, n, dst, &c);
@@ -228,7 +181,8 @@ static size_t extent(const struct plane *p, uint32_t n)
 	return (uint64_t)(n - 1) * p->stride + p->width;
 }
 
-/* Allocate and map in one call where the kernel can (5.14): a fault for every page costs as much as the copy. */
+/* Allocate and map in one call where the kernel can (5.14): a fault for every page costs as much as the copy.
+ */
 static int commit(struct device_mem *m, uint64_t off, size_t len)
 {
 	uint64_t from = off / KVT_UNIT * KVT_UNIT;
@@ -264,7 +218,7 @@ static void scatter_plane(const struct plane *p, const char *src, const uint32_t
 	if (!p->width)
 		return;
 	for (uint32_t i = 0, k; i < n; i += k) {
-		k = pick ? run_length(pick + i, n - i) : n;
+		k = pick ? device_run(pick + i, n - i) : n;
 		if (p->stride == p->width) {
 			memcpy(dst + (size_t)i * p->width, src + (size_t)(pick ? pick[i] : 0) * p->width,
 			       (size_t)k * p->width);
@@ -279,20 +233,19 @@ static void scatter_plane(const struct plane *p, const char *src, const uint32_t
 static int host_scatter(struct device_mem *m, const struct device_lane *lane, const void *page, uint32_t rows,
 			const uint32_t *pick, uint32_t first, uint32_t n)
 {
+	struct device_plane at[2];
 	struct plane p[2];
 	int r;
 
 	if (!n)
 		return 0;
-	r = planes_of(p, m, lane, rows);
+	r = device_planes(at, m->seg.size, lane, rows);
+	if (r == 0)
+		r = device_range(at, rows, pick, first, n);
 	if (r < 0)
 		return r;
-	if ((uint64_t)first + n > p[0].slots || (uint64_t)first + n > p[1].slots || (!pick && n > rows))
-		return -ERANGE;
-	for (uint32_t i = 0; pick && i < n; i++)
-		if (pick[i] >= rows)
-			return -ERANGE;
 	for (unsigned i = 0; i < 2; i++) {
+		p[i] = mapped(m, &at[i]);
 		r = commit_plane(m, &p[i], first, n);
 		if (r < 0)
 			return r;

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <sys/mman.h>
 
 #include "shm/crc.h"
@@ -18,7 +19,6 @@
 #include "tiers/device.h"
 #include "tiers/tier.h"
 
-#define OPS (&device_host_ops)
 #define REGION ((size_t)1 << 20)
 
 static uint64_t rng = 88172645463325252u;
@@ -37,30 +37,42 @@ static uint32_t below(uint32_t n)
 }
 
 struct fixture {
+	const struct device_ops *ops;
 	struct seg seg; /* the client's view */
 	struct device_mem *mem;
 	uint8_t *page, *copy;
 };
 
-static int setup(void **state)
+static int setup(void **state, const struct device_ops *ops)
 {
 	struct fixture *f = calloc(1, sizeof(*f));
 
 	assert_int_equal(seg_create(&f->seg, SEG_EXCHANGE, "test-region", REGION, 0), 0);
 	for (size_t i = 0; i < REGION; i += 8)
 		memcpy((char *)f->seg.addr + i, &(uint64_t){next_random()}, 8);
-	assert_int_equal(OPS->attach(&f->mem, f->seg.fd, REGION), 0);
+	f->ops = ops;
+	assert_int_equal(f->ops->attach(&f->mem, f->seg.fd, REGION), 0);
 	f->page = malloc(TIER_MAX_PAGE);
 	f->copy = malloc(TIER_MAX_PAGE);
 	*state = f;
 	return 0;
 }
 
+static int setup_host(void **state)
+{
+	return setup(state, &device_host_ops);
+}
+
+static int setup_fd(void **state)
+{
+	return setup(state, &device_fd_ops);
+}
+
 static int teardown(void **state)
 {
 	struct fixture *f = *state;
 
-	OPS->detach(f->mem);
+	f->ops->detach(f->mem);
 	seg_close(&f->seg);
 	free(f->page);
 	free(f->copy);
@@ -123,7 +135,7 @@ static void test_gather(void **state)
 
 		some_slots(slots, n, of);
 		memset(f->page, 0xa5, bytes + 64);
-		assert_int_equal(OPS->gather(f->mem, &l, slots, n, f->page, &crc), 0);
+		assert_int_equal(f->ops->gather(f->mem, &l, slots, n, f->page, &crc), 0);
 		reference_gather(f, &l, slots, n, f->copy);
 		assert_memory_equal(f->page, f->copy, bytes);
 		assert_int_equal(crc, crc32c(seed, f->copy, bytes));
@@ -138,8 +150,8 @@ static void test_gather_nothing(void **state)
 	struct device_lane l = {.k_off = UINT64_MAX, .k_bytes = 8};
 	uint32_t crc = 7;
 
-	assert_int_equal(OPS->gather(f->mem, &l, NULL, 0, NULL, &crc), 0);
-	assert_int_equal(OPS->scatter(f->mem, &l, NULL, 0, NULL, 0, 0), 0);
+	assert_int_equal(f->ops->gather(f->mem, &l, NULL, 0, NULL, &crc), 0);
+	assert_int_equal(f->ops->scatter(f->mem, &l, NULL, 0, NULL, 0, 0), 0);
 	assert_int_equal(crc, 7);
 }
 
@@ -169,7 +181,7 @@ static void test_scatter(void **state)
 			memcpy(want + l.v_off + (uint64_t)(first + i) * l.v_stride,
 			       f->page + (size_t)rows * l.k_bytes + (size_t)r * l.v_bytes, l.v_bytes);
 		}
-		assert_int_equal(OPS->scatter(f->mem, &l, f->page, rows, picked ? pick : NULL, first, n), 0);
+		assert_int_equal(f->ops->scatter(f->mem, &l, f->page, rows, picked ? pick : NULL, first, n), 0);
 		assert_memory_equal(f->seg.addr, want, REGION); /* the rows, and nothing but the rows */
 	}
 	free(want);
@@ -184,11 +196,11 @@ static void test_there_and_back(void **state)
 
 	for (uint32_t i = 0; i < 128; i++)
 		slots[i] = i * 3;
-	assert_int_equal(OPS->gather(f->mem, &l, slots, 128, f->page, &out), 0);
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 128, NULL, 1000, 128), 0);
+	assert_int_equal(f->ops->gather(f->mem, &l, slots, 128, f->page, &out), 0);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 128, NULL, 1000, 128), 0);
 	for (uint32_t i = 0; i < 128; i++)
 		slots[i] = 1000 + i;
-	assert_int_equal(OPS->gather(f->mem, &l, slots, 128, f->copy, &in), 0);
+	assert_int_equal(f->ops->gather(f->mem, &l, slots, 128, f->copy, &in), 0);
 	assert_int_equal(in, out);
 	assert_memory_equal(f->page, f->copy, 128 * 256);
 }
@@ -218,9 +230,9 @@ static void test_hostile_layouts(void **state)
 	for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
 		uint32_t crc = 5;
 
-		assert_int_equal(OPS->gather(f->mem, &bad[i], slots, 2, f->page, &crc), -ERANGE);
+		assert_int_equal(f->ops->gather(f->mem, &bad[i], slots, 2, f->page, &crc), -ERANGE);
 		assert_int_equal(crc, 5);
-		assert_int_equal(OPS->scatter(f->mem, &bad[i], f->page, 2, NULL, 0, 2), -ERANGE);
+		assert_int_equal(f->ops->scatter(f->mem, &bad[i], f->page, 2, NULL, 0, 2), -ERANGE);
 	}
 	assert_memory_equal(f->seg.addr, f->copy, REGION);
 }
@@ -234,11 +246,11 @@ static void test_page_too_large(void **state)
 
 	for (uint32_t i = 0; i < 128; i++)
 		slots[i] = i;
-	assert_int_equal(OPS->gather(f->mem, &l, slots, 104, f->page, &crc), 0);
+	assert_int_equal(f->ops->gather(f->mem, &l, slots, 104, f->page, &crc), 0);
 	crc = 5;
-	assert_int_equal(OPS->gather(f->mem, &l, slots, 105, f->page, &crc), -ERANGE); /* 1 050 000 bytes */
+	assert_int_equal(f->ops->gather(f->mem, &l, slots, 105, f->page, &crc), -ERANGE); /* 1 050 000 bytes */
 	assert_int_equal(crc, 5);
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 105, NULL, 0, 1), -ERANGE);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 105, NULL, 0, 1), -ERANGE);
 }
 
 static void test_hostile_slots(void **state)
@@ -249,20 +261,20 @@ static void test_hostile_slots(void **state)
 	uint32_t hidden[3] = {1, UINT32_MAX, 2}; /* the last one alone looks innocent */
 	uint32_t ok[2] = {0, 99}, pick[2] = {0, 2};
 
-	assert_int_equal(OPS->gather(f->mem, &l, ok, 2, f->page, &crc), 0);
+	assert_int_equal(f->ops->gather(f->mem, &l, ok, 2, f->page, &crc), 0);
 	crc = 5;
-	assert_int_equal(OPS->gather(f->mem, &l, up, 2, f->page, &crc), -ERANGE);
-	assert_int_equal(OPS->gather(f->mem, &l, far, 2, f->page, &crc), -ERANGE);
-	assert_int_equal(OPS->gather(f->mem, &l, down, 2, f->page, &crc), -EINVAL);
-	assert_int_equal(OPS->gather(f->mem, &l, twice, 2, f->page, &crc), -EINVAL);
-	assert_int_equal(OPS->gather(f->mem, &l, hidden, 3, f->page, &crc), -EINVAL);
+	assert_int_equal(f->ops->gather(f->mem, &l, up, 2, f->page, &crc), -ERANGE);
+	assert_int_equal(f->ops->gather(f->mem, &l, far, 2, f->page, &crc), -ERANGE);
+	assert_int_equal(f->ops->gather(f->mem, &l, down, 2, f->page, &crc), -EINVAL);
+	assert_int_equal(f->ops->gather(f->mem, &l, twice, 2, f->page, &crc), -EINVAL);
+	assert_int_equal(f->ops->gather(f->mem, &l, hidden, 3, f->page, &crc), -EINVAL);
 	assert_int_equal(crc, 5);
 
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 2, NULL, 98, 2), 0);
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 2, NULL, 99, 2), -ERANGE);
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 2, NULL, UINT32_MAX, 2), -ERANGE);
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 2, NULL, 0, 3), -ERANGE);
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 2, pick, 0, 2), -ERANGE);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 2, NULL, 98, 2), 0);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 2, NULL, 99, 2), -ERANGE);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 2, NULL, UINT32_MAX, 2), -ERANGE);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 2, NULL, 0, 3), -ERANGE);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 2, pick, 0, 2), -ERANGE);
 }
 
 /* Any layout at all is either refused or stays inside; the verdict is checked with 128-bit sums. */
@@ -283,7 +295,7 @@ static void test_random_layouts(void **state)
 			(unsigned __int128)l.k_off + (unsigned __int128)slot * l.k_stride + l.k_bytes;
 		bool fits = !l.k_bytes || (end <= REGION && l.k_stride >= l.k_bytes);
 
-		assert_int_equal(OPS->gather(f->mem, &l, &slot, 1, f->page, &crc), fits ? 0 : -ERANGE);
+		assert_int_equal(f->ops->gather(f->mem, &l, &slot, 1, f->page, &crc), fits ? 0 : -ERANGE);
 		good += fits;
 		refused += !fits;
 	}
@@ -296,23 +308,23 @@ static void test_punched(void **state)
 	struct fixture *f = *state;
 	struct device_lane l = {.k_off = 0, .k_stride = 128, .k_bytes = 128};
 	uint32_t slots[64], crc = 0;
-	size_t before = OPS->resident(f->mem);
+	size_t before = f->ops->resident(f->mem);
 
 	assert_int_equal(before, REGION);
 	assert_int_equal(seg_punch(&f->seg, 0, REGION / 2), 0);
-	assert_int_equal(OPS->resident(f->mem), REGION / 2);
+	assert_int_equal(f->ops->resident(f->mem), REGION / 2);
 	for (uint32_t i = 0; i < 64; i++)
 		slots[i] = i;
 	memset(f->page, 0xff, 64 * 128);
-	assert_int_equal(OPS->gather(f->mem, &l, slots, 64, f->page, &crc), 0);
+	assert_int_equal(f->ops->gather(f->mem, &l, slots, 64, f->page, &crc), 0);
 	for (unsigned i = 0; i < 64 * 128; i++)
 		assert_int_equal(f->page[i], 0);
 	assert_int_equal(crc, crc32c(0, f->page, 64 * 128));
 
 	assert_int_equal(seg_punch(&f->seg, 0, REGION / 2), 0);
 	memset(f->page, 0x5a, 64 * 128);
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 64, NULL, 0, 64), 0);
-	assert_int_equal(OPS->resident(f->mem), REGION / 2 + 64 * 128);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 64, NULL, 0, 64), 0);
+	assert_int_equal(f->ops->resident(f->mem), REGION / 2 + 64 * 128);
 	assert_memory_equal(f->seg.addr, f->page, 64 * 128);
 }
 
@@ -324,31 +336,49 @@ static void test_sparse_commit(void **state)
 
 	assert_int_equal(seg_punch(&f->seg, 0, REGION), 0);
 	memset(f->page, 1, 16 * 128);
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 16, NULL, 0, 16), 0);
-	assert_int_equal(OPS->resident(f->mem), 16 * KVT_UNIT);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 16, NULL, 0, 16), 0);
+	assert_int_equal(f->ops->resident(f->mem), 16 * KVT_UNIT);
 
 	/* Near rows: one allocation for the whole extent. That it comes first shows in the gaps. */
 	assert_int_equal(seg_punch(&f->seg, 0, REGION), 0);
 	l.k_stride = 12 << 10;
-	assert_int_equal(OPS->scatter(f->mem, &l, f->page, 16, NULL, 0, 16), 0);
-	assert_int_equal(OPS->resident(f->mem), 15 * (12 << 10) + KVT_UNIT);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 16, NULL, 0, 16), 0);
+	assert_int_equal(f->ops->resident(f->mem), 15 * (12 << 10) + KVT_UNIT);
 }
 
-static void test_read_and_peek(void **state)
+/* A file gets memory for what is written and nothing else. */
+static void test_fd_sparse(void **state)
+{
+	struct fixture *f = *state;
+	struct device_lane l = {.k_off = 0, .k_stride = 12 << 10, .k_bytes = 128};
+
+	assert_int_equal(seg_punch(&f->seg, 0, REGION), 0);
+	memset(f->page, 1, 16 * 128);
+	assert_int_equal(f->ops->scatter(f->mem, &l, f->page, 16, NULL, 0, 16), 0);
+	assert_int_equal(f->ops->resident(f->mem), 16 * KVT_UNIT);
+}
+
+static void test_read(void **state)
 {
 	struct fixture *f = *state;
 	uint8_t b[16];
 
-	assert_int_equal(OPS->read(f->mem, 100, b, 16), 0);
+	assert_int_equal(f->ops->read(f->mem, 100, b, 16), 0);
 	assert_memory_equal(b, (char *)f->seg.addr + 100, 16);
-	assert_int_equal(OPS->read(f->mem, REGION - 16, b, 16), 0);
-	assert_int_equal(OPS->read(f->mem, REGION - 15, b, 16), -ERANGE);
-	assert_int_equal(OPS->read(f->mem, UINT64_MAX, b, 16), -ERANGE);
-	assert_int_equal(OPS->read(f->mem, 16, b, SIZE_MAX), -ERANGE);
-	assert_memory_equal(OPS->peek(f->mem, 5000, 64), (char *)f->seg.addr + 5000, 64);
-	assert_non_null(OPS->peek(f->mem, 0, REGION));
-	assert_null(OPS->peek(f->mem, 1, REGION));
-	assert_null(OPS->peek(f->mem, REGION + 1, 0));
+	assert_int_equal(f->ops->read(f->mem, REGION - 16, b, 16), 0);
+	assert_int_equal(f->ops->read(f->mem, REGION - 15, b, 16), -ERANGE);
+	assert_int_equal(f->ops->read(f->mem, UINT64_MAX, b, 16), -ERANGE);
+	assert_int_equal(f->ops->read(f->mem, 16, b, SIZE_MAX), -ERANGE);
+}
+
+static void test_peek(void **state)
+{
+	struct fixture *f = *state;
+
+	assert_memory_equal(f->ops->peek(f->mem, 5000, 64), (char *)f->seg.addr + 5000, 64);
+	assert_non_null(f->ops->peek(f->mem, 0, REGION));
+	assert_null(f->ops->peek(f->mem, 1, REGION));
+	assert_null(f->ops->peek(f->mem, REGION + 1, 0));
 }
 
 static void test_attach(void **state)
@@ -358,24 +388,190 @@ static void test_attach(void **state)
 	int fd = memfd_create("unsealed", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 
 	assert_int_equal(ftruncate(fd, (off_t)REGION), 0);
-	assert_int_equal(OPS->attach(&m, fd, REGION), -EPROTO);
+	assert_int_equal(f->ops->attach(&m, fd, REGION), -EPROTO);
 	close(fd);
 	fd = open("/dev/zero", O_RDWR | O_CLOEXEC);
-	assert_int_equal(OPS->attach(&m, fd, REGION), -EPROTO);
+	assert_int_equal(f->ops->attach(&m, fd, REGION), -EPROTO);
 	close(fd);
-	assert_int_equal(OPS->attach(&m, f->seg.fd, REGION - 4096), -EPROTO);
-	assert_int_equal(OPS->attach(&m, f->seg.fd, REGION + 4096), -EPROTO);
-	assert_int_equal(OPS->attach(&m, f->seg.fd, 0), -EPROTO);
-	assert_int_equal(OPS->attach(&m, -1, REGION), -EBADF);
+	assert_int_equal(f->ops->attach(&m, f->seg.fd, REGION - 4096), -EPROTO);
+	assert_int_equal(f->ops->attach(&m, f->seg.fd, REGION + 4096), -EPROTO);
+	assert_int_equal(f->ops->attach(&m, f->seg.fd, 0), -EPROTO);
+	assert_int_equal(f->ops->attach(&m, -1, REGION), -EBADF);
 	assert_null(m);
 	/* The fd stays the caller's, and the mapping outlives it. */
 	fd = fcntl(f->seg.fd, F_DUPFD_CLOEXEC, 3);
-	assert_int_equal(OPS->attach(&m, fd, REGION), 0);
+	assert_int_equal(f->ops->attach(&m, fd, REGION), 0);
 	assert_int_equal(close(fd), 0);
-	assert_memory_equal(OPS->peek(m, 0, 4096), f->seg.addr, 4096);
-	assert_int_equal(OPS->resident(m), REGION);
-	OPS->detach(m);
-	OPS->detach(NULL);
+	assert_memory_equal(f->ops->peek(m, 0, 4096), f->seg.addr, 4096);
+	assert_int_equal(f->ops->resident(m), REGION);
+	f->ops->detach(m);
+	f->ops->detach(NULL);
+}
+
+/* ---- a client's own file ------------------------------------------------------------------ */
+
+/* An unsealed memfd of REGION bytes, every row of 128 of it different. */
+static int own_file(void)
+{
+	int fd = memfd_create("own", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	uint64_t v[16];
+
+	assert_true(fd >= 0);
+	for (size_t at = 0; at < REGION; at += sizeof(v)) {
+		for (unsigned i = 0; i < 16; i++)
+			v[i] = next_random();
+		assert_int_equal(pwrite(fd, v, sizeof(v), (off_t)at), sizeof(v));
+	}
+	return fd;
+}
+
+static void refused(int fd, uint64_t bytes, int want, const char *line)
+{
+	struct device_mem *m = NULL;
+	char err[128] = "";
+
+	assert_int_equal(device_fd_check(fd, bytes, err, sizeof(err)), want);
+	if (!strstr(err, line))
+		fail_msg("\"%s\" does not say \"%s\"", err, line);
+	assert_int_equal(device_fd_ops.attach(&m, fd, bytes), want);
+	assert_null(m);
+}
+
+static int reopened(int fd, int flags)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	return open(path, flags | O_CLOEXEC);
+}
+
+static void test_fd_attach(void **state)
+{
+	struct device_mem *m = NULL;
+	char path[] = "/tmp/kvt-device-XXXXXX", row[128];
+	int fd = own_file(), other, p[2], r;
+
+	refused(-1, 4096, -EBADF, "fd: -1");
+	refused(fd, REGION + 1, -EFBIG, "bytes: 1048577, the file has 1048576");
+	refused(fd, UINT64_MAX, -EFBIG, "bytes:");
+	static const struct {
+		int flags, want;
+	} modes[] = {{O_RDONLY, -EBADF}, {O_WRONLY, -EBADF}, {O_PATH, -EBADF}, {O_RDWR | O_APPEND, -EPERM}};
+	for (unsigned i = 0; i < ARRAY_SIZE(modes); i++) {
+		other = reopened(fd, modes[i].flags);
+		assert_true(other >= 0);
+		refused(other, 4096, modes[i].want, "fd: mode");
+		close(other);
+	}
+	assert_int_equal(pipe(p), 0);
+	refused(p[0], 4096, -EBADF, "fd: mode"); /* reads only */
+	close(p[0]);
+	close(p[1]);
+	other = open("/dev/zero", O_RDWR | O_CLOEXEC);
+	refused(other, 4096, -ENOTSUP, "must be tmpfs or hugetlbfs");
+	close(other);
+	other = memfd_create("huge", MFD_CLOEXEC | MFD_HUGETLB);
+	if (other >= 0 && !ftruncate(other, 2 << 20)) {
+		char none;
+
+		r = pwrite(other, &none, 0, 0) < 0 ? -errno : 0;
+		if (r < 0)
+			refused(other, 4096, r, "cannot be written");
+	}
+	close_fdp(&other);
+	other = mkstemp(path);
+	assert_int_equal(ftruncate(other, 4096), 0);
+	if (fcntl(other, F_GET_SEALS) < 0) /* /tmp may be tmpfs */
+		refused(other, 4096, -ENOTSUP, "must be tmpfs or hugetlbfs");
+	close(other);
+	unlink(path);
+
+	/* The caller's fd is its own before and after. */
+	assert_int_equal(device_fd_ops.attach(&m, fd, REGION), 0);
+	assert_int_equal(pread(fd, row, 128, 256), 128);
+	other = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	close(fd);
+	assert_int_equal(device_fd_ops.read(m, 256, row, 128), 0);
+	assert_null(device_fd_ops.peek(m, 0, 1));
+	device_fd_ops.detach(m);
+	device_fd_ops.detach(NULL);
+	assert_int_equal(fcntl(other, F_ADD_SEALS, F_SEAL_WRITE), 0);
+	refused(other, 4096, -EPERM, "fd: seals 0x8");
+	close(other);
+}
+
+/* The owner cuts, seals, lengthens: what is gone is an error, what is there is right, nothing dies. */
+static void test_fd_owner_at_work(void **state)
+{
+	struct device_lane l = {.k_off = 0, .k_stride = 128, .k_bytes = 128};
+	int fd = own_file();
+	uint32_t slots[64], crc = 5;
+	struct device_mem *m;
+	uint8_t page[64 * 128], want[64 * 128];
+
+	assert_int_equal(device_fd_ops.attach(&m, fd, REGION), 0);
+	for (uint32_t i = 0; i < 64; i++)
+		slots[i] = 2 * i;
+	assert_int_equal(ftruncate(fd, 126 * 128 + 127), 0); /* a byte short of the last row */
+	assert_int_equal(device_fd_ops.gather(m, &l, slots, 64, page, &crc), -EIO);
+	assert_int_equal(crc, 5);
+	assert_int_equal(device_fd_ops.gather(m, &l, slots, 63, page, &crc), 0);
+	for (uint32_t i = 0; i < 63; i++)
+		assert_int_equal(pread(fd, want + i * 128, 128, 256 * i), 128);
+	assert_memory_equal(page, want, 63 * 128);
+	assert_int_equal(crc, crc32c(5, want, 63 * 128));
+	assert_int_equal(device_fd_ops.read(m, 126 * 128, page, 128), -EIO);
+	assert_int_equal(device_fd_ops.read(m, REGION - 1, page, 1), -EIO);
+	assert_int_equal(device_fd_ops.read(m, REGION, page, 1), -ERANGE);
+
+	assert_int_equal(ftruncate(fd, (off_t)REGION * 2), 0);
+	assert_int_equal(device_fd_ops.gather(m, &l, slots, 64, page, &crc), 0);
+	assert_int_equal(device_fd_ops.read(m, REGION, page, 1), -ERANGE); /* as imported, no further */
+
+	assert_int_equal(fcntl(fd, F_SETFL, O_RDWR | O_APPEND), 0); /* one open file, shared */
+	(void)device_fd_ops.scatter(m, &l, want, 63, NULL, 0,
+				    63); /* refused or at its place, as the kernel can */
+	assert_int_equal(lseek(fd, 0, SEEK_END), REGION * 2);
+	assert_int_equal(fcntl(fd, F_SETFL, O_RDWR), 0);
+	assert_int_equal(device_fd_ops.scatter(m, &l, want, 63, NULL, 0, 63), 0);
+	assert_int_equal(pread(fd, page, 63 * 128, 0), 63 * 128);
+	assert_memory_equal(page, want, 63 * 128);
+
+	assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE), 0);
+	assert_int_equal(device_fd_ops.scatter(m, &l, want, 63, NULL, 0, 63), -EPERM);
+	assert_int_equal(device_fd_ops.gather(m, &l, slots, 64, page, &crc), 0);
+	device_fd_ops.detach(m);
+	close(fd);
+}
+
+/* Runs and gaps longer than what one read takes in. */
+static void test_fd_long_spans(void **state)
+{
+	struct fixture *f = *state;
+	static const struct device_lane lanes[] = {
+		{.k_off = 3, .k_stride = 512, .k_bytes = 512, .v_off = 400000, .v_stride = 700, .v_bytes = 512},
+		{.k_off = 0, .k_stride = 3000, .k_bytes = 40, .v_off = 50, .v_stride = 3000, .v_bytes = 40},
+		{.k_off = 0, .k_stride = 40000, .k_bytes = 40000},
+	};
+	uint32_t slots[128];
+
+	for (unsigned i = 0; i < ARRAY_SIZE(lanes); i++) {
+		const struct device_lane *l = &lanes[i];
+		uint32_t n = i == 2 ? 20 : 128, of = i == 2 ? 26 : i ? 340 : 700;
+
+		for (unsigned round = 0; round < 100; round++) {
+			uint32_t crc = round;
+
+			if (round)
+				some_slots(slots, n, of);
+			for (uint32_t k = 0; !round && k < n; k++)
+				slots[k] = k;
+			assert_int_equal(f->ops->gather(f->mem, l, slots, n, f->page, &crc), 0);
+			reference_gather(f, l, slots, n, f->copy);
+			assert_memory_equal(f->page, f->copy, (size_t)n * (l->k_bytes + l->v_bytes));
+			assert_int_equal(crc, crc32c(round, f->copy, (size_t)n * (l->k_bytes + l->v_bytes)));
+		}
+	}
 }
 
 static atomic_bool stop;
@@ -406,31 +602,41 @@ static void test_writer_in_the_way(void **state)
 
 		for (uint32_t i = 0; i < 64; i++)
 			slots[i] = round % 2 ? i : i * 2;
-		assert_int_equal(OPS->gather(f->mem, &l, slots, 64, f->page, &crc), 0);
+		assert_int_equal(f->ops->gather(f->mem, &l, slots, 64, f->page, &crc), 0);
 		assert_int_equal(crc, crc32c(round, f->page, 64 * 128));
 	}
 	atomic_store(&stop, true);
 	pthread_join(th, NULL);
 }
 
-#define T(fn) cmocka_unit_test_setup_teardown(fn, setup, teardown)
+#define HOST(fn) cmocka_unit_test_setup_teardown(fn, setup_host, teardown)
+#define FD(fn)                                                                                                 \
+	{                                                                                                      \
+#fn " (fd)", fn, setup_fd, teardown, NULL                                                      \
+	}
+#define BOTH(fn) HOST(fn), FD(fn)
 
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		T(test_gather),
-		T(test_gather_nothing),
-		T(test_scatter),
-		T(test_there_and_back),
-		T(test_hostile_layouts),
-		T(test_hostile_slots),
-		T(test_page_too_large),
-		T(test_random_layouts),
-		T(test_punched),
-		T(test_sparse_commit),
-		T(test_read_and_peek),
-		T(test_attach),
-		T(test_writer_in_the_way),
+		BOTH(test_gather),
+		BOTH(test_gather_nothing),
+		BOTH(test_scatter),
+		BOTH(test_there_and_back),
+		BOTH(test_hostile_layouts),
+		BOTH(test_hostile_slots),
+		BOTH(test_page_too_large),
+		BOTH(test_random_layouts),
+		BOTH(test_punched),
+		BOTH(test_read),
+		BOTH(test_writer_in_the_way),
+		HOST(test_sparse_commit),
+		HOST(test_peek),
+		HOST(test_attach),
+		FD(test_fd_sparse),
+		FD(test_fd_long_spans),
+		cmocka_unit_test(test_fd_attach),
+		cmocka_unit_test(test_fd_owner_at_work),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
