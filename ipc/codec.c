@@ -258,6 +258,7 @@ static void check_request(struct check *c, const struct wire_hdr *h)
 	case W_MODEL:
 		return check_model(c, m);
 	case W_REGION:
+	case W_REGION_IMPORT:
 		return range(c, "bytes", ((const struct wire_region *)m)->bytes, 1, WIRE_MAX_REGION);
 	case W_REGION_CLOSE:
 	case W_SEQ_INFO:
@@ -343,6 +344,12 @@ static void check_reply(struct check *c, const struct wire_reply *r)
 			     (unsigned long long)v->bytes, KVT_UNIT);
 		return;
 	}
+	case W_REGION_IMPORT: {
+		const struct wire_region_reply *v = m;
+
+		not_zero(c, "region", v->region);
+		return range(c, "bytes", v->bytes, 1, WIRE_MAX_REGION);
+	}
 	case W_SEQ_OPEN:
 		return check_seq_open_reply(c, m);
 	case W_SEQ_TRUNCATE:
@@ -385,6 +392,8 @@ static const struct {
 	{W_PLAN_REQUEST, true, "plan-request", "plan-request reply", sizeof(struct wire_plan_request),
 	 sizeof(struct wire_plan_reply)},
 	{W_FETCH, false, "fetch", "fetch reply", sizeof(struct wire_fetch), sizeof(struct wire_plan_reply)},
+	{W_REGION_IMPORT, false, "region-import", "region-import reply", sizeof(struct wire_region),
+	 sizeof(struct wire_region_reply)},
 	{W_ADMIN, true, "admin", "admin reply", sizeof(struct wire_admin), sizeof(struct wire_admin_reply)},
 };
 
@@ -394,6 +403,11 @@ static int type_index(uint16_t type)
 		if (types[i].type == type)
 			return (int)i;
 	return -1;
+}
+
+unsigned wire_request_fds(uint16_t type)
+{
+	return type == W_REGION_IMPORT;
 }
 
 const char *wire_type_name(uint16_t type)

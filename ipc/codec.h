@@ -32,6 +32,9 @@ int wire_check(const void *buf, size_t len, bool reply, char *err, size_t errsiz
 int wire_layout_check(const struct wire_layout *l, const struct wire_layer *m, uint32_t i,
 		      uint64_t region_bytes, uint32_t max_rows, char *err, size_t errsize);
 
+/* Descriptors that a request of this type carries, neither fewer nor more. */
+unsigned wire_request_fds(uint16_t type);
+
 /* Name of a request type or of its reply, for log lines; "unknown" when it is none. */
 const char *wire_type_name(uint16_t type);
 

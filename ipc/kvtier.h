@@ -157,6 +157,20 @@ KVT_PUBLIC void kvtier_model_release(struct kvtier_model *m);
  * the writer, as with any shared memory. Errors: LIMIT, NOMEM.
  */
 KVT_PUBLIC int kvtier_region_create(struct kvtier *c, uint64_t bytes, struct kvtier_region **ret);
+/*
+ * An engine's own pool instead: the first `bytes` (1..2^46) of a file open for reading and writing, a memfd or
+ * a file on tmpfs, e.g. in /dev/shm. The daemon reads and writes it by descriptor and never maps it. fd stays
+ * the caller's, who may close it at once: the library and the daemon keep their own; the library also maps it,
+ * for kvtier_region_addr() and kvtier_plan_apply(), in addition to any mapping that the runtime has. Layouts,
+ * apply, close and reconnecting are as for a made region, the tenant's quota too, except that an import may be
+ * made again of the same file. The file stays as long as it is: rows that the daemon finds cut off are lost and
+ * counted as misses; a file that is cut raises SIGBUS in this process when they are touched. Where the file
+ * supports it (tmpfs does) memory of evicted rows is punched. Any thread, within timeout_ms. Errors: INVAL (fd:
+ * not open read-write, opened for appending, sealed against writing, another file system; bytes: more than the
+ * file has), LIMIT, NOMEM, VERSION (a daemon without it).
+ */
+KVT_PUBLIC int kvtier_region_import(struct kvtier *c, int fd, uint64_t bytes, struct kvtier_region **ret);
+/* Where the library has it mapped; NULL for an imported file that it could not map. */
 KVT_PUBLIC void *kvtier_region_addr(struct kvtier_region *r);
 KVT_PUBLIC uint64_t kvtier_region_bytes(struct kvtier_region *r);
 /* Bytes that the kernel really holds behind the region now. */

@@ -38,6 +38,7 @@ enum wire_type {
 	W_SEQ_INFO = 8,
 	W_PLAN_REQUEST = 9,
 	W_FETCH = 10,
+	W_REGION_IMPORT = 11,
 	W_ADMIN = 32,
 	W_REPLY = 0x8000, /* ored into the request's type */
 };
@@ -46,8 +47,9 @@ enum wire_feature {
 	WIRE_F_PLANS = 1 << 0,
 	WIRE_F_LEASES = 1 << 1,
 	WIRE_F_FORK = 1 << 2,
+	WIRE_F_IMPORT = 1 << 3, /* W_REGION_IMPORT is served */
 };
-#define WIRE_FEATURES (WIRE_F_PLANS | WIRE_F_LEASES | WIRE_F_FORK)
+#define WIRE_FEATURES (WIRE_F_PLANS | WIRE_F_LEASES | WIRE_F_FORK | WIRE_F_IMPORT)
 
 struct wire_hdr {
 	uint32_t magic;
@@ -103,7 +105,11 @@ struct wire_region {
 	struct wire_hdr hdr;
 	uint64_t bytes;
 };
-/* fds: region (exchange) */
+/*
+ * fds: region (exchange). W_REGION_IMPORT is the other way round: the request, a struct wire_region too,
+ * carries one fd, the client's own file, whose first `bytes` become the region. No other request carries any: a
+ * number of descriptors that is not wire_request_fds() ends the client.
+ */
 struct wire_region_reply {
 	struct wire_reply r;
 	uint64_t region, bytes;

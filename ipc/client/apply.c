@@ -213,6 +213,8 @@ int kvtier_plan_apply(struct kvtier_seq *s, const struct kvtier_plan *p)
 	if (!s || !p)
 		return err_set(KVT_E_INVAL, "%s: NULL, must be given", s ? "p" : "s");
 	r = seq_gate(s);
+	if (!r)
+		r = planes_mapped(s);
 	if (r)
 		return r;
 	room = calloc((size_t)s->lanes * 3, sizeof(*room));

@@ -24,15 +24,16 @@ static int lock_until(struct kvtier *c, uint64_t deadline_ns)
 #endif
 }
 
-static int send_request(struct kvtier *c, struct link *l, const struct wire_hdr *req, uint64_t deadline_ns)
+static int send_request(struct kvtier *c, struct link *l, const struct call *k)
 {
+	const struct wire_hdr *req = k->req;
 	int r;
 
 	for (;;) {
-		r = sock_send(l->sock, req, req->len, NULL, 0);
+		r = sock_send(l->sock, req, req->len, k->send_fds, k->n_send_fds);
 		if (r != -EAGAIN)
 			break;
-		r = sock_wait(l->sock, POLLOUT, deadline_ns);
+		r = sock_wait(l->sock, POLLOUT, k->deadline_ns);
 		if (!r)
 			return err_set(KVT_E_TIMEOUT, "%s: the daemon does not read",
 				       wire_type_name(req->type));
@@ -99,7 +100,7 @@ static void reply_late(struct kvtier *c, struct link *l)
 		m.seq = ((const struct wire_seq_open_reply *)r)->seq;
 		m.drop = late->drop;
 		(void)sock_send(l->sock, &m, sizeof(m), NULL, 0);
-	} else if (r->hdr.type == (W_REGION | W_REPLY)) {
+	} else if (r->hdr.type == (W_REGION | W_REPLY) || r->hdr.type == (W_REGION_IMPORT | W_REPLY)) {
 		struct wire_handle m;
 
 		wire_init(&m.hdr, W_REGION_CLOSE, sizeof(m), 0);
@@ -141,7 +142,7 @@ static int converse(struct kvtier *c, struct link *l, struct call *k)
 	unsigned n;
 
 	k->req->cookie = ++c->cookie ? c->cookie : ++c->cookie;
-	r = send_request(c, l, k->req, k->deadline_ns);
+	r = send_request(c, l, k);
 	if (r)
 		return r;
 	for (;;) {
@@ -187,6 +188,8 @@ int call_run(struct kvtier *c, struct call *k)
 	if (!r && k->link && k->link != l)
 		r = err_set(KVT_E_STALE, "%s: names something of an earlier connection",
 			    wire_type_name(k->req->type));
+	if (!r && (k->needs & ~l->features))
+		r = err_set(KVT_E_VERSION, "%s: not known to this daemon", wire_type_name(k->req->type));
 	if (!r)
 		r = converse(c, l, k);
 	if (r == KVT_E_TIMEOUT)

@@ -33,8 +33,8 @@ struct link {
 	uint64_t id;                      /* 1, 2, ... within one struct kvtier */
 	int sock, to_daemon, from_daemon; /* eventfds: we write the first and read the second */
 	struct seg ctl, plans;
-	struct ring sq, cq; /* under lock */
-	uint32_t max_seqs, entries;
+	struct ring sq, cq;                   /* under lock */
+	uint32_t max_seqs, entries, features; /* what both sides know: enum wire_feature */
 	uint32_t refs; /* under lock: the connection's own, one per sequence, one per running call */
 	_Atomic bool dead;
 };
@@ -98,7 +98,7 @@ struct kvtier_region {
 	uint32_t refs;
 	struct link *link;
 	uint64_t handle;
-	struct seg seg;
+	struct seg seg; /* imported: without the seals of its class; addr NULL when it could not be mapped */
 };
 
 /* One lane's K or V rows (or, with lane NO_LANE, scores); the planes of a sequence are sorted by offset. */
@@ -210,6 +210,9 @@ struct call {
 	size_t reply_size;
 	int *fds; /* n_fds of them on success, -1 before; NULL when the reply has none */
 	unsigned n_fds;
+	const int *send_fds; /* n_send_fds of them go with the request and stay the caller's */
+	unsigned n_send_fds;
+	uint32_t needs;          /* enum wire_feature that the daemon must know */
 	uint64_t deadline_ns;    /* 0: the connection's timeout from now */
 	const struct link *link; /* the request names things of this link; NULL: any */
 	struct link **ret_link;  /* a reference to the link that served it; may be NULL */
@@ -261,6 +264,8 @@ void rows_counts(const struct kvtier_seq *s, uint32_t *n);
 
 /* ---- planes.c ---- */
 int planes_build(struct kvtier_seq *s);
+/* KVT_E_INVAL for a sequence in an imported region that the library could not map. */
+int planes_mapped(const struct kvtier_seq *s);
 /* Slot `slot` of a lane's K (v false) or V. */
 char *plane_slot(const struct kvtier_seq *s, uint32_t layer, uint32_t lane, bool v, uint64_t slot);
 /* Bytes of the lane's K or V row. */

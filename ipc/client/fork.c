@@ -104,7 +104,11 @@ int kvtier_seq_fork(struct kvtier_seq *parent, uint32_t prefix, const struct kvt
 		r = seq_new(parent->c, parent->m, &o, &s);
 	if (r)
 		return r;
-	r = hold(parent, prefix);
+	r = planes_mapped(parent);
+	if (!r)
+		r = planes_mapped(s);
+	if (!r)
+		r = hold(parent, prefix);
 	if (!r) {
 		r = copy_rows(parent, s, prefix);
 		if (!r)

@@ -171,6 +171,7 @@ static int link_setup(struct link *l, const struct wire_hello_reply *h, int *fds
 {
 	int r;
 
+	l->features = h->features;
 	l->max_seqs = h->max_seqs;
 	l->entries = h->ring_entries;
 	r = seg_map(&l->ctl, SEG_EXCHANGE, fds[0], h->ctl_bytes);

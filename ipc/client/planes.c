@@ -87,6 +87,12 @@ static void close_group(struct kvtier_seq *s, struct group *g)
 	g->span = g->punchable ? (uint32_t)span : 0;
 }
 
+int planes_mapped(const struct kvtier_seq *s)
+{
+	return s->r->seg.addr ? 0
+			      : err_set(KVT_E_INVAL, "region: not mapped here, its rows must be moved by hand");
+}
+
 int planes_build(struct kvtier_seq *s)
 {
 	uint64_t end = 0;
@@ -126,8 +132,10 @@ static uint32_t longest(const struct kvtier_seq *s, const struct group *g, const
 
 static int commit_plane(struct kvtier_seq *s, const struct plane *p, uint32_t from, uint32_t to)
 {
-	return seg_commit(&s->r->seg, p->off + (uint64_t)from * p->stride,
-			  (uint64_t)(to - from - 1) * p->stride + p->bytes);
+	int r = seg_commit(&s->r->seg, p->off + (uint64_t)from * p->stride,
+			   (uint64_t)(to - from - 1) * p->stride + p->bytes);
+
+	return r == -EOPNOTSUPP ? 0 : r; /* an imported file of a kind that takes its memory on use */
 }
 
 /* One group's slots [from, to). Records are one range; other groups are committed plane by plane. */

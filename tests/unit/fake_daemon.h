@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include "ipc/codec.h"
 #include "ipc/sock.h"
@@ -47,6 +48,9 @@ struct fake {
 	_Atomic int garble_type;                /* answer with bytes that are no message */
 	_Atomic int stray_type;                 /* two fds more than agreed */
 
+	_Atomic uint32_t lacks; /* enum wire_feature that it does not know */
+
+	_Atomic uint64_t imported; /* inode of the last file that came in */
 	_Atomic int hellos, models, regions, opens, region_closes, seq_closes, drops, truncates, calls;
 	_Atomic uint64_t dirty; /* Q_DIRTY hints seen */
 
@@ -121,7 +125,7 @@ static inline void fake_hello(struct fake *f, const struct wire_hello *m)
 	f->in = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	f->out = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	wire_reply_init(&r.r, &m->hdr, sizeof(r), 0, NULL);
-	r.features = m->features & WIRE_FEATURES;
+	r.features = m->features & WIRE_FEATURES & ~atomic_load(&f->lacks);
 	r.client = 1;
 	r.max_seqs = f->max_seqs;
 	r.ring_entries = f->entries;
@@ -160,6 +164,19 @@ static inline void fake_region(struct fake *f, const struct wire_region *m)
 	r.bytes = s->size;
 	atomic_fetch_add(&f->regions, 1);
 	fake_send(f, &r, sizeof(r), &s->fd, 1);
+}
+
+static inline void fake_import(struct fake *f, const struct wire_region *m, int fd)
+{
+	struct wire_region_reply r;
+	struct stat st;
+
+	assert(!fstat(fd, &st));
+	atomic_store(&f->imported, st.st_ino);
+	wire_reply_init(&r.r, &m->hdr, sizeof(r), 0, NULL);
+	r.region = 0x300 + (uint64_t)atomic_fetch_add(&f->regions, 1);
+	r.bytes = m->bytes;
+	fake_send(f, &r, sizeof(r), NULL, 0);
 }
 
 static inline struct fake_seq *fake_find(struct fake *f, uint64_t handle)
@@ -275,14 +292,16 @@ static inline void fake_other(struct fake *f, const struct wire_hdr *h)
 	fake_send(f, &v, len, NULL, 0);
 }
 
-static inline void fake_message(struct fake *f, const struct wire_hdr *h, size_t len)
+/* fds: what came with it, the caller's. */
+static inline void fake_message(struct fake *f, const struct wire_hdr *h, size_t len, const int *fds,
+				unsigned n_fds)
 {
 	struct wire_reply r;
 	char err[WIRE_TEXT];
 
 	atomic_fetch_add(&f->calls, 1);
-	if (wire_check(h, len, false, err, sizeof(err))) {
-		fprintf(stderr, "fake daemon: %s\n", err);
+	if (wire_check(h, len, false, err, sizeof(err)) || n_fds != wire_request_fds(h->type)) {
+		fprintf(stderr, "fake daemon: %s (%u fds)\n", err, n_fds);
 		fake_hangup(f);
 		return;
 	}
@@ -305,6 +324,8 @@ static inline void fake_message(struct fake *f, const struct wire_hdr *h, size_t
 		return fake_model(f, (const void *)h);
 	case W_REGION:
 		return fake_region(f, (const void *)h);
+	case W_REGION_IMPORT:
+		return fake_import(f, (const void *)h, fds[0]);
 	case W_SEQ_OPEN:
 		return fake_open(f, (const void *)h);
 	default:
@@ -335,6 +356,8 @@ static inline void *fake_main(void *arg)
 				      {.fd = f->listener, .events = POLLIN},
 				      {.fd = f->sock, .events = POLLIN},
 				      {.fd = f->in, .events = POLLIN}};
+		int fds[WIRE_MAX_FDS];
+		unsigned n_fds = 0;
 		ssize_t n;
 
 		poll(p, 4, -1);
@@ -344,11 +367,13 @@ static inline void *fake_main(void *arg)
 		if (p[3].revents && f->in == p[3].fd)
 			fake_hints(f);
 		if (p[2].revents && f->sock == p[2].fd) {
-			n = sock_recv(f->sock, buf, sizeof(buf), NULL, NULL);
+			n = sock_recv(f->sock, buf, sizeof(buf), fds, &n_fds);
 			if (n > 0)
-				fake_message(f, (const void *)buf, (size_t)n);
+				fake_message(f, (const void *)buf, (size_t)n, fds, n_fds);
 			else if (n != -EAGAIN)
 				fake_hangup(f);
+			for (unsigned i = 0; i < n_fds; i++)
+				close(fds[i]);
 		}
 		if (p[1].revents && f->sock < 0)
 			f->sock = sock_accept(f->listener);

@@ -5,6 +5,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <cmocka.h>
+#include <sys/stat.h>
+#include <sys/mman.h>
+#include <fcntl.h>
 #include <sys/wait.h>
 #include "ipc/kvtier.h"
 #include "tests/unit/fake_daemon.h"
@@ -223,6 +226,135 @@ static void test_refusals_carry_the_daemons_line(void **state)
 	assert_int_equal(atomic_load(&w->f->region_closes), 1);
 }
 
+/* ---- the runtime's own file ------------------------------------------------------------- */
+
+static unsigned open_descriptors(void)
+{
+	unsigned n = 0;
+
+	for (int fd = 0; fd < 1024; fd++)
+		n += fcntl(fd, F_GETFD) >= 0;
+	return n;
+}
+
+static void import_refused(struct world *w, int fd, uint64_t bytes, const char *line)
+{
+	int calls = atomic_load(&w->f->calls);
+	struct kvtier_region *r = (void *)1;
+
+	assert_int_equal(kvtier_region_import(w->c, fd, bytes, &r), KVT_E_INVAL);
+	assert_ptr_equal(r, (void *)1);
+	if (!strstr(kvtier_last_error(), line))
+		fail_msg("\"%s\" does not say \"%s\"", kvtier_last_error(), line);
+	assert_int_equal(atomic_load(&w->f->calls), calls); /* it did not go to the daemon */
+}
+
+static void test_import(void **state)
+{
+	struct world *w = *state;
+	int fd = memfd_create("pool", MFD_CLOEXEC), other, closes = atomic_load(&w->f->region_closes);
+	char path[] = "/tmp/kvt-import-XXXXXX", self[64];
+	struct kvtier_region *r = NULL;
+	struct stat st;
+	unsigned before;
+
+	assert_int_equal(ftruncate(fd, 10000), 0);
+	assert_int_equal(pwrite(fd, "mine", 4, 8100), 4);
+	assert_int_equal(fstat(fd, &st), 0);
+	before = open_descriptors();
+	assert_int_equal(kvtier_region_import(w->c, fd, 9000, &r), 0);
+	assert_int_equal(atomic_load(&w->f->imported), st.st_ino);
+	assert_int_equal(kvtier_region_bytes(r), 9000);
+	assert_int_equal(kvtier_region_resident(r), 4096);
+	other = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	close(fd); /* ours to close at once */
+	assert_memory_equal((char *)kvtier_region_addr(r) + 8100, "mine", 4);
+	memcpy(kvtier_region_addr(r), "back", 4);
+	assert_int_equal(pread(other, self, 4, 0), 4);
+	assert_memory_equal(self, "back", 4);
+	kvtier_region_close(r);
+	assert_int_equal(atomic_load(&w->f->region_closes), closes + 1);
+	assert_int_equal(open_descriptors(), before);
+
+	/* a refusal of the daemon's keeps nothing; a late answer gives the region back */
+	atomic_store(&w->f->refuse_status, KVT_E_LIMIT);
+	atomic_store(&w->f->refuse_type, W_REGION_IMPORT);
+	assert_int_equal(kvtier_region_import(w->c, other, 9000, &r), KVT_E_LIMIT);
+	assert_int_equal(open_descriptors(), before);
+
+	import_refused(w, other, 10001, "bytes: 10001, the file has 10000");
+	import_refused(w, other, 0, "bytes: 0, must be 1..");
+	import_refused(w, -1, 4096, "fd: -1, not open");
+	snprintf(self, sizeof(self), "/proc/self/fd/%d", other);
+	fd = open(self, O_RDONLY | O_CLOEXEC);
+	import_refused(w, fd, 4096, "fd: mode");
+	close(fd);
+	fd = open(self, O_RDWR | O_APPEND | O_CLOEXEC);
+	import_refused(w, fd, 4096, "fd: mode");
+	close(fd);
+	fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+	import_refused(w, fd, 4096, "must be tmpfs or hugetlbfs");
+	close(fd);
+	fd = mkstemp(path);
+	assert_int_equal(ftruncate(fd, 8192), 0);
+	if (fcntl(fd, F_GET_SEALS) < 0) /* /tmp may be tmpfs */
+		import_refused(w, fd, 4096, "must be tmpfs or hugetlbfs");
+	unlink(path);
+	close(fd);
+	close(other);
+}
+
+/* Too large for the address space: a region all the same, whose rows the runtime moves by itself. */
+static void test_import_unmapped(void **state)
+{
+	struct world *w = *state;
+	int fd = memfd_create("pool", MFD_CLOEXEC);
+	struct kvtier_region *r[3] = {NULL};
+	struct kvtier_seq_opts o = seq_opts(w);
+	struct kvtier_seq *s, *child = NULL;
+	struct kvtier_plan p = {.size = sizeof(p), .id = 1};
+	unsigned n = 0;
+
+	assert_int_equal(ftruncate(fd, (off_t)WIRE_MAX_REGION), 0);
+	do
+		assert_int_equal(kvtier_region_import(w->c, fd, WIRE_MAX_REGION, &r[n]), 0);
+	while (kvtier_region_addr(r[n++]) && n < ARRAY_SIZE(r));
+	assert_null(kvtier_region_addr(r[n - 1]));
+	assert_int_equal(kvtier_region_bytes(r[n - 1]), WIRE_MAX_REGION);
+	assert_int_equal(kvtier_region_resident(r[n - 1]), 0);
+	o.region = r[n - 1];
+	assert_int_equal(kvtier_seq_open(w->c, w->m, &o, &s), 0);
+	assert_int_equal(kvtier_seq_append(s, KVT_ALL_LAYERS, 0, 4), 0);
+	assert_int_equal(kvtier_plan_apply(s, &p), KVT_E_INVAL);
+	assert_string_equal(kvtier_last_error(), "region: not mapped here, its rows must be moved by hand");
+	assert_int_equal(kvtier_seq_fork(s, 2, &o, &child), KVT_E_INVAL);
+	assert_null(child);
+	kvtier_seq_close(s);
+	while (n)
+		kvtier_region_close(r[--n]);
+	close(fd);
+}
+
+/* A daemon of an earlier version is not sent what it would hang up on. */
+static void test_import_unknown_to_daemon(void **state)
+{
+	struct fake *f = fake_new();
+	int fd = memfd_create("pool", MFD_CLOEXEC), calls;
+	struct kvtier_region *r;
+	struct kvtier *c;
+
+	assert_int_equal(ftruncate(fd, 4096), 0);
+	atomic_store(&f->lacks, WIRE_F_IMPORT);
+	c = connect_to(f, 1000);
+	calls = atomic_load(&f->calls);
+	assert_int_equal(kvtier_region_import(c, fd, 4096, &r), KVT_E_VERSION);
+	assert_string_equal(kvtier_last_error(), "region-import: not known to this daemon");
+	assert_int_equal(atomic_load(&f->calls), calls);
+	kvtier_close(c);
+	fake_free(f);
+	close(fd);
+}
+
 static void test_bad_arguments(void **state)
 {
 	struct world *w = *state;
@@ -287,7 +419,20 @@ static void test_timeout_and_late_reply(void **state)
 	kvtier_region_close(r);
 	assert_int_equal(stats(w.c).timeouts, 1);
 
-	/* a sequence that came too late is given back to the daemon */
+	/* an import that came too late is given back to the daemon */
+	int fd = memfd_create("pool", MFD_CLOEXEC);
+
+	assert_int_equal(ftruncate(fd, 4096), 0);
+	atomic_store(&f->mute_type, W_REGION_IMPORT);
+	closes = atomic_load(&f->region_closes);
+	assert_int_equal(kvtier_region_import(w.c, fd, 4096, &r), KVT_E_TIMEOUT);
+	close(fd);
+	fake_release(f);
+	assert_int_equal(kvtier_region_create(w.c, 4096, &r), 0);
+	assert_true(fake_until(&f->region_closes, closes + 1));
+	kvtier_region_close(r);
+
+	/* so is a sequence */
 	atomic_store(&f->mute_type, W_SEQ_OPEN);
 	closes = atomic_load(&f->seq_closes);
 	struct kvtier_seq_opts o = seq_opts(&w);
@@ -888,7 +1033,10 @@ int main(void)
 		cmocka_unit_test(test_hello_refused),
 		cmocka_unit_test(test_daemon_comes_late),
 		WORLD(test_refusals_carry_the_daemons_line),
+		WORLD(test_import),
+		WORLD(test_import_unmapped),
 		WORLD(test_bad_arguments),
+		cmocka_unit_test(test_import_unknown_to_daemon),
 		cmocka_unit_test(test_timeout_and_late_reply),
 		cmocka_unit_test(test_truncate_in_doubt),
 		WORLD(test_append),

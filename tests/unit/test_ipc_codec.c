@@ -62,6 +62,14 @@ static size_t make_region(void)
 	return sizeof(*m);
 }
 
+static size_t make_region_import(void)
+{
+	size_t n = make_region();
+
+	((struct wire_hdr *)buf)->type = W_REGION_IMPORT;
+	return n;
+}
+
 static size_t make_handle(enum wire_type type)
 {
 	struct wire_handle *m = (void *)buf;
@@ -209,6 +217,16 @@ static size_t make_region_reply(void)
 	return sizeof(*m);
 }
 
+static size_t make_region_import_reply(void)
+{
+	struct wire_region_reply *m = (void *)buf;
+
+	wire_reply_init(&m->r, request(W_REGION_IMPORT), sizeof(*m), 0, NULL);
+	m->region = 1;
+	m->bytes = 12345; /* as asked: it is the client's file, whatever its size */
+	return sizeof(*m);
+}
+
 static size_t make_seq_open_reply(void)
 {
 	struct wire_seq_open_reply *m = (void *)buf;
@@ -280,6 +298,7 @@ static const struct {
 	{"hello", make_hello, false},
 	{"model", make_model, false},
 	{"region", make_region, false},
+	{"region-import", make_region_import, false},
 	{"region-close", make_region_close, false},
 	{"seq-open", make_seq_open, false},
 	{"seq-truncate", make_truncate, false},
@@ -291,6 +310,7 @@ static const struct {
 	{"hello reply", make_hello_reply, true},
 	{"model reply", make_model_reply, true},
 	{"region reply", make_region_reply, true},
+	{"region-import reply", make_region_import_reply, true},
 	{"seq-open reply", make_seq_open_reply, true},
 	{"seq-truncate reply", make_truncate_reply, true},
 	{"seq-info reply", make_info_reply, true},
@@ -321,6 +341,12 @@ static void test_valid(void **state)
 	}
 	assert_string_equal(wire_type_name(31), "unknown");
 	assert_string_equal(wire_type_name(W_REPLY), "unknown");
+}
+
+static void test_fd_counts(void **state)
+{
+	for (unsigned type = 0; type <= UINT16_MAX; type++)
+		assert_int_equal(wire_request_fds((uint16_t)type), type == 11);
 }
 
 static void test_lengths(void **state)
@@ -430,6 +456,11 @@ static const struct mutation mutations[] = {
 	LAYER(window, WIRE_MAX_ROWS + 1),
 	M(make_region, wire_region, bytes, 0, KVT_E_INVAL),
 	M(make_region, wire_region, bytes, WIRE_MAX_REGION + 1, KVT_E_INVAL),
+	M(make_region_import, wire_region, bytes, 0, KVT_E_INVAL),
+	M(make_region_import, wire_region, bytes, WIRE_MAX_REGION + 1, KVT_E_INVAL),
+	M(make_region_import_reply, wire_region_reply, region, 0, KVT_E_INVAL),
+	M(make_region_import_reply, wire_region_reply, bytes, 0, KVT_E_INVAL),
+	M(make_region_import_reply, wire_region_reply, bytes, WIRE_MAX_REGION + 1, KVT_E_INVAL),
 	M(make_region_close, wire_handle, handle, 0, KVT_E_INVAL),
 	M(make_seq_info, wire_handle, handle, 0, KVT_E_INVAL),
 	M(make_seq_open, wire_seq_open, op, 3, KVT_E_INVAL),
@@ -719,6 +750,7 @@ int main(void)
 		cmocka_unit_test(test_unterminated), cmocka_unit_test(test_model_limits),
 		cmocka_unit_test(test_open_ops),     cmocka_unit_test(test_argv),
 		cmocka_unit_test(test_reply_text),   cmocka_unit_test(test_layouts),
+		cmocka_unit_test(test_fd_counts),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

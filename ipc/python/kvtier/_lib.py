@@ -103,6 +103,7 @@ _PROTOTYPES = {
     "model_register": (INT, [P, c.POINTER(ModelDesc), c.POINTER(P)]),
     "model_release": (None, [P]),
     "region_create": (INT, [P, U64, c.POINTER(P)]),
+    "region_import": (INT, [P, INT, U64, c.POINTER(P)]),
     "region_addr": (P, [P]),
     "region_bytes": (U64, [P]),
     "region_resident": (U64, [P]),

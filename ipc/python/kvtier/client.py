@@ -94,11 +94,15 @@ class Model:
 
 
 class Region:
-    """Daemon-made memory for device rows. Memory appears on use and goes back as rows leave."""
+    """Daemon-made memory for device rows. Memory appears on use and goes back as rows leave. With fd: the first
+    nbytes of the runtime's own file on tmpfs (a memfd); the fd stays the caller's."""
 
-    def __init__(self, client, nbytes):
+    def __init__(self, client, nbytes, fd=None):
         p = c.c_void_p()
-        check(lib.region_create(client.ptr, nbytes, c.byref(p)), "region_create")
+        if fd is None:
+            check(lib.region_create(client.ptr, nbytes, c.byref(p)), "region_create")
+        else:
+            check(lib.region_import(client.ptr, fd, nbytes, c.byref(p)), "region_import")
         self.client, self.ptr = client, p
         self.nbytes = lib.region_bytes(p)
         self._final = weakref.finalize(self, client.link.close_part, lib.region_close, p)
