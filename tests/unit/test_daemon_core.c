@@ -572,6 +572,100 @@ static void plans_come_by_themselves(void **state)
 	finish(&f);
 }
 
+static void low_dram_is_relieved_in_the_background(void **state)
+{
+	struct fixture f;
+	struct rt_seq q;
+	struct kvtier_plan p;
+	struct core_stat st;
+
+	harness_init(&f.h, true);
+	f.h.cfg.dram_size = 4 << 20;
+	f.h.cfg.dram_segment = 2 << 20;
+	f.h.cfg.dram_marks = (struct config_watermarks){.min = 50, .low = 800, .high = 900};
+	assert_true(harness_start(&f.h));
+	assert_int_equal(rt_open(&f.rt, f.h.sock[0], 4), 0);
+	begin_seq(&f, &q, 90, KVT_EPHEMERAL, 1100);
+	assert_int_equal(rt_plan(&q, 100, KVT_ROWS_ALL, KVT_ROWS_ALL, &p), 0);
+	assert_int_equal(p.rows_drop, 0);
+	for (int i = 0; i < 300; i++) {
+		st = harness_stat(&f.h);
+		if (st.tier[KVT_TIER_DRAM].free >= st.tier[KVT_TIER_DRAM].capacity / 1000 * 800)
+			break;
+		usleep(10000);
+	}
+	assert_true(st.tier[KVT_TIER_DRAM].free >= st.tier[KVT_TIER_DRAM].capacity / 1000 * 800);
+	assert_true(st.rows_demoted[KVT_TIER_NVME] > 0);
+	/* Nobody asked the runtime, nothing was lost. */
+	assert_int_equal(rt_info(&q).dropped_rows, 0);
+	assert_int_equal(rt_plan(&q, 1100, KVT_ROWS_ALL, KVT_ROWS_ALL, &p), 0);
+	assert_int_equal(kvtier_seq_resident(q.s, 0, NULL, 0), 1100);
+	assert_int_equal(rt_wrong(&q), 0);
+	assert_no_miss(&f);
+	rt_seq_free(&q, false);
+	assert_empty(&f);
+	finish(&f);
+}
+
+static void start_verify(struct core *c, void *arg)
+{
+	char err[200];
+
+	*(int *)arg = core_verify_start(c, 0, err, sizeof(err));
+}
+static void look_verify(struct core *c, void *arg)
+{
+	core_verify_stat(c, arg);
+}
+
+static struct core_verify verify_all(struct fixture *f)
+{
+	struct core_verify v = {.running = true};
+	int r = -1;
+
+	harness_call(&f->h, start_verify, &r);
+	assert_int_equal(r, 0);
+	for (int i = 0; i < 500 && v.running; i++) {
+		usleep(5000);
+		harness_call(&f->h, look_verify, &v);
+	}
+	assert_false(v.running);
+	return v;
+}
+
+static void a_scrub_reads_every_page_and_finds_the_bad(void **state)
+{
+	struct core_verify v;
+	struct core_stat st;
+	struct fixture f;
+	struct rt_seq q;
+
+	begin(&f, true);
+	begin_seq(&f, &q, 91, KVT_EPHEMERAL, 1000);
+	assert_int_equal(rt_plan(&q, 100, 400, KVT_ROWS_ALL, NULL), 0);
+	v = verify_all(&f);
+	assert_true(v.pages >= 900 * f.rt.lanes / 128);
+	assert_int_equal(v.pages, v.total);
+	assert_int_equal(v.bytes, 900 * f.rt.lanes * (RT_K + RT_V));
+	assert_int_equal(v.bad, 0);
+	rt_seq_free(&q, false);
+	finish(&f);
+
+	harness_init(&f.h, false);
+	strcpy(f.h.cfg.dram_fault, "seed=5,flip=300");
+	assert_true(harness_start(&f.h));
+	assert_int_equal(rt_open(&f.rt, f.h.sock[0], 4), 0);
+	begin_seq(&f, &q, 92, KVT_EPHEMERAL, 1000);
+	assert_int_equal(rt_plan(&q, 100, KVT_ROWS_ALL, 0, NULL), 0);
+	v = verify_all(&f);
+	assert_true(v.bad > 0);
+	st = harness_stat(&f.h);
+	assert_int_equal(st.miss_corrupt, v.bad);
+	assert_true(rt_info(&q).dropped_rows > 0);
+	rt_seq_free(&q, false);
+	finish(&f);
+}
+
 /* ---- hostile ---------------------------------------------------------------------------------- */
 
 struct raw {
@@ -764,6 +858,8 @@ int main(int argc, char **argv)
 		cmocka_unit_test(quotas_clip_and_refuse),
 		cmocka_unit_test(corrupt_pages_are_misses),
 		cmocka_unit_test(plans_come_by_themselves),
+		cmocka_unit_test(low_dram_is_relieved_in_the_background),
+		cmocka_unit_test(a_scrub_reads_every_page_and_finds_the_bad),
 		cmocka_unit_test(whoever_cheats_is_ended_alone),
 	};
 
