@@ -55,13 +55,15 @@ struct model {
 	uint32_t row_bytes_all; /* K and V of one position over all lanes */
 };
 
-/* Exchange memory of a client; sequences and plans in flight keep it beyond its client. */
+/* Device memory of a client, made here or imported; sequences and plans in flight keep it beyond its client. */
 struct region {
 	uint32_t refs;
 	uint64_t handle;
 	struct client *client; /* NULL: gone */
 	struct tenant *tenant;
-	struct seg seg;
+	struct seg seg; /* made: exchange memory; imported: nothing, its file is in mem */
+	uint64_t bytes;
+	const struct device_ops *ops;
 	struct device_mem *mem;
 	LIST_ENTRY(region) link, all; /* of its client; of the core */
 };
@@ -296,8 +298,11 @@ void session_fini(struct core *c);
 int session_attach(struct client *cl);
 
 /* ---- request.c ------------------------------------------------------------------ */
-/* One checked request. KVT_AGAIN: it waits (seq->waiter is set); the caller holds it. */
-int request_handle(struct client *cl, const struct wire_hdr *m);
+/*
+ * One checked request. fd: the file that came with it, the caller's, or -1. KVT_AGAIN: it waits (seq->waiter is
+ * set); the caller holds it.
+ */
+int request_handle(struct client *cl, const struct wire_hdr *m, int fd);
 int request_open(struct client *cl, const struct wire_seq_open *m);
 /* Take over what the budget sets. 0 or KVT_E_* with a line in err. */
 int seq_set_budget(struct seq *s, const struct wire_budget *b, const uint32_t *table, char *err,
@@ -307,7 +312,8 @@ int seq_set_budget(struct seq *s, const struct wire_budget *b, const uint32_t *t
 struct model *model_get(struct core *c, const struct wire_model *w); /* a reference; NULL: no memory */
 struct model *model_ref(struct model *m);
 void model_unref(struct core *c, struct model *m);
-int region_new(struct region **ret, struct client *cl, uint64_t bytes);
+/* fd: the client's file to import, which stays the caller's; -1: make one. */
+int region_new(struct region **ret, struct client *cl, uint64_t bytes, int fd);
 struct region *region_ref(struct region *g);
 void region_unref(struct core *c, struct region *g);
 struct plan_mem *plan_mem_new(uint64_t bytes, int *ret_err);
@@ -383,6 +389,7 @@ struct pio { /* one page on its way between a tier and us */
 	bool reading;
 	uint64_t reserved;           /* quota held until the page has its copy */
 	int tier, error;             /* error: the worker's verdict, -errno */
+	bool refused;                /* the verdict is on the region: the page itself is well */
 	void (*end)(struct pio *io); /* on the loop when the tier is done, io.res valid; owns io */
 	void *owner;
 	struct seq_record rec;

@@ -98,7 +98,7 @@ void model_unref(struct core *c, struct model *m)
 	model_free(m);
 }
 
-int region_new(struct region **ret, struct client *cl, uint64_t bytes)
+int region_new(struct region **ret, struct client *cl, uint64_t bytes, int fd)
 {
 	struct core *c = cl->core;
 	struct region *g = calloc(1, sizeof(*g));
@@ -110,10 +110,15 @@ int region_new(struct region **ret, struct client *cl, uint64_t bytes)
 	g->refs = 1;
 	g->client = cl;
 	g->tenant = cl->tenant;
-	r = seg_create(&g->seg, SEG_EXCHANGE, "kvtier-region", bytes, 0);
-	if (r < 0)
-		goto fail;
-	r = device_host_ops.attach(&g->mem, g->seg.fd, g->seg.size);
+	g->ops = fd >= 0 ? &device_fd_ops : &device_host_ops;
+	g->bytes = bytes;
+	if (fd < 0) {
+		r = seg_create(&g->seg, SEG_EXCHANGE, "kvtier-region", bytes, 0);
+		if (r < 0)
+			goto fail;
+		g->bytes = g->seg.size;
+	}
+	r = g->ops->attach(&g->mem, fd < 0 ? g->seg.fd : fd, g->bytes);
 	if (r < 0)
 		goto fail;
 	g->handle = handle_add(c->regions, g, cl);
@@ -121,14 +126,14 @@ int region_new(struct region **ret, struct client *cl, uint64_t bytes)
 		r = -ENOMEM;
 		goto fail;
 	}
-	g->tenant->region_bytes += g->seg.size;
+	g->tenant->region_bytes += g->bytes;
 	LIST_INSERT_HEAD(&cl->regions, g, link);
 	cl->n_regions++;
 	LIST_INSERT_HEAD(&c->all_regions, g, all);
 	*ret = g;
 	return 0;
 fail:
-	device_host_ops.detach(g->mem);
+	g->ops->detach(g->mem);
 	seg_close(&g->seg);
 	free(g);
 	return r;
@@ -145,8 +150,8 @@ void region_unref(struct core *c, struct region *g)
 	if (--g->refs)
 		return;
 	LIST_REMOVE(g, all);
-	g->tenant->region_bytes -= g->seg.size;
-	device_host_ops.detach(g->mem);
+	g->tenant->region_bytes -= g->bytes;
+	g->ops->detach(g->mem);
 	seg_close(&g->seg);
 	free(g);
 }

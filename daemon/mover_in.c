@@ -38,7 +38,7 @@ static int scatter(const struct plan *p, const struct pio *io)
 			if (!(io->words[w] & bit))
 				continue;
 			if (n && slot != first + n) {
-				r = device_host_ops.scatter(p->region->mem, &lane, io->io.buf, page->rows, pick,
+				r = p->region->ops->scatter(p->region->mem, &lane, io->io.buf, page->rows, pick,
 							    first, n);
 				n = 0;
 			}
@@ -49,7 +49,7 @@ static int scatter(const struct plan *p, const struct pio *io)
 		rank += (uint32_t)__builtin_popcountll(all);
 	}
 	if (n && !r)
-		r = device_host_ops.scatter(p->region->mem, &lane, io->io.buf, page->rows, pick, first, n);
+		r = p->region->ops->scatter(p->region->mem, &lane, io->io.buf, page->rows, pick, first, n);
 	return r;
 }
 
@@ -60,7 +60,12 @@ static void in_run(struct job *j, struct worker_ctx *w)
 	for (unsigned i = 0; i < b->n; i++) {
 		struct pio *io = b->io[i];
 
-		io->error = page_verify(io->page, io->io.buf) ? scatter(io->owner, io) : -EBADMSG;
+		if (page_verify(io->page, io->io.buf)) {
+			io->error = scatter(io->owner, io);
+			io->refused = io->error < 0;
+		} else {
+			io->error = -EBADMSG;
+		}
 	}
 }
 
@@ -70,8 +75,8 @@ static void in_finish(struct pio *io)
 	struct seq *s = p->seq;
 	int r = io->error;
 
-	if (r == -ENOSPC || r == -ERANGE || r == -ENOMEM) {
-		p->error = r; /* no room in the region, none here: no miss */
+	if (io->refused || r == -ENOMEM) {
+		p->error = r; /* no room in the region or none here, a file that cannot be written: no miss */
 	} else if (r < 0) {
 		p->missed = true;
 		if (s->state != SEQ_CLOSING)

@@ -38,6 +38,7 @@ static void page_slots(const struct index *ix, const struct page *p, uint32_t *s
 static void out_run(struct job *j, struct worker_ctx *w)
 {
 	struct out_job *o = container_of(j, struct out_job, job);
+	const struct region *g = o->plan->region;
 	struct seq *s = o->plan->seq;
 	uint32_t slots[PAGE_ROWS];
 
@@ -50,8 +51,7 @@ static void out_run(struct job *j, struct worker_ctx *w)
 		p->crc = page_crc_seed(&id);
 		page_slots(&s->ix, p, slots);
 		seq_lane(s, p->lane, &lane);
-		o->io[i]->error = device_host_ops.gather(o->plan->region->mem, &lane, slots, p->rows,
-							 o->io[i]->io.buf, &p->crc);
+		o->io[i]->error = g->ops->gather(g->mem, &lane, slots, p->rows, o->io[i]->io.buf, &p->crc);
 	}
 }
 

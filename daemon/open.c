@@ -46,7 +46,7 @@ static int check(struct opening *o)
 	if (m->n_layers != o->model->n_layers)
 		return fail(o, KVT_E_MODEL, "n_layers: %u, the model has %u", m->n_layers, o->model->n_layers);
 	for (uint32_t i = 0; i < m->n_layers; i++) {
-		int r = wire_layout_check(wire_open_layouts(m) + i, &o->model->layer[i], i, o->region->seg.size,
+		int r = wire_layout_check(wire_open_layouts(m) + i, &o->model->layer[i], i, o->region->bytes,
 					  m->max_rows, o->err, sizeof(o->err));
 
 		if (r < 0)

@@ -131,10 +131,12 @@ static int on_model(struct client *cl, const struct wire_model *m)
 	return 0;
 }
 
-static int on_region(struct client *cl, const struct wire_region *m)
+/* fd: the client's file, or -1: one is to be made. */
+static int on_region(struct client *cl, const struct wire_region *m, int fd)
 {
 	uint64_t have = cl->tenant->region_bytes, limit = cl->tenant->limit.region_bytes;
 	struct wire_region_reply a;
+	char line[WIRE_TEXT];
 	struct region *g;
 	int r;
 
@@ -146,13 +148,15 @@ static int on_region(struct client *cl, const struct wire_region *m)
 		return refuse(cl, &m->hdr, KVT_E_LIMIT, "bytes: %llu, tenant %s has %llu of %llu left",
 			      (unsigned long long)m->bytes, cl->tenant->name,
 			      (unsigned long long)(have < limit ? limit - have : 0), (unsigned long long)limit);
-	r = region_new(&g, cl, m->bytes);
+	if (fd >= 0 && device_fd_check(fd, m->bytes, line, sizeof(line)) < 0)
+		return refuse(cl, &m->hdr, KVT_E_INVAL, "%s", line);
+	r = region_new(&g, cl, m->bytes, fd);
 	if (r < 0)
 		return no_memory(cl, &m->hdr, r);
 	wire_reply_init(&a.r, &m->hdr, sizeof(a), 0, NULL);
 	a.region = g->handle;
-	a.bytes = g->seg.size;
-	client_reply(cl, &a.r, &g->seg.fd, 1);
+	a.bytes = g->bytes;
+	client_reply(cl, &a.r, &g->seg.fd, fd < 0);
 	return 0;
 }
 
@@ -411,7 +415,7 @@ static int on_admin(struct client *cl, const struct wire_admin *m)
 	return 0;
 }
 
-int request_handle(struct client *cl, const struct wire_hdr *m)
+int request_handle(struct client *cl, const struct wire_hdr *m, int fd)
 {
 	switch (m->type) {
 	case W_HELLO:
@@ -419,7 +423,8 @@ int request_handle(struct client *cl, const struct wire_hdr *m)
 	case W_MODEL:
 		return on_model(cl, (const void *)m);
 	case W_REGION:
-		return on_region(cl, (const void *)m);
+	case W_REGION_IMPORT:
+		return on_region(cl, (const void *)m, fd);
 	case W_REGION_CLOSE:
 		return on_region_close(cl, (const void *)m);
 	case W_SEQ_OPEN:

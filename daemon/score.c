@@ -2,7 +2,9 @@
 /*
  * Scores on workers: rows are copied out of the region first, because the
  * client may still write it, then the policy reads the copy. Keys go straight
- * into the index: while a plan is being made nobody else touches them.
+ * into the index: while a plan is being made nobody else touches them. Rows
+ * that a client cut off its own file are worth nothing; to fail the plan would
+ * only have it made again, and moving such a row will be counted.
  */
 #include <string.h>
 #include "daemon/internal.h"
@@ -20,11 +22,14 @@ static int from_plane(struct plan *p, uint32_t lane, struct worker_ctx *w)
 	uint64_t off = y->score_off + s->model->lane_head[lane] * y->score_head_stride +
 		       (uint64_t)from * sizeof(float);
 	float *buf = worker_scratch(w, n * sizeof(float));
-	int r = buf ? device_host_ops.read(p->region->mem, off, buf, n * sizeof(float)) : -ENOMEM;
+	uint16_t *key = s->ix.key + (size_t)lane * s->ix.cap + from;
+	int r = buf ? p->region->ops->read(p->region->mem, off, buf, n * sizeof(float)) : -ENOMEM;
 
 	if (!r)
-		score_keys(buf, s->ix.key + (size_t)lane * s->ix.cap + from, n);
-	return r;
+		score_keys(buf, key, n);
+	else if (r == -EIO)
+		memset(key, 0, n * sizeof(*key));
+	return r == -EIO ? 0 : r;
 }
 
 struct rows {
@@ -33,7 +38,7 @@ struct rows {
 };
 
 /* Slots [first, first + n) of one plane, in pieces that the device takes at once. */
-static int copy_plane(struct device_mem *mem, const struct device_lane *lane, uint32_t first, uint32_t n,
+static int copy_plane(const struct region *g, const struct device_lane *lane, uint32_t first, uint32_t n,
 		      char *dst)
 {
 	uint32_t width = lane->k_bytes + lane->v_bytes, slots[256], crc = 0, step;
@@ -45,7 +50,7 @@ static int copy_plane(struct device_mem *mem, const struct device_lane *lane, ui
 
 		for (uint32_t i = 0; i < k; i++)
 			slots[i] = first + at + i;
-		r = device_host_ops.gather(mem, lane, slots, k, dst + (size_t)at * width, &crc);
+		r = g->ops->gather(g->mem, lane, slots, k, dst + (size_t)at * width, &crc);
 	}
 	return r;
 }
@@ -59,8 +64,8 @@ static int copy_rows(const struct plan *p, uint32_t lane, const struct rows *rw,
 	only_v = only_k;
 	only_k.v_bytes = 0;
 	only_v.k_bytes = 0;
-	r = copy_plane(p->region->mem, &only_k, rw->first_slot, rw->n, k);
-	return r ? r : copy_plane(p->region->mem, &only_v, rw->first_slot, rw->n, v);
+	r = copy_plane(p->region, &only_k, rw->first_slot, rw->n, k);
+	return r ? r : copy_plane(p->region, &only_v, rw->first_slot, rw->n, v);
 }
 
 /* Scratch: positions (the caller's), scores, keys, then the K and V planes. */
@@ -95,9 +100,12 @@ static int score_rows(struct plan *p, uint32_t lane, const struct rows *rw, stru
 
 		r = p->use->ops->score(p->use->policy, &b, scores);
 	}
-	if (r < 0)
+	if (r < 0 && (r != -EIO || !data))
 		return r;
-	score_keys(scores, keys, rw->n);
+	if (!r)
+		score_keys(scores, keys, rw->n);
+	else
+		memset(keys, 0, rw->n * sizeof(*keys));
 	for (uint32_t i = 0; i < rw->n; i++)
 		key[rw->pos ? rw->pos[i] : rw->first_pos + i] = keys[i];
 	return 0;

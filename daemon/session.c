@@ -143,13 +143,27 @@ static int on_death(sd_event_source *src, int fd, uint32_t revents, void *arg)
 	return 0;
 }
 
-/* One message is in buf. false: stop reading. */
-static bool handle_message(struct client *cl, void *buf, size_t len)
+/* Only an import brings a descriptor, and it brings one. Whatever else the message says. */
+static bool fds_fit(struct client *cl, const struct wire_hdr *h, size_t len, unsigned n_fds)
+{
+	unsigned want = len >= sizeof(*h) ? wire_request_fds(h->type) : 0;
+
+	if (n_fds != want)
+		client_end(cl, "message: %s with descriptors: %u, must be %u",
+			   len >= sizeof(*h) ? wire_type_name(h->type) : "short", n_fds, want);
+	return n_fds == want;
+}
+
+/* One message is in buf; fds came with it and stay the caller's. false: stop reading. */
+static bool handle_message(struct client *cl, void *buf, size_t len, const int *fds, unsigned n_fds)
 {
 	const struct wire_hdr *h = buf;
 	char err[WIRE_TEXT] = "";
-	int r = wire_check(buf, len, false, err, sizeof(err));
+	int r;
 
+	if (!fds_fit(cl, h, len, n_fds))
+		return false;
+	r = wire_check(buf, len, false, err, sizeof(err));
 	if (r == KVT_E_PROTO) {
 		if (len >= sizeof(*h))
 			client_fail(cl, h, r, err);
@@ -167,7 +181,7 @@ static bool handle_message(struct client *cl, void *buf, size_t len)
 	/* What the client published before this message happened before it. */
 	if (cl->hello && !drain_ring(cl))
 		return false;
-	if (request_handle(cl, h) == KVT_AGAIN) {
+	if (request_handle(cl, h, n_fds ? fds[0] : -1) == KVT_AGAIN) {
 		cl->held = malloc(len);
 		if (cl->held) {
 			memcpy(cl->held, buf, len);
@@ -186,7 +200,10 @@ static int on_message(sd_event_source *src, int fd, uint32_t revents, void *arg)
 	struct client *cl = arg;
 
 	for (unsigned i = 0; i < MESSAGES; i++) {
+		int fds[WIRE_MAX_FDS];
+		unsigned n_fds;
 		ssize_t n;
+		bool on;
 
 		if (cl->waits) {
 			/* Level-triggered: look away until it may go on, but notice the end. */
@@ -195,7 +212,7 @@ static int on_message(sd_event_source *src, int fd, uint32_t revents, void *arg)
 				client_end(cl, NULL);
 			return 0;
 		}
-		n = sock_recv(cl->fd, buf, sizeof(buf), NULL, NULL);
+		n = sock_recv(cl->fd, buf, sizeof(buf), fds, &n_fds);
 		if (n == -EAGAIN)
 			return 0;
 		if (n == 0 || n == -ECONNRESET) {
@@ -204,10 +221,14 @@ static int on_message(sd_event_source *src, int fd, uint32_t revents, void *arg)
 		}
 		if (n < 0) {
 			client_end(cl, "message: %s",
-				   n == -EPROTO ? "cut short or with descriptors" : strerror((int)-n));
+				   n == -EPROTO ? "cut short or with descriptors that are too many"
+						: strerror((int)-n));
 			return 0;
 		}
-		if (!handle_message(cl, buf, (size_t)n))
+		on = handle_message(cl, buf, (size_t)n, fds, n_fds);
+		for (unsigned k = 0; k < n_fds; k++)
+			close(fds[k]);
+		if (!on)
 			return 0;
 	}
 	return 0;
@@ -222,7 +243,7 @@ static int on_retry(sd_event_source *src, void *arg)
 		return 0;
 	sd_event_source_set_io_events(cl->io, EPOLLIN);
 	cl->held = NULL;
-	if (held && request_handle(cl, held) == KVT_AGAIN)
+	if (held && request_handle(cl, held, -1) == KVT_AGAIN)
 		cl->held = held;
 	else
 		free(held);

@@ -24,7 +24,7 @@ void core_stat(struct core *c, struct core_stat *ret)
 	while ((s = handle_next(c->seqs, &cursor, NULL)))
 		ret->rows[KVT_TIER_DEVICE] += (uint64_t)(s->rows - MIN(s->rows, s->ix.rows)) * s->ix.lanes;
 	LIST_FOREACH(g, &c->all_regions, all)
-		ret->bytes[KVT_TIER_DEVICE] += device_host_ops.resident(g->mem);
+		ret->bytes[KVT_TIER_DEVICE] += g->ops->resident(g->mem);
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		if (c->pages.tier[t]) {
 			c->pages.tier[t]->ops->stat(c->pages.tier[t], &ret->tier[t]);

@@ -4,8 +4,8 @@ import os
 import struct
 
 from . import raw
-from .raw import ADMIN, ALL, FETCH, HELLO, MODEL, PLAN_REQUEST, REGION, REGION_CLOSE, REPLY, SEQ_CLOSE, SEQ_INFO
-from .raw import SEQ_OPEN, SEQ_TRUNCATE, U64, layout, message
+from .raw import ADMIN, ALL, FETCH, HELLO, MODEL, PLAN_REQUEST, REGION, REGION_CLOSE, REGION_IMPORT, REPLY
+from .raw import SEQ_CLOSE, SEQ_INFO, SEQ_OPEN, SEQ_TRUNCATE, U64, layout, message
 from .world import E_INVAL, E_MODEL, E_NOENT, E_NOSPC, E_PERM, E_STALE
 
 Q, QII = struct.Struct("<Q"), struct.Struct("<QII")
@@ -55,6 +55,10 @@ MALFORMED = [
     ("one descriptor", message(REGION, REGION_BODY), 1, r"with descriptors"),
     ("eight descriptors", message(REGION, REGION_BODY), 8, r"with descriptors"),
     ("two hundred descriptors", message(REGION, REGION_BODY), 200, r"with descriptors"),
+    ("an import without a descriptor", message(REGION_IMPORT, REGION_BODY), (),
+     r"region-import with descriptors: 0, must be 1"),
+    ("an import with two descriptors", message(REGION_IMPORT, REGION_BODY), 2, r"region-import with descriptors: 2"),
+    ("an import with a byte too many", message(REGION_IMPORT, REGION_BODY + b"\0"), 1, r"region-import: 25 bytes"),
     ("descriptors on a malformed packet", b"junk", 4, r"with descriptors"),
 ]
 

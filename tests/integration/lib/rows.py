@@ -24,11 +24,11 @@ def row(tag, gen, lane, plane, pos):
 class Rows:
     """One sequence of patterned rows. `gen` counts truncates, so that a stale row never looks right."""
 
-    def __init__(self, client, tag, cap=768, stage=768, max_rows=4096, model="pattern", **seq_args):
+    def __init__(self, client, tag, cap=768, stage=768, max_rows=4096, model="pattern", region=Region, **seq_args):
         self.client, self.tag, self.cap = client, tag.encode(), cap
         self.model = Model(client, model, LAYERS, HEADS, DIM)
         self.layouts, nbytes = self.model.layout(cap, stage)
-        self.region = Region(client, nbytes)
+        self.region = region(client, nbytes)
         self.buf = memoryview(self.region.buffer()).cast("B")
         self.seq = Sequence(client, self.model, self.region, self.layouts, max_rows, **seq_args)
         self.gens = [0] * self.seq.rows  # generation of each position
