@@ -237,7 +237,7 @@ D = $(DESTDIR)
 install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	install -d $(D)$(PREFIX)/bin $(D)$(PREFIX)/sbin $(D)$(LIBDIR)/pkgconfig $(D)$(PREFIX)/include/kvtier \
 		$(D)$(UNITDIR) $(D)$(PREFIX)/lib/sysusers.d $(D)$(PREFIX)/lib/tmpfiles.d $(D)$(SYSCONFDIR)/kvtier \
-		$(D)$(PREFIX)/share/kvtier/models $(D)$(PREFIX)/share/doc/kvtier $(D)$(PREFIX)/share/kvtier/python/kvtier \
+		$(D)$(PREFIX)/share/kvtier/models $(D)$(PREFIX)/share/doc/kvtier $(D)$(PREFIX)/share/kvtier/python/kvtier/data \
 		$(addprefix $(D)$(PREFIX)/share/man/man,1 3 5 8)
 	install -m 755 $(BUILD)/kvtierd $(D)$(PREFIX)/sbin/
 	install -m 755 $(BUILD)/kvtierctl $(TOOL_BINS) $(D)$(PREFIX)/bin/
@@ -252,6 +252,7 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	install -m 644 $(wildcard systemd/tmpfiles.d/*.conf) $(D)$(PREFIX)/lib/tmpfiles.d/
 	install -m 644 systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/
 	install -m 644 $(wildcard ipc/python/kvtier/*.py) $(D)$(PREFIX)/share/kvtier/python/kvtier/
+	install -m 644 $(wildcard ipc/python/kvtier/data/*) $(D)$(PREFIX)/share/kvtier/python/kvtier/data/
 	install -m 644 README.md LICENSE daemon/DESIGN.md $(D)$(PREFIX)/share/doc/kvtier/
 	for m in $(notdir $(MAN)); do install -m 644 $(BUILD)/man/$$m $(D)$(PREFIX)/share/man/man$${m##*.}/; done
 	set -e; for w in $(wildcard policy/models/*.kvp); do install -m 644 $$w $(D)$(PREFIX)/share/kvtier/models/; done
