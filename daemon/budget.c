@@ -201,7 +201,7 @@ int budget_stage(struct plan *p)
 		return 0;
 	for (uint32_t l = 0; l < s->ix.lanes; l++) {
 		/* After too many misses the runtime gets a plan that promotes nothing, rather than none. */
-		uint32_t stage = s->retries >= PLAN_RETRIES ? 0 : s->layout[s->model->lane_layer[l]].stage;
+		uint32_t stage = p->promote_none ? 0 : s->layout[s->model->lane_layer[l]].stage;
 
 		if (p->in[l] > stage)
 			give_up(p, l, p->t.bring_in + (uint64_t)l * p->words, p->in[l] - stage, true);

@@ -104,10 +104,17 @@ int index_extend(struct index *ix, uint32_t rows)
 
 uint32_t index_limit(const struct index *ix, uint32_t epoch)
 {
-	for (uint32_t i = 0; i < ix->n_epochs; i++)
-		if (ix->epochs[i].epoch > epoch)
-			return ix->epochs[i].start;
-	return UINT32_MAX;
+	uint32_t lo = 0, hi = ix->n_epochs; /* epochs and starts both ascend */
+
+	while (lo < hi) {
+		uint32_t mid = lo + (hi - lo) / 2;
+
+		if (ix->epochs[mid].epoch > epoch)
+			hi = mid;
+		else
+			lo = mid + 1;
+	}
+	return lo < ix->n_epochs ? ix->epochs[lo].start : UINT32_MAX;
 }
 
 int index_mark_epoch(struct index *ix, uint32_t epoch, uint32_t start)

@@ -85,7 +85,7 @@ struct client {
 	struct tenant *tenant; /* NULL: the admin socket */
 	uid_t uid;
 	pid_t pid;
-	int fd, wake_fd, notify_fd, pid_fd;
+	int fd, wake_fd, notify_fd, pid_fd; /* wake_fd is never read, notify_fd is our end of a stream */
 	char name[64];
 	bool hello, dead;
 	bool doomed;      /* ended by the loop's next turn, */
@@ -197,8 +197,10 @@ struct plan {
 	enum plan_phase phase;
 	bool over; /* applied, cancelled or not to be published: forget it when nothing is lent */
 	bool requested, saving, private_tables, direct;
-	bool lossless; /* its budgets promise to drop nothing */
-	bool rescore;  /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
+	bool lossless;     /* its budgets promise to drop nothing */
+	bool promote_none; /* too many plans before it missed */
+	uint32_t protect_first, protect_last, hysteresis;
+	bool rescore; /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
 	struct plan_tables t;
 	struct plan_mem *mem;
 	struct region *region;
@@ -282,6 +284,8 @@ static inline bool plan_lent(const struct seq *s)
 /* ---- session.c ---------------------------------------------------------------- */
 /* End this client now with one log line; NULL: it left by itself. */
 void client_end(struct client *cl, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* The same from the loop's next turn, for those whose callers go on with it. why: static text or NULL. */
+void client_doom(struct client *cl, const char *why);
 /* Push a hint and wake the client when it sleeps. */
 void client_notify(struct client *cl, uint32_t type, uint64_t handle, uint64_t a, uint64_t b);
 int client_reply(struct client *cl, struct wire_reply *r, const int *fds, unsigned n);

@@ -18,7 +18,7 @@ static void distrust(struct seq *s, const struct plan *p)
 	uint64_t lost = 0;
 
 	if (index_extend(&s->ix, s->rows) < 0)
-		return;
+		s->rows = s->ix.rows; /* no memory for the newest ones: they are lost */
 	for (uint32_t l = 0; l < s->ix.lanes; l++) {
 		uint64_t *dev = index_bits(&s->ix, KVT_TIER_DEVICE, l);
 		const uint64_t *after = p->t.resident + (uint64_t)l * p->words;

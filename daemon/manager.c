@@ -89,10 +89,12 @@ void manager_scored(struct plan *p)
 {
 	struct seq *s = p->seq;
 
+	p->refs++; /* a decision made here and now may end p before put_decide() returns */
 	if (!p->error && p->epoch == s->epoch)
 		p->error = put_decide(p, false);
 	if (p->error || p->epoch != s->epoch)
 		p->over = true;
+	p->refs--;
 }
 
 static int put_scoring(struct plan *p)
@@ -140,6 +142,11 @@ int manager_plan(struct seq *s, bool save)
 	p->requested = s->requested != 0;
 	p->saving = save;
 	p->out_tier = KVT_TIER_DRAM;
+	/* Copies: a reload or a request may change the originals while a worker decides. */
+	p->protect_first = c->cfg.protect_first;
+	p->protect_last = c->cfg.protect_last;
+	p->hysteresis = c->cfg.hysteresis_permille;
+	p->promote_none = s->retries >= PLAN_RETRIES;
 	r = plan_alloc(p, save || c->frozen || c->cfg.observe);
 	if (r < 0)
 		goto fail;
@@ -253,8 +260,10 @@ static void decided(struct plan *p)
 	}
 	if (p->error || p->epoch != s->epoch || s->state == SEQ_CLOSING)
 		p->over = true;
-	if (p->error)
+	if (p->error) {
 		log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-p->error));
+		s->requested = 0; /* what failed once fails again at once; the next request or rows try again */
+	}
 	if (!p->over) {
 		sum_up(p);
 		if (p->wanted && s->wanted)
@@ -383,6 +392,8 @@ void manager_consider(struct seq *s)
 		return;
 	s->again = false;
 	r = manager_plan(s, false);
-	if (r < 0)
+	if (r < 0) {
 		log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-r));
+		s->requested = 0;
+	}
 }

@@ -117,18 +117,17 @@ void plan_header(const struct plan *p)
 int plan_decide(struct plan *p)
 {
 	struct seq *s = p->seq;
-	const struct config *cfg = &s->core->cfg;
 	struct decide_in in = {
 		.lanes = s->ix.lanes,
 		.watermark = p->watermark,
 		.words = s->ix.words,
 		.score_stride = s->ix.cap,
-		.protect_first = cfg->protect_first,
-		.protect_last = cfg->protect_last,
+		.protect_first = p->protect_first,
+		.protect_last = p->protect_last,
 		.granularity = s->granularity,
 		.block_rows = 16,
 		.equal_lanes = s->equal_lanes,
-		.hysteresis_permille = cfg->hysteresis_permille,
+		.hysteresis_permille = p->hysteresis,
 		.scores = s->ix.key,
 		.on_device = s->ix.on[KVT_TIER_DEVICE],
 		.on_dram = s->ix.on[KVT_TIER_DRAM],

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include "daemon/admin.h"
 #include "daemon/internal.h"
 #include "ipc/codec.h"
@@ -32,9 +33,9 @@ static int no_memory(struct client *cl, const struct wire_hdr *m, int r)
 
 /* ---- hello, model, region ----------------------------------------------------------- */
 
-static int make_rings(struct client *cl, const struct wire_hello *m)
+static int make_rings(struct client *cl, const struct wire_hello *m, int *ret_notified)
 {
-	int r;
+	int r, ends[2];
 
 	r = seg_create(&cl->ctl, SEG_EXCHANGE, "kvtier-ctl", ctl_bytes(m->ring_entries, m->max_seqs),
 		       SEG_F_POPULATE);
@@ -46,11 +47,12 @@ static int make_rings(struct client *cl, const struct wire_hello *m)
 	cl->core->stat.plan_bytes += cl->plans->seg.size;
 	cl->slot_used = calloc(BITS_WORDS(m->max_seqs), sizeof(uint64_t));
 	cl->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	cl->notify_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (!cl->slot_used)
 		return -ENOMEM;
-	if (cl->wake_fd < 0 || cl->notify_fd < 0)
+	if (cl->wake_fd < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) < 0)
 		return -EMFILE;
+	cl->notify_fd = ends[0];
+	*ret_notified = ends[1];
 	cl->slots = (struct seq_slot *)((char *)cl->ctl.addr + ctl_slots_off(m->ring_entries));
 	r = ring_attach(&cl->sq, cl->ctl.addr, m->ring_entries, false);
 	return r < 0 ? r
@@ -60,6 +62,7 @@ static int make_rings(struct client *cl, const struct wire_hello *m)
 
 static int on_hello(struct client *cl, const struct wire_hello *m)
 {
+	_cleanup_close_ int notified = -1;
 	struct wire_hello_reply a;
 	int fds[4], r;
 
@@ -68,7 +71,7 @@ static int on_hello(struct client *cl, const struct wire_hello *m)
 		return 0;
 	}
 	wire_string(cl->name, sizeof(cl->name), m->name);
-	r = make_rings(cl, m);
+	r = make_rings(cl, m, &notified);
 	if (r >= 0)
 		r = session_attach(cl);
 	if (r < 0) {
@@ -90,7 +93,7 @@ static int on_hello(struct client *cl, const struct wire_hello *m)
 	fds[0] = cl->ctl.fd;
 	fds[1] = cl->plans->seg.fd;
 	fds[2] = cl->wake_fd;
-	fds[3] = cl->notify_fd;
+	fds[3] = notified;
 	core_feed(cl->core, FEED_CLIENT, NULL, cl->id, 1, NULL);
 	client_reply(cl, &a.r, fds, 4);
 	return 0;

@@ -276,6 +276,9 @@ void seq_step(struct seq *s)
 		settle_stop(s);
 		seq_recount(s);
 		manager_headroom(s);
+		/* It said so while a worker held the index and nobody could tell. */
+		if (s->state == SEQ_LIVE && s->rows - MIN(s->ix.rows, s->rows) > s->room)
+			client_doom(s->client, "slot.len: more rows than a layout has room for");
 		if (s->lifetime == KVT_LEASED)
 			restart_note(s);
 		if (s->state == SEQ_LIVE)

@@ -16,6 +16,7 @@
 #include "shm/util.h"
 
 #define HINTS 256u   /* ring entries handled in one slice */
+#define HINTS_NS UINT64_C(500000)
 #define MESSAGES 16u /* socket messages likewise */
 
 /* ---- out ------------------------------------------------------------------------- */
@@ -24,7 +25,7 @@
  * Sending happens deep inside requests and plans, which go on using the client's sequences: so it never ends
  * a client itself, the loop does so next.
  */
-static void doom(struct client *cl, const char *why)
+void client_doom(struct client *cl, const char *why)
 {
 	if (cl->dead || cl->doomed)
 		return;
@@ -38,7 +39,7 @@ int client_reply(struct client *cl, struct wire_reply *r, const int *fds, unsign
 	int e = cl->dead || cl->doomed ? -EPIPE : sock_send(cl->fd, r, r->hdr.len, fds, n);
 
 	if (e < 0)
-		doom(cl, e == -EAGAIN ? "does not read its replies" : NULL);
+		client_doom(cl, e == -EAGAIN ? "does not read its replies" : NULL);
 	return e;
 }
 
@@ -60,10 +61,10 @@ void client_notify(struct client *cl, uint32_t type, uint64_t handle, uint64_t a
 		return;
 	r = ring_push(&cl->cq, &e);
 	if (r == -EPROTO)
-		doom(cl, "complete ring: impossible cursor");
+		client_doom(cl, "complete ring: impossible cursor");
 	else if (r == 1)
-		(void)!write(cl->notify_fd, &one, sizeof(one));
-	/* Full: the client finds the plan by peeking. */
+		(void)!send(cl->notify_fd, &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL);
+	/* Ring full: the client finds the plan by peeking. Stream full: it is readable. */
 }
 
 /* ---- in --------------------------------------------------------------------------- */
@@ -96,13 +97,16 @@ static bool handle_hint(struct client *cl, const struct ring_entry *e)
 static bool drain_ring(struct client *cl)
 {
 	struct ring_entry e;
+	uint64_t end;
 
 	if (cl->doomed)
 		client_end(cl, cl->doom ? "%s" : NULL, cl->doom);
 	if (cl->dead)
 		return false;
+	end = now_ns() + HINTS_NS;
 	ring_awake(&cl->sq);
-	for (unsigned i = 0; i < HINTS; i++) {
+	/* A hint may start a plan that is decided here and now: the clock counts too. */
+	for (unsigned i = 0; i < HINTS && (!i || now_ns() < end); i++) {
 		int r = ring_pop(&cl->sq, &e);
 
 		if (r == -EPROTO) {
@@ -129,10 +133,6 @@ static int on_again(sd_event_source *src, void *arg)
 
 static int on_wake(sd_event_source *src, int fd, uint32_t revents, void *arg)
 {
-	uint64_t n;
-
-	if (read(fd, &n, sizeof(n)) < 0 && errno != EAGAIN)
-		return 0;
 	drain_ring(arg);
 	return 0;
 }
@@ -398,7 +398,8 @@ int client_new(struct core *c, int fd, struct tenant *t, const struct sock_peer 
 /* Its rings and descriptors exist now: listen to them. */
 int session_attach(struct client *cl)
 {
-	int r = sd_event_add_io(cl->core->ev, &cl->wake, cl->wake_fd, EPOLLIN, on_wake, cl);
+	/* By edges: the client shares the file and its flags, so a read of ours could be made to block. */
+	int r = sd_event_add_io(cl->core->ev, &cl->wake, cl->wake_fd, EPOLLIN | EPOLLET, on_wake, cl);
 
 	return r < 0 ? r : (drain_ring(cl), 0);
 }

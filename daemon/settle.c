@@ -10,6 +10,7 @@
 #include "shm/util.h"
 
 #define IN_FLIGHT (UINT64_C(16) << 20) /* bytes of background moves */
+#define SLICE_NS UINT64_C(500000)      /* of the loop, for lanes in which nothing moves */
 #define COLD_LOOK 64u                  /* sequences looked at per tick of the demoter */
 
 struct settle {
@@ -207,6 +208,7 @@ static bool next_round(struct settle *t)
 
 void settle_pump(struct core *c)
 {
+	uint64_t end = now_ns() + SLICE_NS;
 	struct settle *t, *next;
 
 	for (t = TAILQ_FIRST(&c->settles); t && c->background_bytes < IN_FLIGHT; t = next) {
@@ -217,8 +219,13 @@ void settle_pump(struct core *c)
 			continue;
 		if (t->lane == s->ix.lanes && !next_round(t))
 			continue;
-		while (t->lane < s->ix.lanes && c->background_bytes < IN_FLIGHT && settle_lane(t))
+		while (t->lane < s->ix.lanes && c->background_bytes < IN_FLIGHT && settle_lane(t)) {
 			t->lane++;
+			if (now_ns() >= end) {
+				mover_kick(c);
+				return;
+			}
+		}
 	}
 }
 
@@ -265,9 +272,11 @@ static uint64_t make_cold(struct seq *s)
 static void demote_cold(struct core *c, uint64_t bytes)
 {
 	struct seq *s, *next;
+	uint64_t end = now_ns() + SLICE_NS;
 	unsigned looked = 0;
 
-	for (s = TAILQ_FIRST(&c->lru); s && bytes && looked < COLD_LOOK; s = next, looked++) {
+	/* Out of time: the next tick goes on, where these have less to give. */
+	for (s = TAILQ_FIRST(&c->lru); s && bytes && looked < COLD_LOOK && now_ns() < end; s = next, looked++) {
 		uint64_t n;
 
 		next = TAILQ_NEXT(s, lru);

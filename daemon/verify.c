@@ -10,6 +10,7 @@
 #include "shm/util.h"
 
 #define IN_FLIGHT 16u
+#define SLICE_NS UINT64_C(300000) /* of the loop, over sequences without pages */
 
 struct verify {
 	struct core_verify st;
@@ -108,6 +109,7 @@ static struct seq *next_seq(struct core *c, struct verify *v)
 void verify_pump(struct core *c)
 {
 	struct verify *v = c->verify;
+	uint64_t end = v && v->st.running ? now_ns() + SLICE_NS : 0;
 
 	while (v && v->st.running && v->inflight < IN_FLIGHT) {
 		struct seq *s = next_seq(c, v);
@@ -120,7 +122,10 @@ void verify_pump(struct core *c)
 		}
 		if (!p) {
 			v->handle = 0;
-			continue;
+			if (now_ns() < end)
+				continue;
+			mover_kick(c);
+			return;
 		}
 		k = calloc(1, sizeof(*k));
 		if (k)
@@ -134,6 +139,17 @@ void verify_pump(struct core *c)
 		v->inflight++;
 		pio_read(k->io);
 	}
+}
+
+static uint64_t copies_of(const struct seq *s)
+{
+	uint64_t n = 0;
+
+	for (uint32_t l = 0; l < s->ix.lanes; l++)
+		for (uint32_t i = 0; i < s->ix.lane[l].n; i++)
+			n += (uint64_t)page_in(s->ix.lane[l].v[i], KVT_TIER_DRAM) +
+			     page_in(s->ix.lane[l].v[i], KVT_TIER_NVME);
+	return n;
 }
 
 int core_verify_start(struct core *c, uint64_t handle, char *err, size_t errsize)
@@ -160,11 +176,11 @@ int core_verify_start(struct core *c, uint64_t handle, char *err, size_t errsize
 	memset(v, 0, sizeof(*v));
 	v->only = handle;
 	v->st.running = true;
-	while ((s = handle_next(c->seqs, &cursor, NULL)))
-		for (uint32_t l = 0; (!handle || s->handle == handle) && l < s->ix.lanes; l++)
-			for (uint32_t i = 0; i < s->ix.lane[l].n; i++)
-				v->st.total += (uint64_t)page_in(s->ix.lane[l].v[i], KVT_TIER_DRAM) +
-					       page_in(s->ix.lane[l].v[i], KVT_TIER_NVME);
+	if (handle)
+		v->st.total = copies_of(handle_get(c->seqs, handle, NULL));
+	else
+		while ((s = handle_next(c->seqs, &cursor, NULL)))
+			v->st.total += copies_of(s);
 	mover_kick(c);
 	return 0;
 }

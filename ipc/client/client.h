@@ -31,7 +31,7 @@
 /* One connection: made by a HELLO, dead for ever after its end of file. */
 struct link {
 	uint64_t id;                      /* 1, 2, ... within one struct kvtier */
-	int sock, to_daemon, from_daemon; /* eventfds: we write the first and read the second */
+	int sock, to_daemon, from_daemon; /* we write the first (eventfd) and read the second (stream) */
 	struct seg ctl, plans;
 	struct ring sq, cq;                   /* under lock */
 	uint32_t max_seqs, entries, features; /* what both sides know: enum wire_feature */
@@ -71,7 +71,8 @@ struct kvtier {
 
 	pthread_mutex_t lock;
 	pthread_cond_t cond; /* a leader returned from its sleep, or the ring was drained */
-	bool leader;         /* some thread sleeps on the link's eventfd for all the waiters */
+	bool again;          /* under lock: timerfd is armed because the ring holds more */
+	bool leader;         /* some thread sleeps on the link for all the waiters */
 	int epfd, timerfd;
 	struct link *link; /* NULL while there is no daemon */
 	uint64_t links;

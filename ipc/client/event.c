@@ -30,9 +30,11 @@ static void take_event(struct kvtier *c, struct link *l, const struct ring_entry
 int events_drain(struct kvtier *c, struct link *l)
 {
 	struct ring_entry e;
-	uint64_t one = 1;
 	int n = 0, r = 0;
 
+	if (c->again)
+		conn_timer(c, 0);
+	c->again = false;
 	ring_awake(&l->cq);
 	do {
 		while (n < (int)l->entries && (r = ring_pop(&l->cq, &e)) > 0) {
@@ -43,7 +45,8 @@ int events_drain(struct kvtier *c, struct link *l)
 			return r;
 		/* A daemon that keeps pushing cannot keep us here: come again through the event fd. */
 		if (n >= (int)l->entries) {
-			(void)!write(l->from_daemon, &one, sizeof(one));
+			c->again = true;
+			conn_timer(c, 1);
 			return n;
 		}
 	} while (!ring_sleep(&l->cq));
@@ -65,11 +68,12 @@ bool events_dirty(struct kvtier_seq *s)
 	return true;
 }
 
-static void clear_eventfd(struct link *l)
+/* Eight bytes for each time that the daemon found us asleep. */
+static void clear_wakeups(struct link *l)
 {
-	uint64_t n;
+	char buf[4096];
 
-	(void)!read(l->from_daemon, &n, sizeof(n));
+	(void)!read(l->from_daemon, buf, sizeof(buf));
 }
 
 void events_wait(struct kvtier *c, struct link *l, uint64_t deadline_ns)
@@ -95,7 +99,7 @@ void events_wait(struct kvtier *c, struct link *l, uint64_t deadline_ns)
 		ppoll(p, 2, &wait, NULL);
 		if (p[1].revents)
 			link_down(c, l, "end of file");
-		clear_eventfd(l);
+		clear_wakeups(l);
 		pthread_mutex_lock(&c->lock);
 		c->leader = false;
 		n = events_drain(c, l);
@@ -143,7 +147,7 @@ int kvtier_process(struct kvtier *c)
 	if (!link_lost(c, l)) {
 		pthread_mutex_lock(&c->lock);
 		if (!c->leader)
-			clear_eventfd(l); /* else it is the sleeper's, who drains too */
+			clear_wakeups(l); /* else it is the sleeper's, who drains too */
 		r = events_drain(c, l);
 		pthread_cond_broadcast(&c->cond);
 		pthread_mutex_unlock(&c->lock);

@@ -83,6 +83,7 @@ void link_down(struct kvtier *c, struct link *l, const char *why)
 		epoll_ctl(c->epfd, EPOLL_CTL_DEL, l->from_daemon, NULL);
 		shutdown(l->sock, SHUT_RDWR);
 		c->link = NULL;
+		c->again = false;
 		atomic_store(&c->up, false);
 		c->next_try_ns = now_ns() + BACKOFF_MIN_MS * 1000000u;
 		c->backoff_ms = BACKOFF_MIN_MS;
@@ -223,6 +224,7 @@ static void link_up(struct kvtier *c)
 	l->refs = 1;
 	c->link = l;
 	c->backoff_ms = 0;
+	c->again = false;
 	/* Of the socket only its end matters: poll reports that without being asked. */
 	epoll_ctl(c->epfd, EPOLL_CTL_MOD, l->sock, &(struct epoll_event){.events = 0});
 	epoll_ctl(c->epfd, EPOLL_CTL_ADD, l->from_daemon, &(struct epoll_event){.events = EPOLLIN});

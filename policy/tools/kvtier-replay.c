@@ -128,7 +128,7 @@ static int replay(const char *path, bool lanes)
 	_cleanup_free_ void *buf = NULL;
 	struct plan p = {0};
 	struct snapshot s;
-	size_t bytes, off;
+	size_t bytes = 0, off;
 	char what[96];
 	int r;
 

@@ -92,16 +92,18 @@ static inline void *harness_main(void *arg)
 /* Defaults for tests: small dram, nvme below the directory when asked for. */
 static inline void harness_init(struct harness *h, bool nvme)
 {
+	char dir[] = "/tmp/kvt-core-XXXXXX";
+
 	memset(h, 0, sizeof(*h));
-	strcpy(h->dir, "/tmp/kvt-core-XXXXXX");
-	if (!mkdtemp(h->dir))
+	if (!mkdtemp(dir))
 		abort();
+	strcpy(h->dir, dir);
 	config_defaults(&h->cfg);
 	h->cfg.tenants = 2;
 	h->cfg.tenant[1] = h->cfg.tenant[0];
 	strcpy(h->cfg.tenant[1].name, "other");
 	for (int t = 0; t < 2; t++) {
-		snprintf(h->sock[t], sizeof(h->sock[t]), "%s/t%d.sock", h->dir, t);
+		snprintf(h->sock[t], sizeof(h->sock[t]), "%s/t%d.sock", dir, t);
 		h->cfg.tenant[t].region_bytes = UINT64_C(64) << 30;
 		h->cfg.tenant[t].max_clients_per_uid = 64;
 		h->cfg.tenant[t].max_seqs = 20000;
@@ -110,7 +112,7 @@ static inline void harness_init(struct harness *h, bool nvme)
 	h->cfg.dram_segment = UINT64_C(64) << 20;
 	h->cfg.dram_huge = false;
 	h->cfg.nvme_enabled = nvme;
-	snprintf(h->cfg.nvme_path, sizeof(h->cfg.nvme_path), "%s/nvme", h->dir);
+	snprintf(h->cfg.nvme_path, sizeof(h->cfg.nvme_path), "%s/nvme", dir);
 	if (nvme)
 		mkdir(h->cfg.nvme_path, 0700);
 	h->cfg.nvme_size = UINT64_C(256) << 20;
