@@ -2,6 +2,7 @@
 """Attacks through shared memory: rings, slots, random bytes, and writing to what is published read-only."""
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -10,8 +11,9 @@ import struct
 import time
 
 from . import raw
-from .attacks import Q, garbage
-from .raw import ALL, RING_HEAD, RING_TAIL, SEQ_INFO, SEQ_OPEN, HungUp, Raw, Refused, message
+from .attacks import Q, QII, garbage
+from .raw import ALL, RING_HEAD, RING_TAIL, RING_WAKE, SEQ_CLOSE, SEQ_INFO, SEQ_OPEN, SEQ_TRUNCATE, HungUp, Raw
+from .raw import Refused, message
 from .world import SEED, equal, expect, until
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -44,9 +46,9 @@ def rings(a):
         r.put32(r.cq + RING_HEAD, 0x7FFFFFFF)
         plans(r, 100)
 
-    def end_in_a_fork(r):
-        """A READY plan, a full ring, and a fork that takes the plan back: the daemon sees the cursor halfway."""
-        r.ready()
+    def fill(r, **kw):
+        """A READY plan and a full ring."""
+        r.ready(**kw)
         r.len_word(0, 200)
         view = mmap.mmap(r.plan_fd, r.plan_bytes, prot=mmap.PROT_READ)
         for i in range(100):
@@ -55,6 +57,10 @@ def rings(a):
             if struct.unpack_from("<I", r.ctl, r.cq + RING_TAIL)[0] >= r.entries:
                 break
             r.put64(r.slot + 8, ident)
+
+    def end_in_a_fork(r):
+        """A fork that takes a plan back, which cannot be told: the daemon sees the cursor halfway."""
+        fill(r)
         r.put32(r.cq + RING_HEAD, 0x7FFFFFFF)
         r.ask(SEQ_OPEN, raw.seq_open(op=raw.FORK, parent=r.s, prefix=100, region=r.region_handle))
 
@@ -65,6 +71,31 @@ def rings(a):
         r.seq(region=r.region_handle, max_rows=64)
         for _ in range(3000):
             r.send(message(SEQ_OPEN, raw.seq_open(op=raw.FORK, parent=r.s, region=r.region_handle, max_rows=64)))
+
+    def broken(r, last):
+        """Whatever it is told next ends it."""
+        fill(r, lifetime=1)
+        r.put32(r.cq + RING_HEAD, 0x7FFFFFFF)
+        try:
+            last(r)
+        finally:
+            expect(r.gone(), "still connected")
+            for s in a.d.seqs():
+                if "neighbour" not in s["client"]:
+                    a.d.ctl("drop", s["handle"])
+        raise HungUp
+
+    def clogged(r):
+        """Who shares a file with the daemon shares its flags."""
+        r.ready()
+        for fd in (r.wake_fd, r.notify_fd):
+            fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+        os.write(r.notify_fd, struct.pack("<Q", raw.U64 - 1))
+        r.len_word(0, 200)
+        for i in range(20):
+            r.put32(r.cq + RING_WAKE, 1)
+            r.request(device=150 - i)
+            r.kick()
 
     def flood(r):
         r.ready()
@@ -85,6 +116,14 @@ def rings(a):
     for name, tail in (("too far", 1000), ("back", 1), ("by half the numbers", 0x80000003), ("to 2^32-1", ALL)):
         a.attack(f"the ring's cursor jumps {name}", lambda r, t=tail: jump(r, t), ended=r"submit ring: impossible cursor")
     a.attack("the other ring's cursor is impossible", impossible_head, ended=r"complete ring: impossible cursor")
+    for name, last in (
+            ("truncates", lambda r: r.ask(SEQ_TRUNCATE, QII.pack(r.s, 10, 0))),
+            ("closes a leased sequence", lambda r: r.ask(SEQ_CLOSE, QII.pack(r.s, 0, 0))),
+            ("closes a sequence for good", lambda r: r.ask(SEQ_CLOSE, QII.pack(r.s, 1, 0))),
+            ("loses its sequence to kvtierctl", lambda r: a.d.ctl("drop", f"0x{r.s:x}"))):
+        a.attack(f"with a broken ring it {name}", lambda r, f=last: broken(r, f),
+                 ended=r"complete ring: impossible cursor")
+    a.attack("makes its wake-ups block and fills them", clogged)
     for kind in (0, 2, 64, 99, ALL):
         a.attack(f"a ring entry of type {kind}", lambda r, k=kind: r.ready().push(k), ended=rf"entry type {kind} is not")
     a.attack("garbage ring entries", lambda r: r.ready().push(raw=b"\xee" + garbage(63)), ended=r"entry type \d+ is not")
