@@ -11,6 +11,7 @@
 #include "shm/util.h"
 
 #define IN_FLIGHT (UINT64_C(4) << 20) /* bytes of background moves beyond which this waits */
+#define SLICE_NS UINT64_C(300000)     /* of the loop, for lanes in which there is nothing to merge */
 #define WORTH_ROWS 96u                /* a merged page of so many rows is worth two old ones */
 #define WORTH_PAGES 4u                /* so many pages are worth merging whatever comes out */
 
@@ -116,6 +117,7 @@ void compact_stop(struct seq *s)
 
 void compact_pump(struct core *c)
 {
+	uint64_t end = now_ns() + SLICE_NS;
 	struct seq *s, *next;
 
 	for (s = TAILQ_FIRST(&c->compacts); s && c->background_bytes < IN_FLIGHT; s = next) {
@@ -127,6 +129,10 @@ void compact_pump(struct core *c)
 				if (c->pages.tier[t])
 					compact_lane(s, s->compact_lane, t);
 			s->compact_lane++;
+			if (now_ns() >= end) {
+				mover_kick(c);
+				return;
+			}
 		}
 		if (s->compact_lane == s->ix.lanes)
 			compact_stop(s);

@@ -15,7 +15,7 @@
 #include "ipc/sock.h"
 #include "shm/util.h"
 
-#define HINTS 256u   /* ring entries handled in one slice */
+#define HINTS 256u /* ring entries handled in one slice */
 #define HINTS_NS UINT64_C(500000)
 #define MESSAGES 16u /* socket messages likewise */
 

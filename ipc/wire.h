@@ -77,9 +77,9 @@ struct wire_hello {
 	char name[64];
 };
 /*
- * fds: ctl (exchange), plans (published), an eventfd that the client writes to wake the daemon, and the client's
- * end of a stream on which the daemon sends 8 bytes to wake it. Not an eventfd: its file flags would be shared, and
- * a client that makes it blocking and fills it could stop the daemon in a write.
+ * fds: ctl (exchange), plans (published), an eventfd that the client writes to wake the daemon, and the
+ * client's end of a stream on which the daemon sends 8 bytes to wake it. Not an eventfd: its file flags would
+ * be shared, and a client that makes it blocking and fills it could stop the daemon in a write.
  */
 struct wire_hello_reply {
 	struct wire_reply r;

@@ -75,7 +75,7 @@ static uint32_t bucket_of(const uint32_t counts[256], uint32_t k, uint32_t *ret_
 static void find_portable(const uint16_t *eff, uint32_t words, const uint32_t *k, uint32_t cuts, uint8_t *bytes,
 			  struct select_cut *ret)
 {
-	uint32_t high[256], low[SELECT_CUTS + 1][256] = {0}, rest[SELECT_CUTS], bucket[SELECT_CUTS];
+	uint32_t high[256], low[(SELECT_CUTS + 1) * 256] = {0}, rest[SELECT_CUTS], bucket[SELECT_CUTS];
 	uint16_t slot[256] = {0}; /* of a high byte: its set of low counters, times 256 */
 	uint32_t n = words * 64;
 
@@ -86,9 +86,9 @@ static void find_portable(const uint16_t *eff, uint32_t words, const uint32_t *k
 			slot[bucket[j]] = (uint16_t)((j + 1) * 256);
 	}
 	for (uint32_t i = 0; i < n; i++)
-		low[0][slot[eff[i] >> 8] + (eff[i] & 0xff)]++;
+		low[slot[eff[i] >> 8] + (eff[i] & 0xff)]++;
 	for (uint32_t j = 0; j < cuts; j++) {
-		uint32_t b = bucket_of(low[slot[bucket[j]] / 256], rest[j], &ret[j].ties);
+		uint32_t b = bucket_of(low + slot[bucket[j]], rest[j], &ret[j].ties);
 
 		ret[j].key = (uint16_t)(bucket[j] << 8 | b);
 	}

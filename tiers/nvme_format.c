@@ -159,7 +159,8 @@ int nvme_pos_get(uint64_t *pos, uint32_t words, const uint8_t *src, uint32_t len
 	if (!(flags & NVME_E_GAPS)) {
 		if (len % 8 || len / 8 > words)
 			return -EBADMSG;
-		memcpy(pos, src, len);
+		if (len)
+			memcpy(pos, src, len);
 		return 0;
 	}
 	for (uint32_t i = 0, n = 0; i < len; n++) {
