@@ -247,12 +247,25 @@ int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *er
 
 /* ---- draining and closing ----------------------------------------------------------------- */
 
+/* Runs done() of what the tenants' writers have written. True: some are still at it. */
+static bool writers_busy(struct core *c)
+{
+	bool busy = false;
+
+	for (uint32_t i = 0; i < c->tenants; i++)
+		if (c->tenant[i].writer) {
+			workers_finish(c->tenant[i].writer);
+			busy |= workers_busy(c->tenant[i].writer) > 0;
+		}
+	return busy;
+}
+
 /* What is under way ends, without the event loop: it may have ended before us. */
 static void settle_down(struct core *c)
 {
 	uint64_t end = now_ns() + DRAIN_NS;
 
-	while (c->n_seqs || mover_busy(c) || workers_busy(c->workers)) {
+	while (c->n_seqs || writers_busy(c) || mover_busy(c) || workers_busy(c->workers)) {
 		if (now_ns() > end) {
 			log_line(LOG_WARNING, "closing with work in flight: %u sequences, %u pages", c->n_seqs,
 				 c->pios);
@@ -264,9 +277,28 @@ static void settle_down(struct core *c)
 	}
 }
 
+/* False: a file's owner holds one of them up, and what its thread uses must stay to the end of the process. */
+static bool writers_free(struct core *c)
+{
+	bool all = true;
+
+	for (uint32_t i = 0; i < c->tenants; i++) {
+		struct tenant *t = &c->tenant[i];
+
+		if (t->writer && workers_busy(t->writer)) {
+			all = false;
+		} else {
+			workers_free(t->writer);
+			t->writer = NULL;
+		}
+	}
+	return all;
+}
+
 void core_free(struct core *c)
 {
 	struct seq *s, *next;
+	bool quiet;
 
 	if (!c)
 		return;
@@ -287,12 +319,15 @@ void core_free(struct core *c)
 	sd_event_source_disable_unref(c->tick);
 	sd_event_source_disable_unref(c->poll);
 	workers_free(c->workers);
+	quiet = writers_free(c);
 	mover_close(c);
 	policies_free(c);
 	verify_free(c);
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		if (c->pages.tier[t])
 			c->pages.tier[t]->ops->close(c->pages.tier[t]);
+	if (!quiet)
+		return;
 	page_store_free(&c->pages);
 	handle_table_free(c->seqs);
 	handle_table_free(c->regions);

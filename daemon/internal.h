@@ -40,7 +40,8 @@ struct tenant {
 	char name[32];
 	struct config_tenant limit;
 	uint32_t seqs;
-	uint64_t region_bytes; /* exchange memory charged */
+	uint64_t region_bytes;  /* device memory charged */
+	struct workers *writer; /* one thread that writes imported files, from the first import on */
 };
 
 /* A model description, shared by all who registered the same one. */
@@ -403,7 +404,9 @@ struct pio { /* one page on its way between a tier and us */
 STAILQ_HEAD(pio_list, pio);
 /* io->page gets pinned. NULL: out of memory. */
 struct pio *pio_new(struct core *c, struct page *p, int tier, void (*end)(struct pio *), void *owner);
-/* Give the buffer back when there is one, unpin the page. */
+/* The buffer goes back, when there is one; the page stays pinned. */
+void pio_release(struct pio *io);
+/* pio_release() and unpin the page. */
 void pio_free(struct pio *io);
 /* Read the page: end() follows from the pump, never from here. */
 void pio_read(struct pio *io);

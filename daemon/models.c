@@ -102,7 +102,7 @@ int region_new(struct region **ret, struct client *cl, uint64_t bytes, int fd)
 {
 	struct core *c = cl->core;
 	struct region *g = calloc(1, sizeof(*g));
-	int r;
+	int r = -ENOMEM;
 
 	if (!g)
 		return -ENOMEM;
@@ -111,6 +111,8 @@ int region_new(struct region **ret, struct client *cl, uint64_t bytes, int fd)
 	g->client = cl;
 	g->tenant = cl->tenant;
 	g->ops = fd >= 0 ? &device_fd_ops : &device_host_ops;
+	if (fd >= 0 && !g->tenant->writer && workers_new(&g->tenant->writer, c->ev, 1, 1) < 0)
+		goto fail;
 	g->bytes = bytes;
 	if (fd < 0) {
 		r = seg_create(&g->seg, SEG_EXCHANGE, "kvtier-region", bytes, 0);

@@ -47,16 +47,25 @@ struct pio *pio_new(struct core *c, struct page *p, int tier, void (*end)(struct
 	return io;
 }
 
-void pio_free(struct pio *io)
+void pio_release(struct pio *io)
 {
 	struct core *c = io->core;
 
 	if (io->reading && io->tier == KVT_TIER_NVME)
 		c->mover->reading -= io->io.bytes;
-	if (io->io.buf) {
-		c->pages.tier[io->tier]->ops->release(c->pages.tier[io->tier], &io->io);
-		mover_kick(c);
-	}
+	io->reading = false;
+	if (!io->io.buf)
+		return;
+	c->pages.tier[io->tier]->ops->release(c->pages.tier[io->tier], &io->io);
+	io->io.buf = NULL;
+	mover_kick(c);
+}
+
+void pio_free(struct pio *io)
+{
+	struct core *c = io->core;
+
+	pio_release(io);
 	c->pages.used[io->tier][io->page->origin->charge] -= io->reserved;
 	page_unpin(&c->pages, io->page);
 	c->pios--;

@@ -3,6 +3,11 @@
  * In: the rows of a plan's bring_in. Whole pages are read, checked by a worker
  * and only then are the wanted rows written to the lane's stage slots, in
  * ascending position: slot = cap + rank among the lane's promoted rows.
+ *
+ * An imported file is written by a thread of its tenant. A write needs the
+ * inode's lock, and the file's owner can sit on that for as long as it likes (by
+ * a write of its own from memory that never arrives); shared workers would
+ * wait with it. The page is copied first, so that no tier's buffer waits either.
  */
 #include <string.h>
 #include "daemon/internal.h"
@@ -10,14 +15,26 @@
 
 #define JOB_PAGES 32u
 
+struct write_job {
+	struct job job;
+	struct pio *io;
+	char data[]; /* the checked page */
+};
+
 struct in_job {
 	struct job job;
 	unsigned n;
-	struct pio *io[JOB_PAGES]; /* of any plans */
+	struct pio *io[JOB_PAGES];          /* of any plans */
+	struct write_job *write[JOB_PAGES]; /* of those in imported regions */
 };
 
+static bool imported(const struct plan *p)
+{
+	return p->region->ops == &device_fd_ops;
+}
+
 /* Write the wanted rows of one checked page, in runs of neighbouring slots. */
-static int scatter(const struct plan *p, const struct pio *io)
+static int scatter(const struct plan *p, const struct pio *io, const void *data)
 {
 	const struct seq *s = p->seq;
 	const struct page *page = io->page;
@@ -38,7 +55,7 @@ static int scatter(const struct plan *p, const struct pio *io)
 			if (!(io->words[w] & bit))
 				continue;
 			if (n && slot != first + n) {
-				r = p->region->ops->scatter(p->region->mem, &lane, io->io.buf, page->rows, pick,
+				r = p->region->ops->scatter(p->region->mem, &lane, data, page->rows, pick,
 							    first, n);
 				n = 0;
 			}
@@ -49,7 +66,7 @@ static int scatter(const struct plan *p, const struct pio *io)
 		rank += (uint32_t)__builtin_popcountll(all);
 	}
 	if (n && !r)
-		r = p->region->ops->scatter(p->region->mem, &lane, io->io.buf, page->rows, pick, first, n);
+		r = p->region->ops->scatter(p->region->mem, &lane, data, page->rows, pick, first, n);
 	return r;
 }
 
@@ -60,13 +77,27 @@ static void in_run(struct job *j, struct worker_ctx *w)
 	for (unsigned i = 0; i < b->n; i++) {
 		struct pio *io = b->io[i];
 
-		if (page_verify(io->page, io->io.buf)) {
-			io->error = scatter(io->owner, io);
+		if (!page_verify(io->page, io->io.buf)) {
+			io->error = -EBADMSG;
+		} else if (!imported(io->owner)) {
+			io->error = scatter(io->owner, io, io->io.buf);
 			io->refused = io->error < 0;
 		} else {
-			io->error = -EBADMSG;
+			b->write[i] = malloc(sizeof(*b->write[i]) + io->page->bytes);
+			if (b->write[i])
+				memcpy(b->write[i]->data, io->io.buf, io->page->bytes);
+			else
+				io->error = -ENOMEM;
 		}
 	}
+}
+
+static void write_run(struct job *j, struct worker_ctx *ctx)
+{
+	struct write_job *w = container_of(j, struct write_job, job);
+
+	w->io->error = scatter(w->io->owner, w->io, w->data);
+	w->io->refused = w->io->error < 0;
 }
 
 static void in_finish(struct pio *io)
@@ -86,6 +117,24 @@ static void in_finish(struct pio *io)
 	plan_unref(p);
 }
 
+static void write_done(struct job *j)
+{
+	struct write_job *w = container_of(j, struct write_job, job);
+
+	in_finish(w->io);
+	free(w);
+}
+
+static void write_put(struct write_job *w, struct pio *io)
+{
+	const struct plan *p = io->owner;
+
+	pio_release(io);
+	w->job = (struct job){.run = write_run, .done = write_done, .bytes = io->page->bytes};
+	w->io = io;
+	workers_put(p->region->tenant->writer, &w->job);
+}
+
 static void in_done(struct job *j)
 {
 	struct in_job *b = container_of(j, struct in_job, job);
@@ -95,7 +144,10 @@ static void in_done(struct job *j)
 	mover_in_flush(c);
 
 	for (unsigned i = 0; i < b->n; i++)
-		in_finish(b->io[i]);
+		if (b->write[i])
+			write_put(b->write[i], b->io[i]);
+		else
+			in_finish(b->io[i]);
 	free(b);
 }
 

@@ -9,13 +9,17 @@ import fcntl
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import tempfile
+import time
+from pathlib import Path
 
 from kvtier import ROWS_ALL, Client, Error, Region, budget
 from lib.attacks import Q
 from lib.raw import REGION, REGION_CLOSE, REGION_IMPORT, Raw, Refused
 from lib.rows import LANES, WIDTH, Neighbour, Rows
-from lib.world import E_INVAL, E_LIMIT, Failed, Skip, Tap, World, equal, expect, matches, until
+from lib.world import E_INVAL, E_LIMIT, E_TIMEOUT, Failed, Skip, Tap, World, equal, expect, matches, until
 
 KEY, SECRET = b"imported-pool-16", b"i" * 32
 
@@ -45,6 +49,21 @@ class Pool:
         os.close(self.fd)
 
 
+def held_by(d, name="engine-pool"):
+    """Descriptors of files by that name in the daemon."""
+    n = 0
+    for fd in os.listdir(f"/proc/{d.pid}/fd"):
+        try:
+            n += name in os.readlink(f"/proc/{d.pid}/fd/{fd}")
+        except FileNotFoundError:
+            pass
+    return n
+
+
+def let_go(d):
+    until(lambda: f"{held_by(d)} descriptors of pools in the daemon", lambda: not held_by(d), 5)
+
+
 def same(r, pool):
     """The engine sees in its own mapping what the library moved in its own."""
     for lane in range(LANES):
@@ -55,7 +74,6 @@ def same(r, pool):
 
 
 def round_trip(d, make=memfd):
-    fds = d.fds()
     with Client(d.socket, name="engine") as c:
         pool = Pool(make=make)
         r = Rows(c, "engine", region=pool)
@@ -79,12 +97,11 @@ def round_trip(d, make=memfd):
         with open(f"/proc/{d.pid}/maps", encoding="ascii") as f:
             expect("kvtier-" in (maps := f.read()), "the daemon's own segments are in its maps")
         expect(pool.name not in maps, "the daemon mapped the pool")
-        links = [os.readlink(f"/proc/{d.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{d.pid}/fd")]
-        equal(sum(pool.name in link for link in links), 1, "descriptors of the pool in the daemon")
+        equal(held_by(d), 1, "descriptors of the pool in the daemon")
         expect(d.tier("device")["bytes"] >= pool.bytes_held() > 0, "status counts the pool")
         r.close()
+        let_go(d)
         pool.close()
-    until(lambda: f"{d.fds()} descriptors, {fds} before", lambda: d.fds() <= fds, 5)
     misses = d.status()["misses"]
     expect(not any(misses.values()), f"misses: {misses}")
 
@@ -168,7 +185,7 @@ def sealed(d):
 
 def killed(d):
     """A leased sequence whose owner dies: its rows are read from the file, which is then let go."""
-    fds, (ready, tell) = d.fds(), os.pipe()
+    ready, tell = os.pipe()
     pid = os.fork()
     if not pid:
         try:
@@ -187,7 +204,7 @@ def killed(d):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         os.close(ready)
-    until(lambda: f"{d.fds()} descriptors, {fds} before", lambda: d.fds() <= fds, 5)
+    let_go(d)
     with Client(d.socket, name="heir", timeout_ms=10000) as c:
         pool = Pool()
         r = Rows(c, "victim", region=pool, resume=True, leased=True, key=KEY, secret=SECRET)
@@ -196,6 +213,54 @@ def killed(d):
         same(r, pool)
         r.close(drop=True)
         pool.close()
+
+
+HOLDER = r"""
+import ctypes, fcntl, mmap, os, struct, sys
+fd, libc = int(sys.argv[1]), ctypes.CDLL(None, use_errno=True)
+number = {"x86_64": 323, "aarch64": 282}.get(os.uname().machine, -1)
+uffd = libc.syscall(number, 0)  # userfaultfd: a page of ours that never arrives
+if uffd < 0:
+    sys.exit(77)
+fcntl.ioctl(uffd, 0xc018aa3f, struct.pack("<3Q", 0xaa, 0, 0))
+page = mmap.mmap(-1, 4096)
+addr = ctypes.addressof(ctypes.c_char.from_buffer(page))
+fcntl.ioctl(uffd, 0xc020aa00, struct.pack("<4Q", addr, 4096, 1, 0))
+print("holding", flush=True)
+libc.pwrite(fd, ctypes.c_void_p(addr), 1, ctypes.c_long(0))  # waits for the page with the inode locked
+"""
+
+
+def withheld(d):
+    """The owner keeps the file's lock: its promotion waits, nobody else's, and nothing is lost by it."""
+    near = Neighbour(d.socket)
+    with Client(d.socket, name="holder", timeout_ms=2000) as c:
+        pool = Pool()
+        r = Rows(c, "holder", region=pool)
+        r.append(500)
+        r.plan(device=50, dram=100, nvme=ROWS_ALL)
+        p = subprocess.Popen([sys.executable, "-c", HOLDER, str(pool.fd)], stdout=subprocess.PIPE, pass_fds=[pool.fd])
+        try:
+            if p.stdout.readline() != b"holding\n":
+                raise Skip(f"no userfaultfd here (exit status {p.wait()})")
+            until("the holder waits for its page",
+                  lambda: Path(f"/proc/{p.pid}/stat").read_text(encoding="ascii").split(") ")[1][0] in "SD", 5)
+            time.sleep(0.1)
+            ident = r.seq.request(budget(ROWS_ALL, 0, ROWS_ALL, manual=True))
+            try:
+                r.seq.wait(ident, timeout_ms=1000)
+                raise Failed("the promotion went through: the file was not held")
+            except Error as e:
+                equal(e.code, E_TIMEOUT, "code")
+            near.well(20)
+        finally:
+            p.kill()
+            p.wait()
+        r.seq.apply(r.wait(ident))
+        equal(r.check(), 500 * LANES, "rows on the device")
+        r.close()
+        pool.close()
+    near.stop()
 
 
 # ---- what is not taken ------------------------------------------------------------------------
@@ -286,6 +351,7 @@ def main():
         tap.case("a file in /dev/shm likewise", in_dev_shm, d)
         tap.case("cut behind the daemon's back: misses, no harm to others", truncated, d)
         tap.case("sealed behind the daemon's back: promoted elsewhere, nothing lost", sealed, d)
+        tap.case("withheld by its owner: it waits alone", withheld, d)
         tap.case("SIGKILL of the owner: another process resumes every byte", killed, d)
         tap.case("files that are not taken: one clear line each, no descriptor kept", refused, d)
     with World(tenant_default={"max_region": "4M"}) as d:
