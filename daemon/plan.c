@@ -30,7 +30,7 @@ int plan_alloc(struct plan *p, bool private_tables)
 	p->kept = (uint32_t *)m;
 	p->out = (uint32_t *)(m += arr);
 	p->in = (uint32_t *)(m += arr);
-	p->dropped = (uint32_t *)(m += arr);
+	p->dropped = (uint32_t *)(m + arr);
 	/* The decision's own copies: steering may change the originals while a worker reads. */
 	if (p->pinned)
 		memcpy(p->pinned, s->pinned, MIN(row, BITS_WORDS(s->max_rows) * 8));
