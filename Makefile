@@ -209,7 +209,8 @@ build/fuzz/%: tests/fuzz/%.c
 .PHONY: fuzz
 fuzz: $(FUZZ) ## libFuzzer over every parser, FUZZ_RUNS executions each
 	$(Q)for f in $(FUZZ); do mkdir -p $$f.corpus; echo "== $$f"; \
-		$$f -runs=$(FUZZ_RUNS) -max_len=8192 -print_final_stats=1 $$f.corpus 2>&1 | tail -n 4 || exit 1; done
+		$$f -runs=$(FUZZ_RUNS) -max_len=8192 -print_final_stats=1 -artifact_prefix=$$f. $$f.corpus >$$f.log 2>&1 || \
+			{ tail -n 40 $$f.log; exit 1; }; tail -n 4 $$f.log; done
 
 # ---- hygiene --------------------------------------------------------------------------
 CSRC = $(shell git ls-files '*.c' '*.h')
