@@ -572,6 +572,42 @@ static void plans_come_by_themselves(void **state)
 	finish(&f);
 }
 
+/* Scored by workers, decided on the loop, published to nobody: over before the call that decided it returns. */
+static void a_small_plan_may_end_where_it_is_made(void **state)
+{
+	const struct kvtier_budget keep_few = {.size = sizeof(keep_few), .device_rows = 64, .policy = "keydiff"};
+	struct kvtier_layer_desc layer = {.kv_heads = 3, .k_bytes = 48, .v_bytes = 48};
+	struct kvtier_model_desc md = {.size = sizeof(md),
+				       .name = "floats",
+				       .dtype = KVT_DTYPE_F32,
+				       .head_dim = 12,
+				       .layers = &layer,
+				       .n_layers = 1,
+				       .world = 1};
+	struct fixture f;
+	struct rt_seq q;
+
+	harness_init(&f.h, false);
+	f.h.cfg.observe = true;
+	assert_true(harness_start(&f.h));
+	assert_int_equal(rt_open_dims(&f.rt, f.h.sock[0], 1, 3, 48, 48, 0, 0), 0);
+	kvtier_model_release(f.rt.m);
+	assert_int_equal(kvtier_model_register(f.rt.c, &md, &f.rt.m), 0);
+	assert_int_equal(rt_prepare(&q, &f.rt, 12, 1200, 1200, 4096), 0);
+	assert_int_equal(rt_seq_open(&q, KVT_EPHEMERAL, &keep_few), 0);
+	for (uint32_t plans = 1; plans <= 3; plans++) {
+		assert_int_equal(rt_append(&q, 300), 0);
+		for (int i = 0; i < 500 && harness_stat(&f.h).plans < plans; i++)
+			usleep(10000);
+		assert_int_equal(harness_stat(&f.h).plans, plans);
+	}
+	assert_string_equal(rt_info(&q).policy, "keydiff");
+	assert_int_equal(kvtier_seq_resident(q.s, 0, NULL, 0), 900);
+	rt_seq_free(&q, false);
+	assert_empty(&f);
+	finish(&f);
+}
+
 static void low_dram_is_relieved_in_the_background(void **state)
 {
 	struct fixture f;
@@ -858,6 +894,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(quotas_clip_and_refuse),
 		cmocka_unit_test(corrupt_pages_are_misses),
 		cmocka_unit_test(plans_come_by_themselves),
+		cmocka_unit_test(a_small_plan_may_end_where_it_is_made),
 		cmocka_unit_test(low_dram_is_relieved_in_the_background),
 		cmocka_unit_test(a_scrub_reads_every_page_and_finds_the_bad),
 		cmocka_unit_test(whoever_cheats_is_ended_alone),
