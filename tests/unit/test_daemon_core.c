@@ -575,7 +575,8 @@ static void plans_come_by_themselves(void **state)
 /* Scored by workers, decided on the loop, published to nobody: over before the call that decided it returns. */
 static void a_small_plan_may_end_where_it_is_made(void **state)
 {
-	const struct kvtier_budget keep_few = {.size = sizeof(keep_few), .device_rows = 64, .policy = "keydiff"};
+	const struct kvtier_budget keep_few = {
+		.size = sizeof(keep_few), .device_rows = 64, .policy = "keydiff"};
 	struct kvtier_layer_desc layer = {.kv_heads = 3, .k_bytes = 48, .v_bytes = 48};
 	struct kvtier_model_desc md = {.size = sizeof(md),
 				       .name = "floats",
