@@ -300,6 +300,7 @@ def refused(d):
     fds = d.fds()
     with Raw(d.socket) as r, Client(d.socket, name="asker") as c:
         r.hello()
+        expect(r.well(), "not served")  # and a turn of the loop later: it keeps nothing of the hello open
         base = d.fds()
         for name, fd, nbytes, line, own in bad_files(d):
             try:
