@@ -15,38 +15,40 @@
 
 /* ---- feed -------------------------------------------------------------------------- */
 
+/* Fill in when, and whose it is, and publish. */
+static void feed_put(struct core *c, const struct seq *s, struct feed_event *e)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_REALTIME_COARSE, &ts);
+	e->time_ns = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+	if (s) {
+		e->seq = s->handle;
+		e->client = s->client ? s->client->id : 0;
+	}
+	feed_write(&c->feed, e);
+}
+
 void core_feed(struct core *c, uint8_t type, const struct seq *s, uint64_t plan, uint64_t bytes,
 	       const uint32_t rows[4])
 {
 	struct feed_event e = {.type = type, .plan = plan, .bytes = bytes};
-	struct timespec ts;
 
-	clock_gettime(CLOCK_REALTIME_COARSE, &ts);
-	e.time_ns = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-	if (s) {
-		e.seq = s->handle;
-		e.client = s->client ? s->client->id : 0;
-	}
 	if (rows)
 		memcpy(e.rows, rows, sizeof(e.rows));
-	feed_write(&c->feed, &e);
+	feed_put(c, s, &e);
 }
 
 void feed_move(const struct seq *s, int from, int to, uint32_t lane, uint32_t rows, uint64_t bytes)
 {
 	struct feed_event e = {.type = FEED_MOVE,
-			       .seq = s->handle,
 			       .bytes = bytes,
 			       .rows = {rows},
 			       .from = (uint8_t)from,
 			       .to = (uint8_t)to,
-			       .lane_lo = (uint8_t)lane,
-			       .client = s->client ? s->client->id : 0};
-	struct timespec ts;
+			       .lane_lo = (uint8_t)lane};
 
-	clock_gettime(CLOCK_REALTIME_COARSE, &ts);
-	e.time_ns = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-	feed_write(&s->core->feed, &e);
+	feed_put(s->core, s, &e);
 }
 
 /* ---- timers -------------------------------------------------------------------------- */
