@@ -40,6 +40,10 @@ POLICY := $(wildcard policy/*.c)
 DAEMON := $(filter-out daemon/main.c,$(wildcard daemon/*.c))
 CTL    := $(wildcard daemon/ctl/*.c)
 TOOLS  := $(wildcard policy/tools/kvtier-*.c)
+TRAIN  := $(wildcard policy/train/*.c)
+EVAL   := $(wildcard policy/eval/*.c)
+LAB    := $(wildcard policy/lab/*.c)
+CUDA   := $(wildcard policy/train/cuda/*.cu)
 UNIT   := $(wildcard tests/unit/test_*.c)
 BENCH  := $(wildcard tests/bench/bench_*.c)
 HELPERS := $(wildcard tests/integration/*.c)
@@ -48,11 +52,19 @@ obj = $(patsubst %.c,$(BUILD)/obj/%.o,$(1))
 ROOMS := $(call obj,$(SHM) $(IPC) $(TIERS) $(POLICY))
 LIBOBJ := $(call obj,$(SHM) $(IPC) $(CLIENT))
 
-# Tests that need more than one core library say so here.
-BENCH_LIBS := -lopenblas
+# What trains and evaluates needs a BLAS; the daemon and the client library do not.
+BLAS := -lopenblas
+
+# CUDA is optional: with nvcc the trainer's GPU backend is built as an object that kvtier-train opens by itself.
+NVCC      ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+CUDA_ARCH ?= -gencode arch=compute_90,code=sm_90 -gencode arch=compute_80,code=compute_80
+NVCCFLAGS += -O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall $(CUDA_ARCH)
+CUDA_LIBS ?= -lcublas
 
 DAEMON_BIN := $(if $(wildcard daemon/main.c),$(BUILD)/kvtierd)
 CTL_BIN    := $(if $(CTL),$(BUILD)/kvtierctl)
+CUDA_SO    := $(if $(and $(CUDA),$(NVCC)),$(BUILD)/kvtier-train-cuda.so)
+LAB_SO     := $(if $(LAB),$(BUILD)/libkvtier-lab.so)
 TOOL_BINS  := $(patsubst policy/tools/%.c,$(BUILD)/%,$(TOOLS))
 UNIT_BINS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(UNIT))
 BENCH_BINS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(BENCH))
@@ -63,7 +75,7 @@ MAN        := $(patsubst %.scd,$(BUILD)/man/%,$(notdir $(MANSRC)))
 
 .SECONDARY:
 .PHONY: all
-all: $(DAEMON_BIN) $(CTL_BIN) $(if $(CLIENT),$(SOLIB) $(BUILD)/libkvtier.a $(BUILD)/libkvtier.pc) $(TOOL_BINS) man ## build everything
+all: $(DAEMON_BIN) $(CTL_BIN) $(if $(CLIENT),$(SOLIB) $(BUILD)/libkvtier.a $(BUILD)/libkvtier.pc) $(TOOL_BINS) $(LAB_SO) $(CUDA_SO) man ## build everything
 
 
 # ---- objects ------------------------------------------------------------------
@@ -93,9 +105,30 @@ $(BUILD)/kvtierctl: $(call obj,$(CTL)) $(BUILD)/librooms.a
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
+$(BUILD)/liblearn.a: $(call obj,$(TRAIN) $(EVAL))
+	@mkdir -p $(@D)
+	$(say) AR $@
+	$(Q)rm -f $@ && ar rcs $@ $^
+
+$(BUILD)/kvtier-train $(BUILD)/kvtier-eval: $(BUILD)/liblearn.a
+$(BUILD)/kvtier-train $(BUILD)/kvtier-eval: TOOL_LIBS := -Wl,--no-as-needed -ldl -Wl,--as-needed $(BLAS)
 $(BUILD)/kvtier-%: $(BUILD)/obj/policy/tools/kvtier-%.o $(BUILD)/librooms.a
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $< $(filter %/liblearn.a,$^) $(BUILD)/librooms.a $(TOOL_LIBS) $(LIBS)
+
+# For the Python side of the laboratory: trace writing and scoring by the code that the daemon runs. Not installed.
+$(BUILD)/libkvtier-lab.so: $(call obj,$(LAB) $(SHM) $(POLICY))
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -shared -Wl,-z,defs -o $@ $^ -lisal -lcrypto -lm
+
+$(BUILD)/obj/policy/train/cuda/%.o: policy/train/cuda/%.cu $(wildcard policy/train/cuda/*.h policy/train/cuda/*.cuh policy/train/*.h) Makefile
+	@mkdir -p $(@D)
+	$(say) NVCC $<
+	$(Q)$(NVCC) $(NVCCFLAGS) -I. -c -o $@ $<
+
+$(BUILD)/kvtier-train-cuda.so: $(patsubst %.cu,$(BUILD)/obj/%.o,$(CUDA))
+	$(say) NVLD $@
+	$(Q)$(NVCC) -shared $(CUDA_ARCH) -o $@ $^ $(CUDA_LIBS)
 
 # ---- libkvtier ------------------------------------------------------------------
 $(SOLIB): $(LIBOBJ) ipc/libkvtier.map
@@ -123,17 +156,19 @@ $(BUILD)/man/%: %.scd
 	$(Q)$(SCDOC) < $< > $@.tmp && mv $@.tmp $@
 
 # ---- tests ------------------------------------------------------------------------
-$(BUILD)/tests/unit/%: tests/unit/%.c $(BUILD)/libdaemon.a $(BUILD)/librooms.a $(if $(CLIENT),$(BUILD)/libkvtier.a)
+$(BUILD)/tests/unit/%: tests/unit/%.c $(BUILD)/libdaemon.a $(BUILD)/liblearn.a $(BUILD)/librooms.a $(if $(CLIENT),$(BUILD)/libkvtier.a)
 	@mkdir -p $(@D)
 	$(say) LD $@
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
-		$(if $(CLIENT),$(BUILD)/libkvtier.a) $(BUILD)/libdaemon.a $(BUILD)/librooms.a -lcmocka $(LIBS)
+		$(if $(CLIENT),$(BUILD)/libkvtier.a) $(BUILD)/libdaemon.a $(BUILD)/liblearn.a $(BUILD)/librooms.a \
+		-lcmocka $(LIBS) $(BLAS)
 
-$(BUILD)/tests/bench/%: tests/bench/%.c $(BUILD)/libdaemon.a $(BUILD)/librooms.a $(if $(CLIENT),$(BUILD)/libkvtier.a)
+$(BUILD)/tests/bench/%: tests/bench/%.c $(BUILD)/libdaemon.a $(BUILD)/liblearn.a $(BUILD)/librooms.a $(if $(CLIENT),$(BUILD)/libkvtier.a)
 	@mkdir -p $(@D)
 	$(say) LD $@
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
-		$(if $(CLIENT),$(BUILD)/libkvtier.a) $(BUILD)/libdaemon.a $(BUILD)/librooms.a $(LIBS) $(BENCH_LIBS)
+		$(if $(CLIENT),$(BUILD)/libkvtier.a) $(BUILD)/libdaemon.a $(BUILD)/liblearn.a $(BUILD)/librooms.a \
+		$(LIBS) $(BLAS)
 
 $(BUILD)/tests/integration/%: tests/integration/%.c $(SOLIB) $(BUILD)/librooms.a
 	@mkdir -p $(@D)

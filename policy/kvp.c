@@ -181,6 +181,12 @@ static int kvp_setup(struct kvp *q, const struct policy_cfg *cfg, char *err, siz
 	if (r < 0)
 		return r;
 	h = &q->weights->h;
+	if (h->keys != WEIGHTS_KEYS_CACHED || h->pos_kind != WEIGHTS_POS_TABLE || h->rank != 1 ||
+	    h->dist_rows) {
+		snprintf(err, errsize, "%s: keys %u, pos_kind %u, rank %u, dist_rows %u: not supported",
+			 cfg->weights, h->keys, h->pos_kind, h->rank, h->dist_rows);
+		return -EINVAL;
+	}
 	q->dtype = cfg->dtype;
 	q->lanes = q->weights->lanes;
 	q->dims = (struct kvp_dims){

@@ -11,10 +11,10 @@
  *   +------+------+------+------+---------+----------+------+------+
  *   |layers|heads |k_dim |v_dim |rope_type|rope_theta| keys | kind | 152
  *   +------+------+------+------+---------+----------+------+------+
- *   |dtype | proj |pos_  |pos_  |pos_dim  | hidden   | rank |  0   | 184
- *   |      |      |kind  |rows  |         |          |      |      |
+ *   |dtype | proj |pos_  |pos_  |pos_dim  | hidden   | rank | dist_| 184
+ *   |      |      |kind  |rows  |         |          |      | rows |
  *   +------+------+------+------+---------+----------+------+------+
- *   | lane_off | lane_stride | calib_off | calib_size | 0 ...      | 256
+ *   | lane_off | lane_stride | calib_off | calib_size | octave, 0  | 256
  *   +----------+-------------+-----------+------------+------------+
  *   | lane 0 (layer 0, KV head 0): its tensors, zeros up to         | lane_off = 256
  *   | lane_stride, a multiple of 64                                 |
@@ -37,10 +37,18 @@
  *      pos [pos_rows][pos_dim]          gp [pos_dim] op [pos_dim]
  *      w1 [hidden][in]     b1 [hidden]  g1 [hidden]  o1 [hidden]
  *      w2 [hidden][hidden] b2 [hidden]  g2 [hidden]  o2 [hidden]
- *      w3 [1][hidden]      b3 [1]
+ *      w3 [rank][hidden]   b3 [rank]
+ *      dist [2 * rank][dist_rows]
  *   b biases of the linears; g and o weight and bias of the LayerNorms. The
  *   published network has proj 256, pos_rows 6000, pos_dim 32, hidden 256 and
  *   465,729 parameters at k_dim = v_dim = 128.
+ *
+ *   The network yields f_0 ... f_{rank-1} per row, once. With dist_rows > 0 the score of the row that lies
+ *   x = n - 1 - position rows before the end of a sequence of n rows is
+ *      f_0 + phi_0(x, n) + f_1 phi_1(x, n),     phi_r(x, n) = D_2r(t) + lambda(n) D_2r+1(t),
+ *      t = min(octave * log2(1 + x), dist_rows - 1),    lambda(n) = clamp(log2 n, 8, 14) - 11,
+ *   D the rows of dist, linear between knots. With pos_kind LOG2 the row's own position enters as
+ *   LN(pos[t(position)]), linear between knots as well, t by pos_rows.
  *
  *   kind 2, POSITION (f32)   dist [pos_rows]   index [pos_rows]
  *   kind 3, QFILTER (f32)    f [k_dim]
@@ -62,7 +70,7 @@ enum weights_rope { WEIGHTS_ROPE_NONE = 0, WEIGHTS_ROPE_HALF = 1, WEIGHTS_ROPE_P
 enum weights_keys { WEIGHTS_KEYS_CACHED = 0 /* after RoPE */, WEIGHTS_KEYS_UNROTATED = 1 };
 enum weights_pos {
 	WEIGHTS_POS_TABLE = 1, /* LN(pos[min(position, pos_rows - 1)]) */
-	WEIGHTS_POS_LOG2 = 2,  /* knots at log2(1 + x), pos_dim of them per octave */
+	WEIGHTS_POS_LOG2 = 2,  /* knots at log2(1 + x), pos_dim (POSITION) or octave (KVP) of them per octave */
 };
 
 struct weights_header {
@@ -78,9 +86,10 @@ struct weights_header {
 	uint32_t keys, kind, dtype;
 	uint32_t proj, pos_kind, pos_rows, pos_dim, hidden;
 	uint32_t rank; /* static coefficients per row that the network yields; 1: the score itself */
-	uint32_t reserved0;
+	uint32_t dist_rows; /* KVP: knots of the distance tables; 0: a score does not depend on the distance */
 	uint64_t lane_off, lane_stride, calib_off, calib_size; /* bytes */
-	uint8_t reserved1[40];
+	uint32_t octave; /* KVP: knots per octave, of pos (when LOG2) and of dist */
+	uint8_t reserved1[36];
 };
 static_assert(sizeof(struct weights_header) == WEIGHTS_HEADER, "layout is the format");
 static_assert(offsetof(struct weights_header, digest) == 24, "layout is the format");
@@ -111,6 +120,7 @@ enum weights_kvp_tensor {
 	KVP_O2,
 	KVP_W3,
 	KVP_B3,
+	KVP_DIST,
 	KVP_TENSORS
 };
 enum { POSITION_DIST, POSITION_INDEX };

@@ -20,8 +20,8 @@ struct field_limit {
 };
 
 static const struct field_limit common_limits[] = {
-	{FIELD(layers), 1, 1024, 1}, {FIELD(heads), 1, 1024, 1},  {FIELD(rope_type), 0, 2, 1},
-	{FIELD(keys), 0, 1, 1},      {FIELD(reserved0), 0, 0, 1}, {NULL, 0, 0, 0, 0},
+	{FIELD(layers), 1, 1024, 1}, {FIELD(heads), 1, 1024, 1}, {FIELD(rope_type), 0, 2, 1},
+	{FIELD(keys), 0, 1, 1},      {NULL, 0, 0, 0, 0},
 };
 
 static const struct field_limit kvp_limits[] = {
@@ -29,11 +29,13 @@ static const struct field_limit kvp_limits[] = {
 	{FIELD(k_dim), 16, 256, 16},
 	{FIELD(v_dim), 16, 256, 16},
 	{FIELD(proj), 32, 256, 32},
-	{FIELD(pos_kind), WEIGHTS_POS_TABLE, WEIGHTS_POS_TABLE, 1},
+	{FIELD(pos_kind), WEIGHTS_POS_TABLE, WEIGHTS_POS_LOG2, 1},
 	{FIELD(pos_rows), 1, 1u << 20, 1},
 	{FIELD(pos_dim), 16, 64, 16},
 	{FIELD(hidden), 32, 512, 32},
-	{FIELD(rank), 1, 1, 1},
+	{FIELD(rank), 1, 2, 1},
+	{FIELD(dist_rows), 0, 4096, 1},
+	{FIELD(octave), 0, 64, 1},
 	{NULL, 0, 0, 0, 0},
 };
 
@@ -47,6 +49,8 @@ static const struct field_limit position_limits[] = {
 	{FIELD(pos_dim), 1, 64, 1},
 	{FIELD(hidden), 0, 0, 1},
 	{FIELD(rank), 1, 1, 1},
+	{FIELD(dist_rows), 0, 0, 1},
+	{FIELD(octave), 0, 0, 1},
 	{NULL, 0, 0, 0, 0},
 };
 
@@ -60,6 +64,8 @@ static const struct field_limit qfilter_limits[] = {
 	{FIELD(pos_dim), 0, 0, 1},
 	{FIELD(hidden), 0, 0, 1},
 	{FIELD(rank), 1, 1, 1},
+	{FIELD(dist_rows), 0, 0, 1},
+	{FIELD(octave), 0, 0, 1},
 	{NULL, 0, 0, 0, 0},
 };
 
@@ -122,8 +128,9 @@ int weights_lay_out(struct weights_layout *ret, const struct weights_header *h)
 		{"b2", 1, h->hidden, 0},
 		{"g2", 1, h->hidden, 0},
 		{"o2", 1, h->hidden, 0},
-		{"w3", 1, h->hidden, 0},
-		{"b3", 1, 1, 0},
+		{"w3", h->rank, h->hidden, 0},
+		{"b3", 1, h->rank, 0},
+		{"dist", 2 * h->rank, h->dist_rows, 0},
 	};
 	const struct weights_tensor position[] = {{"dist", 1, h->pos_rows, 0}, {"index", 1, h->pos_rows, 0}};
 	const struct weights_tensor qfilter[] = {{"f", 1, h->k_dim, 0}};

@@ -24,8 +24,8 @@ int weights_image_new(uint8_t **ret, const struct weights_header *shape, uint64_
 	h.version = WEIGHTS_VERSION;
 	h.header_size = WEIGHTS_HEADER;
 	h.dtype = h.kind == WEIGHTS_KVP ? WEIGHTS_BF16 : WEIGHTS_F32;
-	h.rank = 1;
-	h.reserved0 = 0;
+	if (!h.rank)
+		h.rank = 1;
 	memset(h.reserved1, 0, sizeof(h.reserved1));
 	memset(h.digest, 0, sizeof(h.digest));
 	r = weights_check_shape(&h, err, errsize);

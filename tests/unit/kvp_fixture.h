@@ -47,6 +47,7 @@ static inline struct weights_header shape_kvp(uint32_t k_dim, uint32_t v_dim)
 				       .pos_rows = 6000,
 				       .pos_dim = 32,
 				       .hidden = 256,
+				       .rank = 1,
 				       .rope_type = WEIGHTS_ROPE_HALF,
 				       .rope_theta = 10000};
 }
