@@ -92,6 +92,12 @@ $(BUILD)/librooms.a: $(ROOMS)
 	$(say) AR $@
 	$(Q)rm -f $@ && ar rcs $@ $^
 
+# What ranks, trains and evaluates, alone: needs no io_uring, no NUMA, no systemd.
+$(BUILD)/libpolicy.a: $(call obj,$(SHM) $(POLICY))
+	@mkdir -p $(@D)
+	$(say) AR $@
+	$(Q)rm -f $@ && ar rcs $@ $^
+
 $(BUILD)/libdaemon.a: $(call obj,$(DAEMON))
 	@mkdir -p $(@D)
 	$(say) AR $@
@@ -112,9 +118,9 @@ $(BUILD)/liblearn.a: $(call obj,$(TRAIN) $(EVAL))
 
 $(BUILD)/kvtier-train $(BUILD)/kvtier-eval: $(BUILD)/liblearn.a
 $(BUILD)/kvtier-train $(BUILD)/kvtier-eval: TOOL_LIBS := -Wl,--no-as-needed -ldl -Wl,--as-needed $(BLAS)
-$(BUILD)/kvtier-%: $(BUILD)/obj/policy/tools/kvtier-%.o $(BUILD)/librooms.a
+$(BUILD)/kvtier-%: $(BUILD)/obj/policy/tools/kvtier-%.o $(BUILD)/libpolicy.a
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $< $(filter %/liblearn.a,$^) $(BUILD)/librooms.a $(TOOL_LIBS) $(LIBS)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $< $(filter %/liblearn.a,$^) $(BUILD)/libpolicy.a $(TOOL_LIBS) -lisal -lcrypto -lm
 
 # For the Python side of the laboratory: trace writing and scoring by the code that the daemon runs. Not installed.
 $(BUILD)/libkvtier-lab.so: $(call obj,$(LAB) $(SHM) $(POLICY))
