@@ -9,6 +9,7 @@ struct trace {
 	struct trace_header h;
 	struct trace_cut *cut;     /* [h.cuts], owned */
 	struct trace_chunk *chunk; /* [h.chunks], owned, sorted by kind, cut, lane */
+	char *path;                /* for messages, owned */
 	int fd;
 };
 

@@ -38,6 +38,10 @@
 #define TRACE_ALIGN 64u
 #define TRACE_MAX_CUTS 64u
 #define TRACE_MAX_ROWS (1u << 20)
+#define TRACE_MAX_LAYERS 256u
+#define TRACE_MAX_LANES 1024u
+#define TRACE_MAX_GROUP 256u
+#define TRACE_MAX_DIM 1024u
 
 enum trace_kind {
 	TRACE_CUTS = 1,
@@ -101,7 +105,21 @@ struct trace_chunk {
 };
 static_assert(sizeof(struct trace_chunk) == 32, "layout is the format");
 
-/* Bytes that a chunk of this kind must have in a file with this header (cut: for UMAX and UMEAN, else NULL). */
+/*
+ * Are model ... reserved within their limits? Text is NUL-padded and has no control characters; a file without
+ * rows has no cuts. 0, or -EINVAL and in err one line with field, offset, value and limit.
+ */
+int trace_check_header(const struct trace_header *h, char *err, size_t errsize);
+/* The same for cut number `i`: 1 <= prompt <= rows, and what is no BRANCH has its queries in the file. */
+int trace_check_cut(const struct trace_header *h, const struct trace_cut *cut, uint32_t i, char *err,
+		    size_t errsize);
+/* "K", "UMAX", ...; NULL for what is no kind. */
+const char *trace_kind_name(uint32_t kind);
+/* Has this kind a chunk per lane, and per cut? */
+int trace_kind_lanes(uint32_t kind);
+int trace_kind_cuts(uint32_t kind);
+/* Bytes that a chunk of this kind must have in a file with this header (cut: for UMAX and UMEAN, else NULL); 0:
+ * such a file has no such chunk. */
 uint64_t trace_chunk_bytes(const struct trace_header *h, uint32_t kind, const struct trace_cut *cut);
 
 /*
@@ -111,14 +129,17 @@ uint64_t trace_chunk_bytes(const struct trace_header *h, uint32_t kind, const st
 struct trace_writer;
 
 /*
- * The caller fills model ... seed of `h`; sizes, table and checksums are filled in. cuts: h->cuts of them,
- * copied. -EINVAL: a field is out of its limits (one line in err), or the error of open.
+ * The caller fills model ... seed of `h`; sizes, table and checksums are filled in, and the CUTS chunk is
+ * written. cuts: h->cuts of them, copied. The file's mode is 0600: a trace holds what was said. -EINVAL: a
+ * field is out of its limits (one line in err), or the error of open.
  */
 int trace_writer_open(struct trace_writer **ret, const char *path, const struct trace_header *h,
 		      const struct trace_cut *cuts, char *err, size_t errsize);
 /* The bytes of one chunk, whose size follows from the header. -EINVAL (no such lane or cut, written before), or
  * of write. After an error only abort() is of use. */
 int trace_writer_chunk(struct trace_writer *w, uint32_t kind, uint32_t lane, uint32_t cut, const void *data);
+/* Bytes that the chunks of this kind (and cut) have in the file; 0: there can be none. */
+uint64_t trace_writer_bytes(const struct trace_writer *w, uint32_t kind, uint32_t cut);
 /* Bytes of the file so far. */
 uint64_t trace_writer_size(const struct trace_writer *w);
 /* Complete and rename; frees w whatever is returned. sync: fsync first. */
