@@ -16,6 +16,8 @@ struct kvp {
 	enum row_dtype dtype;
 	uint32_t lanes;
 	struct kvp_dims dims;
+	struct kvp_rope rope; /* NONE: keys are scored as cached */
+	struct kvp_dist dist;
 	const struct kvp_isa *isa; /* NULL: the reference, which reads `weights` */
 	struct weights *weights;   /* reference only; the others free it once packed */
 	struct kvp_lane *lane;     /* into `arena` */
@@ -72,13 +74,13 @@ static void *carve(struct carver *c, size_t bytes)
 	return p;
 }
 
-static const float *pack_vector(struct carver *c, const struct weights *w, uint32_t lane, uint32_t t)
+static const float *pack_floats(struct carver *c, const struct weights *w, uint32_t lane, uint32_t t)
 {
 	const uint16_t *src = weights_at(w, lane, t);
-	uint32_t n = w->layout.tensor[t].cols;
+	size_t n = (size_t)w->layout.tensor[t].rows * w->layout.tensor[t].cols;
 	float *dst = carve(c, n * sizeof(float));
 
-	for (uint32_t i = 0; dst && i < n; i++)
+	for (size_t i = 0; dst && i < n; i++)
 		dst[i] = bf16_float(src[i]);
 	return dst;
 }
@@ -105,29 +107,25 @@ static struct kvp_dense pack_dense(struct carver *c, const struct weights *w, ui
 
 	/* The enum keeps each weight, bias, gain and shift in this order. */
 	d.w = pack_matrix(c, w, lane, t, panel);
-	d.bias = pack_vector(c, w, lane, t + 1);
-	d.norm.gain = pack_vector(c, w, lane, t + 2);
-	d.norm.shift = pack_vector(c, w, lane, t + 3);
+	d.bias = pack_floats(c, w, lane, t + 1);
+	d.norm.gain = pack_floats(c, w, lane, t + 2);
+	d.norm.shift = pack_floats(c, w, lane, t + 3);
 	return d;
 }
 
 static struct kvp_lane pack_lane(struct carver *c, const struct weights *w, uint32_t lane, uint32_t panel)
 {
-	size_t pos_bytes = (size_t)w->h.pos_rows * w->h.pos_dim * sizeof(uint16_t);
 	struct kvp_lane l;
-	void *pos;
 
 	l.k = pack_dense(c, w, lane, KVP_WK, panel);
 	l.v = pack_dense(c, w, lane, KVP_WV, panel);
 	l.h1 = pack_dense(c, w, lane, KVP_W1, panel);
 	l.h2 = pack_dense(c, w, lane, KVP_W2, panel);
-	l.pos_norm.gain = pack_vector(c, w, lane, KVP_GP);
-	l.pos_norm.shift = pack_vector(c, w, lane, KVP_OP);
-	l.out = pack_vector(c, w, lane, KVP_W3);
-	l.out_bias = bf16_float(*(const uint16_t *)weights_at(w, lane, KVP_B3));
-	l.pos = pos = carve(c, pos_bytes);
-	if (pos)
-		memcpy(pos, weights_at(w, lane, KVP_POS), pos_bytes);
+	l.pos_norm.gain = pack_floats(c, w, lane, KVP_GP);
+	l.pos_norm.shift = pack_floats(c, w, lane, KVP_OP);
+	l.out = pack_floats(c, w, lane, KVP_W3);
+	l.out_bias = pack_floats(c, w, lane, KVP_B3);
+	l.pos = pack_floats(c, w, lane, KVP_POS);
 	return l;
 }
 
@@ -164,6 +162,8 @@ static void kvp_free(struct policy *p)
 	if (q->arena)
 		munmap(q->arena, q->arena_bytes);
 	free(q->lane);
+	kvp_rope_done(&q->rope);
+	kvp_dist_done(&q->dist);
 	weights_free(q->weights);
 	free(q);
 }
@@ -181,19 +181,22 @@ static int kvp_setup(struct kvp *q, const struct policy_cfg *cfg, char *err, siz
 	if (r < 0)
 		return r;
 	h = &q->weights->h;
-	if (h->keys != WEIGHTS_KEYS_CACHED || h->pos_kind != WEIGHTS_POS_TABLE || h->rank != 1 ||
-	    h->dist_rows) {
-		snprintf(err, errsize, "%s: keys %u, pos_kind %u, rank %u, dist_rows %u: not supported",
-			 cfg->weights, h->keys, h->pos_kind, h->rank, h->dist_rows);
-		return -EINVAL;
-	}
 	q->dtype = cfg->dtype;
 	q->lanes = q->weights->lanes;
-	q->dims = (struct kvp_dims){
-		h->k_dim, h->v_dim, h->proj, h->pos_rows, h->pos_dim, h->hidden, 2 * h->proj + h->pos_dim};
+	q->dims = (struct kvp_dims){.k_dim = h->k_dim,
+				    .v_dim = h->v_dim,
+				    .proj = h->proj,
+				    .pos_rows = h->pos_rows,
+				    .pos_dim = h->pos_dim,
+				    .hidden = h->hidden,
+				    .in = 2 * h->proj + h->pos_dim,
+				    .octave = h->pos_kind == WEIGHTS_POS_LOG2 ? h->octave : 0,
+				    .rank = h->rank};
 	if (!q->isa)
 		return 0;
-	if (pack(q, q->weights) < 0)
+	if (kvp_rope_init(&q->rope, h->keys == WEIGHTS_KEYS_UNROTATED ? h->rope_type : WEIGHTS_ROPE_NONE,
+			  h->k_dim, h->rope_theta) < 0 ||
+	    kvp_dist_init(&q->dist, q->weights) < 0 || pack(q, q->weights) < 0)
 		return out_of_memory(err, errsize);
 	weights_free(q->weights);
 	q->weights = NULL;
@@ -222,67 +225,136 @@ struct scratch {
 	_Alignas(64) char in[KVP_TILE * KVP_LD * sizeof(float)];
 	_Alignas(64) char x[KVP_TILE * KVP_LD * sizeof(float)];
 	_Alignas(64) float c[KVP_TILE * KVP_WIDEST];
+	uint32_t pos[KVP_TILE];
 };
 
-static void score_tile(const struct kvp *q, const struct policy_batch *b, uint32_t first, uint32_t n,
-		       struct scratch *s, float *scores)
+/* c = the tile's rows of the position table, between its knots where it has knots. */
+static void look_up(float *c, const struct kvp_dims *d, const float *table, const uint32_t *pos, uint32_t n)
+{
+	for (uint32_t i = 0; i < n; i++, c += d->pos_dim) {
+		float t = d->octave ? kvp_knot(d->octave, d->pos_rows, pos[i])
+				    : (float)MIN(pos[i], d->pos_rows - 1);
+		uint32_t at = (uint32_t)t;
+		const float *low = table + (size_t)at * d->pos_dim,
+			    *high = at + 1 < d->pos_rows ? low + d->pos_dim : low;
+
+		t -= (float)at;
+		for (uint32_t j = 0; j < d->pos_dim; j++)
+			c[j] = low[j] + t * (high[j] - low[j]);
+	}
+}
+
+static void tile_coefs(const struct kvp *q, const struct policy_batch *b, uint32_t first, uint32_t n,
+		       struct scratch *s, float *const *coef)
 {
 	const struct kvp_lane *l = &q->lane[b->lane];
 	const struct kvp_dims *d = &q->dims;
 	const struct kvp_isa *isa = q->isa;
+	const char *k = (const char *)b->k + first * b->k_stride, *v = (const char *)b->v + first * b->v_stride;
 	char *x_v = s->x + (size_t)d->proj * isa->act_bytes, *x_pos = x_v + (size_t)d->proj * isa->act_bytes;
 
-	isa->load(s->in, (const char *)b->k + first * b->k_stride, b->k_stride, q->dtype, n, d->k_dim);
+	for (uint32_t i = 0; i < n; i++)
+		s->pos[i] = batch_pos(b, first + i);
+	if (q->rope.type == WEIGHTS_ROPE_NONE)
+		isa->load(s->in, k, b->k_stride, q->dtype, n, d->k_dim);
+	else
+		isa->unrotate(s->in, k, b->k_stride, q->dtype, n, &q->rope, s->pos);
 	isa->linear(s->c, s->in, n, d->k_dim, d->proj, &l->k);
 	isa->norm(s->x, s->c, n, d->proj, l->k.norm, false);
 
-	isa->load(s->in, (const char *)b->v + first * b->v_stride, b->v_stride, q->dtype, n, d->v_dim);
+	isa->load(s->in, v, b->v_stride, q->dtype, n, d->v_dim);
 	isa->linear(s->c, s->in, n, d->v_dim, d->proj, &l->v);
 	isa->norm(x_v, s->c, n, d->proj, l->v.norm, false);
 
-	for (uint32_t i = 0; i < n; i++) {
-		const uint16_t *e = l->pos + (size_t)MIN(batch_pos(b, first + i), d->pos_rows - 1) * d->pos_dim;
-
-		for (uint32_t j = 0; j < d->pos_dim; j++)
-			s->c[i * d->pos_dim + j] = bf16_float(e[j]);
-	}
+	look_up(s->c, d, l->pos, s->pos, n);
 	isa->norm(x_pos, s->c, n, d->pos_dim, l->pos_norm, false);
 
 	isa->linear(s->c, s->x, n, d->in, d->hidden, &l->h1);
 	isa->norm(s->in, s->c, n, d->hidden, l->h1.norm, true);
 	isa->linear(s->c, s->in, n, d->hidden, d->hidden, &l->h2);
-	isa->finish(scores, s->c, n, d->hidden, l->h2.norm, l->out, l->out_bias);
+	isa->finish(coef, s->c, n, d->hidden, l->h2.norm, l->out, l->out_bias, d->rank);
 }
 
-static int kvp_score(struct policy *p, const struct policy_batch *b, float *scores)
+static int kvp_coefs(struct policy *p, const struct policy_batch *b, float *const *coef)
 {
 	const struct kvp *q = (const struct kvp *)p;
+	const uint32_t rank = q->dims.rank;
 	_cleanup_free_ struct scratch *s = NULL;
 
 	if (b->lane >= q->lanes || (b->n && (!b->k || !b->v)))
 		return -EINVAL;
 	if (!q->isa) {
-		kvp_ref_score(q->weights, q->dtype, b, scores);
+		kvp_ref_coefs(q->weights, q->dtype, b, coef);
 	} else {
 		s = aligned_alloc(64, sizeof(*s));
 		if (!s)
 			return -ENOMEM;
 		for (uint32_t i = 0; i < b->n; i += KVP_TILE)
-			score_tile(q, b, i, MIN(b->n - i, KVP_TILE), s, scores + i);
+			tile_coefs(q, b, i, MIN(b->n - i, KVP_TILE), s,
+				   (float *const[KVP_RANK]){coef[0] + i, rank > 1 ? coef[1] + i : NULL});
 	}
 	/* A runtime can hand us infinite or absurd rows; they rank last, and nothing else suffers. */
-	for (uint32_t i = 0; i < b->n; i++)
-		if (!isfinite(scores[i]))
-			scores[i] = -FLT_MAX;
+	for (uint32_t i = 0; i < b->n; i++) {
+		if (isfinite(coef[0][i]) && (rank == 1 || isfinite(coef[1][i])))
+			continue;
+		coef[0][i] = -FLT_MAX;
+		if (rank > 1)
+			coef[1][i] = 0;
+	}
 	return 0;
+}
+
+static uint32_t kvp_coefs_per_row(const struct policy *p)
+{
+	const struct kvp *q = (const struct kvp *)p;
+	uint32_t knots = q->isa ? q->dist.rows : q->weights->h.dist_rows;
+
+	return knots ? q->dims.rank : 0;
+}
+
+static int kvp_combine(const struct policy *p, const struct policy_batch *b, const float *const *coef,
+		       float *scores)
+{
+	const struct kvp *q = (const struct kvp *)p;
+
+	if (b->lane >= q->lanes || !kvp_coefs_per_row(p))
+		return -EINVAL;
+	if (q->isa)
+		kvp_dist_combine(&q->dist, q->isa, b, coef, scores);
+	else
+		kvp_ref_combine(q->weights, b, coef, scores);
+	return 0;
+}
+
+static int kvp_score(struct policy *p, const struct policy_batch *b, float *scores)
+{
+	const struct kvp *q = (const struct kvp *)p;
+	_cleanup_free_ float *second = NULL;
+	float *coef[KVP_RANK] = {scores};
+	int r;
+
+	if (q->dims.rank > 1) {
+		second = malloc((b->n + (size_t)1) * sizeof(*second));
+		if (!second)
+			return -ENOMEM;
+		coef[1] = second;
+	}
+	r = kvp_coefs(p, b, coef);
+	if (r < 0 || !kvp_coefs_per_row(p))
+		return r;
+	return kvp_combine(p, b, (const float *const[KVP_RANK]){scores, second}, scores);
 }
 
 const struct policy_ops policy_kvp_ops = {
 	.name = "kvp",
 	.id = POLICY_KVP,
-	.caps = POLICY_STATIC | POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_NEEDS_WEIGHTS | POLICY_NEEDS_DIM,
+	.caps = POLICY_STATIC | POLICY_SEPARABLE | POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_NEEDS_WEIGHTS |
+		POLICY_NEEDS_DIM,
 	.init = kvp_init,
 	.score = kvp_score,
+	.coefs_per_row = kvp_coefs_per_row,
+	.coefs = kvp_coefs,
+	.combine = kvp_combine,
 	.free = kvp_free,
 	.doc = "the KVP network: predicted future attention from key, value and position (from the weight "
 	       "file)",

@@ -8,6 +8,10 @@
 #define VF 8
 #define vf_load _mm256_load_ps
 #define vf_store _mm256_store_ps
+#define vf_loadu _mm256_loadu_ps
+#define vf_storeu _mm256_storeu_ps
+#define vf_iota() _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)
+#define vf_swap(x) _mm256_permute_ps((x), 0xb1)
 #define vf_set1 _mm256_set1_ps
 #define vf_add _mm256_add_ps
 #define vf_sub _mm256_sub_ps
@@ -27,6 +31,15 @@ static inline __m256 vf_scale2(__m256 p, __m256 n)
 	__m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
 
 	return _mm256_mul_ps(p, _mm256_castsi256_ps(bits));
+}
+
+static inline __m256 vf_split(__m256 x, __m256 *e)
+{
+	__m256i bits = _mm256_castps_si256(x), one = _mm256_set1_epi32(127);
+
+	*e = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(bits, 23), one));
+	bits = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff));
+	return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_slli_epi32(one, 23)));
 }
 
 static inline float vf_sum(__m256 v)
@@ -131,15 +144,27 @@ static void load(void *act, const void *rows, size_t stride, enum row_dtype dtyp
 	rows_load(act, rows, stride, dtype, n, dim, false);
 }
 
+static void unrotate(void *act, const void *rows, size_t stride, enum row_dtype dtype, uint32_t n,
+		     const struct kvp_rope *rope, const uint32_t *pos)
+{
+	rows_unrotate(act, rows, stride, dtype, n, rope, pos, false);
+}
+
 static void norm(void *act, const float *c, uint32_t n, uint32_t width, struct kvp_norm norm_, bool silu)
 {
 	rows_norm(act, c, n, width, norm_, silu, false);
 }
 
-static void finish(float *scores, const float *c, uint32_t n, uint32_t width, struct kvp_norm norm_,
-		   const float *out, float bias)
+static void finish(float *const *coef, const float *c, uint32_t n, uint32_t width, struct kvp_norm norm_,
+		   const float *out, const float *bias, uint32_t rank)
 {
-	rows_finish(scores, c, n, width, norm_, out, bias);
+	rows_finish(coef, c, n, width, norm_, out, bias, rank);
+}
+
+static void combine(float *scores, const float *f0, const float *f1, uint32_t n, uint32_t distance,
+		    float per_octave, const struct kvp_segment *seg)
+{
+	rows_combine(scores, f0, f1, n, distance, per_octave, seg);
 }
 
 const struct kvp_isa kvp_avx2 = {
@@ -148,7 +173,9 @@ const struct kvp_isa kvp_avx2 = {
 	.panel = PANEL,
 	.act_bytes = 4,
 	.load = load,
+	.unrotate = unrotate,
 	.linear = linear,
 	.norm = norm,
 	.finish = finish,
+	.combine = combine,
 };

@@ -12,6 +12,10 @@
 #define VF 16
 #define vf_load _mm512_load_ps
 #define vf_store _mm512_store_ps
+#define vf_loadu _mm512_loadu_ps
+#define vf_storeu _mm512_storeu_ps
+#define vf_iota() _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#define vf_swap(x) _mm512_permute_ps((x), 0xb1)
 #define vf_set1 _mm512_set1_ps
 #define vf_add _mm512_add_ps
 #define vf_sub _mm512_sub_ps
@@ -27,6 +31,12 @@
 
 #define ROWS 12
 #define PANEL 32
+
+static inline __m512 vf_split(__m512 x, __m512 *e)
+{
+	*e = _mm512_getexp_ps(x);
+	return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+}
 
 static inline __m512 widen_bf16(__m256i half)
 {
@@ -175,10 +185,16 @@ static void norm_fp32(void *act, const float *c, uint32_t n, uint32_t width, str
 	rows_norm(act, c, n, width, norm, silu, false);
 }
 
-static void finish(float *scores, const float *c, uint32_t n, uint32_t width, struct kvp_norm norm,
-		   const float *out, float bias)
+static void finish(float *const *coef, const float *c, uint32_t n, uint32_t width, struct kvp_norm norm,
+		   const float *out, const float *bias, uint32_t rank)
 {
-	rows_finish(scores, c, n, width, norm, out, bias);
+	rows_finish(coef, c, n, width, norm, out, bias, rank);
+}
+
+static void combine(float *scores, const float *f0, const float *f1, uint32_t n, uint32_t distance,
+		    float per_octave, const struct kvp_segment *seg)
+{
+	rows_combine(scores, f0, f1, n, distance, per_octave, seg);
 }
 
 /* bf16 rows are copied bit for bit: a conversion to fp32 and back would flush subnormals. */
@@ -198,15 +214,29 @@ static void load_fp32(void *act, const void *rows, size_t stride, enum row_dtype
 	rows_load(act, rows, stride, dtype, n, dim, false);
 }
 
+static void unrotate_bf16(void *act, const void *rows, size_t stride, enum row_dtype dtype, uint32_t n,
+			  const struct kvp_rope *rope, const uint32_t *pos)
+{
+	rows_unrotate(act, rows, stride, dtype, n, rope, pos, true);
+}
+
+static void unrotate_fp32(void *act, const void *rows, size_t stride, enum row_dtype dtype, uint32_t n,
+			  const struct kvp_rope *rope, const uint32_t *pos)
+{
+	rows_unrotate(act, rows, stride, dtype, n, rope, pos, false);
+}
+
 const struct kvp_isa kvp_avx512_bf16 = {
 	.name = "avx512-bf16",
 	.supported = has_bf16,
 	.panel = PANEL,
 	.act_bytes = 2,
 	.load = load_bf16,
+	.unrotate = unrotate_bf16,
 	.linear = linear_bf16,
 	.norm = norm_bf16,
 	.finish = finish,
+	.combine = combine,
 };
 
 const struct kvp_isa kvp_avx512_fp32 = {
@@ -215,7 +245,9 @@ const struct kvp_isa kvp_avx512_fp32 = {
 	.panel = PANEL,
 	.act_bytes = 4,
 	.load = load_fp32,
+	.unrotate = unrotate_fp32,
 	.linear = linear_fp32,
 	.norm = norm_fp32,
 	.finish = finish,
+	.combine = combine,
 };

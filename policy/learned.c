@@ -56,8 +56,8 @@ static int check_for(const struct weights *w, const struct policy_cfg *cfg, uint
 			 cfg->model);
 		return -EINVAL;
 	}
-	if (kind != WEIGHTS_POSITION && w->h.keys != WEIGHTS_KEYS_CACHED) {
-		snprintf(err, errsize, "%s: keys: %u (before RoPE), must be 0: keys are scored as cached",
+	if (kind == WEIGHTS_QFILTER && w->h.keys != WEIGHTS_KEYS_CACHED) {
+		snprintf(err, errsize, "%s: keys: %u (before RoPE), must be 0: its keys are scored as cached",
 			 cfg->weights, w->h.keys);
 		return -EINVAL;
 	}

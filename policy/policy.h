@@ -28,13 +28,15 @@ enum policy_id {
 };
 
 enum {
-	POLICY_STATIC = 1,  /* a row's score depends on that row alone: scored once */
+	POLICY_STATIC = 1,  /* what is kept of a row depends on that row alone: scored once */
 	POLICY_CONTEXT = 2, /* other rows matter: device rows are rescored at each plan */
 	POLICY_NEEDS_K = 4,
 	POLICY_NEEDS_V = 8,
 	POLICY_NEEDS_WEIGHTS = 16,
 	POLICY_NEEDS_DIM = 32, /* needs dtype and head_dim, not opaque rows */
+	POLICY_SEPARABLE = 64, /* STATIC, and has coefs_per_row, coefs and combine */
 };
+#define POLICY_MAX_COEFS 2u
 
 enum row_dtype { ROW_OPAQUE = 0, ROW_F32 = 1, ROW_F16 = 2, ROW_BF16 = 3 }; /* equals enum kvtier_dtype */
 
@@ -70,6 +72,23 @@ struct policy_ops {
 	int (*init)(struct policy **ret, const struct policy_cfg *cfg, char *err, size_t errsize);
 	/* scores[i] for row i, finite. 0 or -ENOMEM. */
 	int (*score)(struct policy *p, const struct policy_batch *b, float *scores);
+	/*
+	 * SEPARABLE: scores that depend on the distance to the end, made of a few
+	 * coefficients per row that do not. Whoever keeps these never scores a row
+	 * twice: score(b) is combine(b, coefs(b)) at any b->total.
+	 *
+	 * coefs_per_row: of this object, at most POLICY_MAX_COEFS; 0 when its scores
+	 * do not depend on the distance after all, and score() is final.
+	 * coefs: coef[r][i] is coefficient r of row i; b->total is not read. As score.
+	 * combine: scores from coefficients; of b, only lane, n, positions and total
+	 * are read. A coefficient that is not finite makes the least of scores. Fast
+	 * where positions are consecutive. 0 or -EINVAL (lane).
+	 * A policy of one coefficient only adds to it, so that it is a score at any fixed distance.
+	 */
+	uint32_t (*coefs_per_row)(const struct policy *p);
+	int (*coefs)(struct policy *p, const struct policy_batch *b, float *const *coef);
+	int (*combine)(const struct policy *p, const struct policy_batch *b, const float *const *coef,
+		       float *scores);
 	void (*free)(struct policy *p); /* NULL is fine */
 	const char *doc;                /* one line for `kvtierctl policy list` */
 };

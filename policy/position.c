@@ -59,33 +59,67 @@ static float lookup(const float *table, uint32_t knots, uint32_t per_octave, uin
 	return table[i] + (t - (float)i) * (table[i + 1] - table[i]);
 }
 
-static int position_score(struct policy *p, const struct policy_batch *b, float *scores)
+static float bounded(float s)
+{
+	return isfinite(s) ? s : -FLT_MAX; /* two huge knots can overflow, and a caller's coefficients */
+}
+
+/* One coefficient: what the index is worth. */
+static int position_coefs(struct policy *p, const struct policy_batch *b, float *const *coef)
 {
 	const struct position *q = (const struct position *)p;
 	const struct weights_header *h = &q->weights->h;
-	const float *dist, *index;
+	const float *index;
+
+	if (b->lane >= q->weights->lanes)
+		return -EINVAL;
+	index = weights_at(q->weights, b->lane, POSITION_INDEX);
+	for (uint32_t i = 0; i < b->n; i++)
+		coef[0][i] =
+			bounded(lookup(index, h->pos_rows, h->pos_dim, b->pos ? b->pos[i] : b->first_pos + i));
+	return 0;
+}
+
+static uint32_t position_coefs_per_row(const struct policy *p)
+{
+	return 1;
+}
+
+static int position_combine(const struct policy *p, const struct policy_batch *b, const float *const *coef,
+			    float *scores)
+{
+	const struct position *q = (const struct position *)p;
+	const struct weights_header *h = &q->weights->h;
+	const float *dist;
 
 	if (b->lane >= q->weights->lanes)
 		return -EINVAL;
 	dist = weights_at(q->weights, b->lane, POSITION_DIST);
-	index = weights_at(q->weights, b->lane, POSITION_INDEX);
 	for (uint32_t i = 0; i < b->n; i++) {
 		uint32_t pos = b->pos ? b->pos[i] : b->first_pos + i;
 		uint32_t left = b->total > pos ? b->total - 1 - pos : 0;
-		float s = lookup(dist, h->pos_rows, h->pos_dim, left) +
-			  lookup(index, h->pos_rows, h->pos_dim, pos);
 
-		scores[i] = isfinite(s) ? s : -FLT_MAX; /* two huge knots can overflow */
+		scores[i] = bounded(coef[0][i] + lookup(dist, h->pos_rows, h->pos_dim, left));
 	}
 	return 0;
+}
+
+static int position_score(struct policy *p, const struct policy_batch *b, float *scores)
+{
+	int r = position_coefs(p, b, (float *const[]){scores});
+
+	return r < 0 ? r : position_combine(p, b, (const float *const[]){scores}, scores);
 }
 
 const struct policy_ops policy_position_ops = {
 	.name = "position",
 	.id = POLICY_POSITION,
-	.caps = POLICY_CONTEXT | POLICY_NEEDS_WEIGHTS, /* the distance to the end grows */
+	.caps = POLICY_STATIC | POLICY_SEPARABLE | POLICY_NEEDS_WEIGHTS,
 	.init = position_init,
 	.score = position_score,
+	.coefs_per_row = position_coefs_per_row,
+	.coefs = position_coefs,
+	.combine = position_combine,
 	.free = position_free,
 	.doc = "learned prior over index and distance to the end (from the weight file)",
 };

@@ -192,6 +192,24 @@ static int check_name(const char name[64], char *err, size_t errsize)
 	return 0;
 }
 
+/* What one field asks of another. */
+static int check_together(const struct weights_header *h, char *err, size_t errsize)
+{
+	bool unrotate = h->keys == WEIGHTS_KEYS_UNROTATED && h->rope_type != WEIGHTS_ROPE_NONE;
+
+	if (unrotate && !(h->rope_theta > 0))
+		return refuse(err, errsize, "rope_theta: %g, must be positive where keys is 1 (before RoPE)",
+			      (double)h->rope_theta);
+	if (h->kind != WEIGHTS_KVP)
+		return 0;
+	if (h->rank > 1 && !h->dist_rows)
+		return refuse(err, errsize, "dist_rows: 0, must be 1 to 4096 where rank is %u", h->rank);
+	if (h->octave == 0 && (h->dist_rows || h->pos_kind == WEIGHTS_POS_LOG2))
+		return refuse(err, errsize, "octave: 0, must be 1 to 64 where %s",
+			      h->dist_rows ? "dist_rows is not 0" : "pos_kind is 2 (log2)");
+	return 0;
+}
+
 int weights_check_shape(const struct weights_header *h, char *err, size_t errsize)
 {
 	int r = check_name(h->name, err, errsize);
@@ -206,5 +224,5 @@ int weights_check_shape(const struct weights_header *h, char *err, size_t errsiz
 	if (r == 0 && !(isfinite(h->rope_theta) && h->rope_theta >= 0))
 		r = refuse(err, errsize, "rope_theta: %g, must be finite and not negative",
 			   (double)h->rope_theta);
-	return r;
+	return r ? r : check_together(h, err, errsize);
 }

@@ -144,6 +144,8 @@ static struct spread kvp_spread(uint32_t t, uint32_t cols)
 		return (struct spread){0.0f, 1.6f / sqrtf((float)cols)};
 	case KVP_POS:
 		return (struct spread){0.0f, 1.0f};
+	case KVP_DIST:
+		return (struct spread){0.0f, 0.5f};
 	default: /* biases */
 		return (struct spread){0.0f, 0.1f};
 	}

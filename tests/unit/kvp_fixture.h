@@ -64,6 +64,36 @@ static inline struct weights_header shape_narrow(void)
 	return h;
 }
 
+/* What is trained for SmolLM2, for keys before RoPE and scores that follow the distance to the end. */
+static inline struct weights_header shape_trained(void)
+{
+	struct weights_header h = shape_kvp(64, 64);
+
+	h.keys = WEIGHTS_KEYS_UNROTATED;
+	h.rope_theta = 100000;
+	h.proj = h.hidden = 128;
+	h.pos_kind = WEIGHTS_POS_LOG2;
+	h.pos_rows = h.dist_rows = 33;
+	h.pos_dim = 16;
+	h.octave = 2;
+	h.rank = 2;
+	return h;
+}
+
+/* shape_narrow() with everything on that it leaves off. */
+static inline struct weights_header shape_narrow_trained(void)
+{
+	struct weights_header h = shape_narrow();
+
+	h.keys = WEIGHTS_KEYS_UNROTATED;
+	h.rope_type = WEIGHTS_ROPE_PAIRS;
+	h.pos_kind = WEIGHTS_POS_LOG2;
+	h.octave = 3;
+	h.rank = 2;
+	h.dist_rows = 20;
+	return h;
+}
+
 static inline struct weights_header shape_position(void)
 {
 	return (struct weights_header){.name = MODEL,

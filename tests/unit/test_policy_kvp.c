@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* The KVP network: the reference against fp64 arithmetic, the vector kernels against the reference. */
-#include "kvp_fixture.h"
+#include "kvp_double.h"
 
 #include <float.h>
 #include <math.h>
@@ -15,76 +15,6 @@ static const char *const vector_isas[] = {"avx2", "avx512-fp32", "avx512-bf16"};
 static double limit_of(const char *isa)
 {
 	return strcmp(isa, "avx512-bf16") == 0 ? BF16_LIMIT : FP32_LIMIT;
-}
-
-/* Rows as a runtime would hold them, K and V in one buffer. */
-struct rows {
-	char *mem;
-	struct policy_batch batch;
-};
-
-static uint64_t rng = 1;
-
-static double uniform(void)
-{
-	rng = rng * 6364136223846793005u + 1442695040888963407u;
-	return ((double)(rng >> 33) + 0.5) / 2147483648.0;
-}
-
-static float normal(void)
-{
-	double u = uniform(), v = uniform();
-
-	return (float)(sqrt(-2 * log(u)) * cos(2 * M_PI * v));
-}
-
-static uint16_t float_half(float x)
-{
-	uint16_t sign = signbit(x) ? 0x8000 : 0;
-	float m;
-	int e;
-
-	m = frexpf(fabsf(x), &e); /* x = m 2^e, m in [1/2, 1) */
-	if (e < -13)
-		return sign | (uint16_t)lrintf(ldexpf(fabsf(x), 24));
-	return sign | (uint16_t)(((e + 14) << 10) + lrintf(m * 2048) - 1024);
-}
-
-static void put_element(char *row, size_t i, enum row_dtype dtype, float x)
-{
-	uint16_t half = dtype == ROW_F16 ? float_half(x) : float_bf16(x);
-
-	if (dtype == ROW_F32)
-		memcpy(row + i * 4, &x, 4);
-	else
-		memcpy(row + i * 2, &half, 2);
-}
-
-/* `gap` bytes follow each row and `skew` bytes come before the first, filled with what would be NaN. */
-static struct rows make_rows(uint32_t n, uint32_t k_dim, uint32_t v_dim, enum row_dtype dtype, size_t gap,
-			     size_t skew)
-{
-	size_t ks = k_dim * dtype_bytes(dtype) + gap, vs = v_dim * dtype_bytes(dtype) + gap;
-	struct rows r = {.mem = malloc(skew + n * (ks + vs))};
-	char *v = r.mem + skew + n * ks;
-
-	assert_non_null(r.mem);
-	memset(r.mem, 0xff, skew + n * (ks + vs));
-	for (uint32_t i = 0; i < n; i++) {
-		for (uint32_t j = 0; j < k_dim; j++)
-			put_element(r.mem + skew + i * ks, j, dtype, 3 * normal());
-		for (uint32_t j = 0; j < v_dim; j++)
-			put_element(v + i * vs, j, dtype, normal() / 2);
-	}
-	r.batch = (struct policy_batch){.lane = 1,
-					.n = n,
-					.k = r.mem + skew,
-					.v = v,
-					.k_stride = ks,
-					.v_stride = vs,
-					.first_pos = 100,
-					.total = 100 + n};
-	return r;
 }
 
 static double largest_difference(const float *a, const float *b, uint32_t n)
@@ -107,68 +37,7 @@ static double spread(const float *a, uint32_t n)
 	return sqrt(squares / n - sum / n * (sum / n));
 }
 
-/* ---- the definition, in fp64 and with no code of the policy's ---- */
-
-static double w_at(const struct weights *w, uint32_t lane, uint32_t t, size_t i)
-{
-	uint32_t word = (uint32_t)((const uint16_t *)(w->image + 256 + lane * w->layout.stride +
-						      w->layout.tensor[t].off))[i]
-			<< 16;
-	float x;
-
-	memcpy(&x, &word, 4);
-	return x;
-}
-
-static void dense64(double *y, const double *x, const struct weights *w, uint32_t lane, uint32_t t, uint32_t in,
-		    uint32_t out)
-{
-	for (uint32_t o = 0; o < out; o++) {
-		y[o] = w_at(w, lane, t + 1, o);
-		for (uint32_t i = 0; i < in; i++)
-			y[o] += w_at(w, lane, t, (size_t)o * in + i) * x[i];
-	}
-}
-
-static void norm64(double *y, const struct weights *w, uint32_t lane, uint32_t gain, uint32_t n, bool silu)
-{
-	double mean = 0, var = 0;
-
-	for (uint32_t i = 0; i < n; i++)
-		mean += y[i] / n;
-	for (uint32_t i = 0; i < n; i++)
-		var += (y[i] - mean) * (y[i] - mean) / n;
-	for (uint32_t i = 0; i < n; i++) {
-		y[i] = (y[i] - mean) / sqrt(var + 1e-5) * w_at(w, lane, gain, i) + w_at(w, lane, gain + 1, i);
-		if (silu)
-			y[i] *= 1 / (1 + exp(-y[i]));
-	}
-}
-
-static double score64(const struct weights *w, uint32_t lane, const float *k, const float *v, uint32_t pos)
-{
-	const struct weights_header *h = &w->h;
-	double x[1024], y[1024], score;
-
-	for (uint32_t i = 0; i < h->k_dim; i++)
-		y[i] = k[i];
-	dense64(x, y, w, lane, KVP_WK, h->k_dim, h->proj);
-	norm64(x, w, lane, KVP_GK, h->proj, false);
-	for (uint32_t i = 0; i < h->v_dim; i++)
-		y[i] = v[i];
-	dense64(x + h->proj, y, w, lane, KVP_WV, h->v_dim, h->proj);
-	norm64(x + h->proj, w, lane, KVP_GV, h->proj, false);
-	pos = pos < h->pos_rows ? pos : h->pos_rows - 1;
-	for (uint32_t i = 0; i < h->pos_dim; i++)
-		x[2 * h->proj + i] = w_at(w, lane, KVP_POS, (size_t)pos * h->pos_dim + i);
-	norm64(x + 2 * h->proj, w, lane, KVP_GP, h->pos_dim, false);
-	dense64(y, x, w, lane, KVP_W1, 2 * h->proj + h->pos_dim, h->hidden);
-	norm64(y, w, lane, KVP_G1, h->hidden, true);
-	dense64(x, y, w, lane, KVP_W2, h->hidden, h->hidden);
-	norm64(x, w, lane, KVP_G2, h->hidden, true);
-	dense64(&score, x, w, lane, KVP_W3, h->hidden, 1);
-	return score;
-}
+/* ---- the reference ---- */
 
 static void check_ref(struct weights_header h)
 {
@@ -182,11 +51,13 @@ static void check_ref(struct weights_header h)
 	assert_int_equal(weights_load(&w, fixture_file, err, sizeof(err)), 0);
 	p = make_policy(&policy_kvp_ops, h, ROW_F32, "ref");
 	for (r.batch.lane = 0; r.batch.lane < 2; r.batch.lane++) {
-		r.batch.first_pos = h.pos_rows - 4; /* the last five rows share the table's last entry */
+		r.batch.first_pos = h.pos_rows - 4; /* the last five rows share a position table's last entry */
+		r.batch.total = h.pos_rows + 200;
 		assert_int_equal(p->ops->score(p, &r.batch, scores), 0);
 		for (uint32_t i = 0; i < r.batch.n; i++) {
 			double want = score64(w, r.batch.lane, (const float *)r.batch.k + i * h.k_dim,
-					      (const float *)r.batch.v + i * h.v_dim, r.batch.first_pos + i);
+					      (const float *)r.batch.v + i * h.v_dim, r.batch.first_pos + i,
+					      r.batch.total);
 
 			assert_true(fabs(scores[i] - want) < 2e-5);
 		}
@@ -202,6 +73,8 @@ static void reference_is_the_definition(void **state)
 	check_ref(shape_kvp(64, 64));
 	check_ref(shape_kvp(128, 128));
 	check_ref(shape_narrow());
+	check_ref(shape_trained());
+	check_ref(shape_narrow_trained());
 }
 
 /* ---- kernels ---- */
@@ -240,7 +113,8 @@ static void compare(struct weights_header h, enum row_dtype dtype, const char *i
 static void kernels_match_the_reference(void **state)
 {
 	static const uint32_t counts[] = {1, 2, 17, 128}, many[] = {1000};
-	struct weights_header shapes[] = {shape_kvp(64, 64), shape_kvp(128, 128), shape_narrow()};
+	struct weights_header shapes[] = {shape_kvp(64, 64), shape_kvp(128, 128), shape_narrow(),
+					  shape_trained(), shape_narrow_trained()};
 
 	for (size_t s = 0; s < ARRAY_SIZE(shapes); s++) {
 		save_random(shapes[s], 11 + s);
@@ -271,11 +145,10 @@ static void every_head_dim_and_width_is_computed(void **state)
 	}
 }
 
-/* All isas of this CPU, the reference included, on one file of published widths. */
-static void for_each_isa(void (*check)(struct policy *p, const char *isa))
+/* All isas of this CPU, the reference included, on one file of 64-element rows. */
+static void for_each_isa_of(struct weights_header h, void (*check)(struct policy *p, const char *isa))
 {
 	static const char *const names[] = {"ref", "avx2", "avx512-fp32", "avx512-bf16"};
-	struct weights_header h = shape_kvp(64, 64);
 
 	save_random(h, 3);
 	for (size_t i = 0; i < ARRAY_SIZE(names); i++) {
@@ -286,6 +159,11 @@ static void for_each_isa(void (*check)(struct policy *p, const char *isa))
 		check(p, names[i]);
 		p->ops->free(p);
 	}
+}
+
+static void for_each_isa(void (*check)(struct policy *p, const char *isa))
+{
+	for_each_isa_of(shape_kvp(64, 64), check);
 }
 
 static void check_alone(struct policy *p, const char *isa)
@@ -311,6 +189,7 @@ static void check_alone(struct policy *p, const char *isa)
 static void a_score_depends_on_its_row_alone(void **state)
 {
 	for_each_isa(check_alone);
+	for_each_isa_of(shape_trained(), check_alone);
 }
 
 static void check_positions(struct policy *p, const char *isa)
@@ -371,6 +250,7 @@ static void check_hostile(struct policy *p, const char *isa)
 static void rows_that_are_not_finite_rank_last(void **state)
 {
 	for_each_isa(check_hostile);
+	for_each_isa_of(shape_trained(), check_hostile);
 }
 
 static void check_misuse(struct policy *p, const char *isa)
@@ -392,6 +272,7 @@ static void check_misuse(struct policy *p, const char *isa)
 static void batches_that_make_no_sense_are_refused(void **state)
 {
 	for_each_isa(check_misuse);
+	for_each_isa_of(shape_trained(), check_misuse);
 	policy_kvp_ops.free(NULL);
 }
 
@@ -435,6 +316,7 @@ static void check_threads(struct policy *p, const char *isa)
 static void threads_share_a_policy(void **state)
 {
 	for_each_isa(check_threads);
+	for_each_isa_of(shape_trained(), check_threads);
 }
 
 /* With gain 0 the LayerNorm yields its shift, so the kernel's SiLU, and with it its e^x, stands alone. */

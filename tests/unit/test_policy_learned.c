@@ -78,9 +78,33 @@ static void position_batches_use_their_positions(void **state)
 	assert_int_equal(p->ops->score(p, &b, s), -EINVAL);
 	p->ops->free(p);
 	policy_position_ops.free(NULL);
-	/* The distance grows with the sequence: nothing may cache these scores. */
-	assert_true(policy_position_ops.caps & POLICY_CONTEXT);
-	assert_false(policy_position_ops.caps & POLICY_STATIC);
+}
+
+/* The distance grows with the sequence: what may be kept of a row is its coefficient, not its score. */
+static void position_scores_are_separable(void **state)
+{
+	uint32_t pos[3] = {0, 90, 99};
+	struct policy_batch b = {.lane = 1, .n = 3, .pos = pos, .total = 100};
+	float coef[3], s[3], combined[3];
+	struct policy *p;
+
+	save_ramp(2);
+	p = make_policy(&policy_position_ops, shape_position(), ROW_OPAQUE, NULL);
+	assert_true(policy_position_ops.caps & POLICY_SEPARABLE && policy_position_ops.caps & POLICY_STATIC);
+	assert_int_equal(p->ops->coefs_per_row(p), 1);
+	assert_int_equal(p->ops->coefs(p, &b, (float *const[]){coef}), 0);
+	for (b.total = 100; b.total < 100000; b.total *= 3) {
+		assert_int_equal(p->ops->score(p, &b, s), 0);
+		assert_int_equal(p->ops->combine(p, &b, (const float *const[]){coef}, combined), 0);
+		assert_memory_equal(s, combined, sizeof(s));
+	}
+	coef[1] = NAN;
+	assert_int_equal(p->ops->combine(p, &b, (const float *const[]){coef}, combined), 0);
+	assert_true(combined[1] == -FLT_MAX && combined[2] == s[2]);
+	b.lane = 2;
+	assert_int_equal(p->ops->combine(p, &b, (const float *const[]){coef}, combined), -EINVAL);
+	assert_int_equal(p->ops->coefs(p, &b, (float *const[]){coef}), -EINVAL);
+	p->ops->free(p);
 }
 
 /* Knots as large as floats go: sums and differences overflow, scores must not. */
@@ -187,6 +211,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(position_tables_are_read_as_documented),
 		cmocka_unit_test(position_batches_use_their_positions),
+		cmocka_unit_test(position_scores_are_separable),
 		cmocka_unit_test(position_scores_are_finite),
 		cmocka_unit_test(qfilter_projects_keys),
 		cmocka_unit_test(qfilter_survives_hostile_rows),

@@ -43,8 +43,8 @@ static void published_network_has_its_parameters(void **state)
 
 static void round_trip(void **state)
 {
-	struct weights_header shapes[] = {shape_kvp(64, 64), shape_narrow(), shape_position(),
-					  shape_qfilter(80)};
+	struct weights_header shapes[] = {shape_kvp(64, 64),      shape_narrow(),   shape_trained(),
+					  shape_narrow_trained(), shape_position(), shape_qfilter(80)};
 
 	for (size_t s = 0; s < ARRAY_SIZE(shapes); s++) {
 		_cleanup_free_ uint8_t *image = make_image(shapes[s], 256, s),
@@ -72,7 +72,7 @@ static void round_trip(void **state)
 
 static void every_truncation_is_refused(void **state)
 {
-	_cleanup_free_ uint8_t *image = make_image(shape_narrow(), 64, 1);
+	_cleanup_free_ uint8_t *image = make_image(shape_narrow_trained(), 64, 1);
 	struct weights_header *h = (struct weights_header *)image;
 	uint64_t size = image_size(image);
 
@@ -88,7 +88,7 @@ static void every_truncation_is_refused(void **state)
 
 static void truncated_and_longer_files_are_refused(void **state)
 {
-	_cleanup_free_ uint8_t *image = make_image(shape_narrow(), 0, 1);
+	_cleanup_free_ uint8_t *image = make_image(shape_narrow_trained(), 0, 1);
 	uint64_t size = image_size(image), stride = ((struct weights_header *)image)->lane_stride;
 	uint64_t sizes[] = {0, 1, 255, 256, 256 + stride, size - 1, size + 1, size + 4096};
 	struct weights *w = NULL;
@@ -105,7 +105,7 @@ static void truncated_and_longer_files_are_refused(void **state)
 
 static void every_changed_byte_is_refused(void **state)
 {
-	_cleanup_free_ uint8_t *image = make_image(shape_narrow(), 64, 1);
+	_cleanup_free_ uint8_t *image = make_image(shape_narrow_trained(), 64, 1);
 	uint64_t size = image_size(image);
 
 	for (uint64_t i = 0; i < size; i++) {
@@ -171,6 +171,7 @@ static void header_lies_are_named(void **state)
 		LIE(rank, 0),
 		LIE(rank, 3),
 		LIE(dist_rows, 4097),
+		LIE(octave, 65),
 		LIE(lane_off, 0),
 		LIE(lane_off, 320),
 		LIE(lane_stride, 0),
@@ -191,6 +192,41 @@ static void header_lies_are_named(void **state)
 		weights_image_seal(copy, size);
 		assert_refused(copy, size, lies[i].field);
 	}
+}
+
+/* Fields that are fine alone and wrong together; the message says which other field asks for what. */
+static void fields_that_contradict_each_other_are_named(void **state)
+{
+	static const struct {
+		struct lie lie;
+		const char *why;
+	} cases[] = {
+		{LIE(rope_theta, 0), "rope_theta: 0, must be positive where keys is 1 (before RoPE)"},
+		{LIE(dist_rows, 0), "dist_rows: 0, must be 1 to 4096 where rank is 2"},
+		{LIE(octave, 0), "octave: 0, must be 1 to 64 where dist_rows is not 0"},
+	};
+	_cleanup_free_ uint8_t *image = make_image(shape_narrow_trained(), 64, 1), *copy = NULL;
+	struct weights_header h = shape_narrow();
+	uint64_t size = image_size(image);
+
+	copy = malloc(size);
+	assert_non_null(copy);
+	for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+		memcpy(copy, image, size);
+		memcpy(copy + cases[i].lie.off, &cases[i].lie.value, sizeof(cases[i].lie.value));
+		weights_image_seal(copy, size);
+		assert_refused(copy, size, cases[i].why);
+	}
+	h.dtype = WEIGHTS_BF16;
+	h.pos_kind = WEIGHTS_POS_LOG2;
+	assert_int_equal(weights_check_shape(&h, err, sizeof(err)), -EBADMSG);
+	assert_string_equal(err, "octave: 0, must be 1 to 64 where pos_kind is 2 (log2)");
+	h.octave = 64;
+	assert_int_equal(weights_check_shape(&h, err, sizeof(err)), 0);
+	h.keys = WEIGHTS_KEYS_UNROTATED; /* of a model without RoPE: nothing to undo, no theta to know */
+	h.rope_type = WEIGHTS_ROPE_NONE;
+	h.rope_theta = 0;
+	assert_int_equal(weights_check_shape(&h, err, sizeof(err)), 0);
 }
 
 /* Shapes that are allowed, but not the ones that the sections were made for. */
@@ -219,9 +255,9 @@ static void other_shapes_of_the_same_size_are_refused(void **state)
 static void values_that_are_not_finite_are_named(void **state)
 {
 	static const uint16_t bad[] = {0x7f80, 0xff80, 0x7fc0, 0x7f81, 0xffff};
-	static const char *const names[] = {"wk[0]", "pos[79]", "b3[0]"};
-	static const uint32_t tensors[] = {KVP_WK, KVP_POS, KVP_B3}, elements[] = {0, 79, 0};
-	_cleanup_free_ uint8_t *image = make_image(shape_narrow(), 64, 1);
+	static const char *const names[] = {"wk[0]", "pos[79]", "b3[1]", "dist[79]"};
+	static const uint32_t tensors[] = {KVP_WK, KVP_POS, KVP_B3, KVP_DIST}, elements[] = {0, 79, 1, 79};
+	_cleanup_free_ uint8_t *image = make_image(shape_narrow_trained(), 64, 1);
 	struct weights_header *h = (struct weights_header *)image;
 	uint64_t size = image_size(image);
 	float infinity = INFINITY;
@@ -381,9 +417,11 @@ static void files_of_other_kinds_are_refused(void **state)
 	assert_non_null(strstr(err, "kind: kvp, must be position"));
 	assert_int_equal(policy_qfilter_ops.init(&p, &cfg, err, sizeof(err)), -EINVAL);
 	assert_non_null(strstr(err, "kind: kvp, must be qfilter"));
+	h = shape_qfilter(16);
 	h.keys = WEIGHTS_KEYS_UNROTATED;
 	save_random(h, 1);
-	assert_int_equal(policy_kvp_ops.init(&p, &cfg, err, sizeof(err)), -EINVAL);
+	cfg = config_for(h, ROW_F32, NULL);
+	assert_int_equal(policy_qfilter_ops.init(&p, &cfg, err, sizeof(err)), -EINVAL);
 	assert_non_null(strstr(err, "keys: 1"));
 	assert_null(p);
 }
@@ -397,6 +435,7 @@ int main(void)
 		cmocka_unit_test(truncated_and_longer_files_are_refused),
 		cmocka_unit_test(every_changed_byte_is_refused),
 		cmocka_unit_test(header_lies_are_named),
+		cmocka_unit_test(fields_that_contradict_each_other_are_named),
 		cmocka_unit_test(other_shapes_of_the_same_size_are_refused),
 		cmocka_unit_test(values_that_are_not_finite_are_named),
 		cmocka_unit_test(float_kinds_check_their_values),
