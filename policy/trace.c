@@ -166,20 +166,35 @@ static int by_key(const void *a, const void *b)
 	return (x->lane > y->lane) - (x->lane < y->lane);
 }
 
-/* Sorts the table by key, by place in between. */
-static int check_table(struct trace *t, char *err, size_t errsize)
+/* Chunks follow each other from the header to the table, each from the next multiple of TRACE_ALIGN. Sorts by
+ * place. */
+static int check_order(struct trace *t, char *err, size_t errsize)
+{
+	uint64_t end = TRACE_HEADER, next = TRACE_HEADER;
+
+	qsort(t->chunk, t->h.chunks, sizeof(*t->chunk), by_place);
+	for (uint32_t i = 0; i <= t->h.chunks; i++) {
+		const struct trace_chunk *c = i < t->h.chunks ? &t->chunk[i] : NULL;
+		uint64_t off = c ? c->off : t->h.table_off;
+		const char *name = c ? trace_kind_name(c->kind) : "the table";
+
+		if (off < end)
+			return trace_refuse(t, err, errsize, "offset %llu: %s overlaps what ends at %llu",
+					    (unsigned long long)off, name, (unsigned long long)end);
+		if (off != next)
+			return trace_refuse(t, err, errsize, "offset %llu: %s begins here, must begin at %llu",
+					    (unsigned long long)off, name, (unsigned long long)next);
+		end = off + (c ? c->bytes : 0);
+		next = ALIGN_UP(end, (uint64_t)TRACE_ALIGN);
+	}
+	return 0;
+}
+
+/* None twice. Sorts the table by key. */
+static int check_keys(struct trace *t, char *err, size_t errsize)
 {
 	const struct trace_chunk *c = t->chunk;
 
-	qsort(t->chunk, t->h.chunks, sizeof(*t->chunk), by_place);
-	for (uint32_t i = 1; i < t->h.chunks; i++)
-		if (c[i].off < c[i - 1].off + c[i - 1].bytes)
-			return trace_refuse(
-				t, err, errsize,
-				"offset %llu: %s of lane %u overlaps %s of lane %u, which ends at %llu",
-				(unsigned long long)c[i].off, trace_kind_name(c[i].kind), c[i].lane,
-				trace_kind_name(c[i - 1].kind), c[i - 1].lane,
-				(unsigned long long)(c[i - 1].off + c[i - 1].bytes));
 	qsort(t->chunk, t->h.chunks, sizeof(*t->chunk), by_key);
 	for (uint32_t i = 1; i < t->h.chunks; i++)
 		if (by_key(&c[i], &c[i - 1]) == 0)
@@ -219,7 +234,9 @@ static int load(struct trace *t, char *err, size_t errsize)
 		r = read_cuts(t, err, errsize);
 	for (uint32_t i = 0; r == 0 && i < t->h.chunks; i++)
 		r = check_bytes(t, i, err, errsize);
-	return r < 0 ? r : check_table(t, err, errsize);
+	if (r == 0)
+		r = check_order(t, err, errsize);
+	return r < 0 ? r : check_keys(t, err, errsize);
 }
 
 int trace_open(struct trace **ret, const char *path, char *err, size_t errsize)

@@ -53,8 +53,8 @@ int trace_same_shape(const struct trace_header *a, const struct trace_header *b,
 
 /*
  * Files of one split below `dir` (*.kvtr directly in it and in its subfolders train, valid, test, calib),
- * sorted by path; the header's split field decides. *ret is an array of *ret_n strings: free with
- * trace_list_free(). A file that cannot be opened as a trace fails the listing.
+ * sorted by path; the header's split field decides, files without rows are of no split. *ret is an array of
+ * *ret_n strings: free with trace_list_free(). A file that cannot be opened as a trace fails the listing.
  */
 int trace_list(char ***ret, uint32_t *ret_n, const char *dir, enum trace_split split, char *err,
 	       size_t errsize);
@@ -70,6 +70,9 @@ int trace_utility(const struct trace *t, uint32_t lane, uint32_t cut, float *uma
 
 /*
  * Undo RoPE on n rows of `dim` floats in place; row i is at position pos[i]. Angle of pair p at position m:
- * m * theta^(-2p/dim); HALF pairs (p, p + dim/2), PAIRS (2p, 2p + 1).
+ * m * theta^(-2p/dim), frequency and product rounded to float as models do; HALF pairs (p, p + dim/2),
+ * PAIRS (2p, 2p + 1). NONE changes nothing. dim is even and at most TRACE_MAX_DIM. Any thread. rope_apply() is
+ * the way back.
  */
+void rope_apply(float *rows, uint32_t dim, uint32_t n, const uint32_t *pos, enum trace_rope rope, float theta);
 void rope_undo(float *rows, uint32_t dim, uint32_t n, const uint32_t *pos, enum trace_rope rope, float theta);

@@ -7,7 +7,7 @@
  * are here because the client library records and the policy room reads.
  *
  *    0       512 bytes: struct trace_header
- *    512     chunks, each from a multiple of 64, zeros between
+ *    512     chunks, each from the next multiple of 64, zeros between
  *    table_off   struct trace_chunk[chunks], to the end of the file
  *
  * Every chunk is found through the table and carries its own CRC32C, so one
