@@ -20,12 +20,12 @@
  *   bound        b_qg = scale * (q.c_g + RECALL_SPREAD * |q| * r_g / sqrt(d)): where the best of 32 rows would
  *                be if they scattered evenly around c (RECALL_SPREAD: the expected maximum of 32 standard
  * normals). group score  B_g = max_q (b_qg - max_g' b_qg'): each query's best group has 0. probed       the E
- * groups of highest B, E = max(ceil(G * probe / 1000), ceil(4 * want / RECALL_GROUP)), G all groups with a row
- * that may be recalled. probe 1000: all of them, that is, exact search. row score    S_i = max_q (l_qi - L_q)
- * over the probed rows. L_q normalises the queries: RECALL_LOGIT     0: plain logits RECALL_MASS      ln(sum
- * over probed rows of exp(l_qi)  +  exp(R_q)): S_i is the log of the largest attention that one query would
- * give the row. R_q = ln(sum of exp(l_q)) over the lane's rows that are on the device, or -inf when not known.
- *   recalled     the `want` rows of highest S; equal scores: the lower position.
+ * groups of highest B (equal: the earlier), E = max(ceil(G * probe / 1000), ceil(4 * want / RECALL_GROUP)), G
+ * all groups with a row that may be recalled. probe 1000: all of them, that is, exact search. row score    S_i
+ * = max_q (l_qi - L_q) over the probed rows. L_q normalises the queries: RECALL_LOGIT     0: plain logits
+ * RECALL_MASS      ln(sum over probed rows of exp(l_qi)  +  exp(R_q)): S_i is the log of the largest attention
+ * that one query would give the row. R_q = ln(sum of exp(l_q)) over the lane's rows that are on the device, or
+ * -inf when not known. recalled     the `want` rows of highest S; equal scores: the lower position.
  *
  * Ties and sums aside, kernels agree within float32 rounding.
  */

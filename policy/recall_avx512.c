@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: MIT */
+/* Recall arithmetic in AVX-512: one register holds a block of queries, eight rows are multiplied at once. */
+#include <immintrin.h>
+#include <math.h>
+#include "policy/recall_kern.h"
+#include "shm/util.h"
+
+#define ROWS 8
+
+static inline __m512 or_never(__m512 v)
+{
+	__m512 big = _mm512_abs_ps(v);
+	__mmask16 ok = _mm512_cmp_ps_mask(big, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
+
+	return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), ok, v);
+}
+
+/* Fixed n unrolls, so that the sums live in registers. */
+static inline __attribute__((always_inline)) void block(const float *x, uint32_t dim, const uint32_t n,
+							const float *qt, float *out)
+{
+	__m512 acc[ROWS];
+
+	for (uint32_t i = 0; i < n; i++)
+		acc[i] = _mm512_setzero_ps();
+	for (uint32_t d = 0; d < dim; d++) {
+		__m512 q = _mm512_loadu_ps(qt + (size_t)d * RECALL_LANES);
+
+#pragma GCC unroll 8
+		for (uint32_t i = 0; i < n; i++)
+			acc[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[(size_t)i * dim + d]), q, acc[i]);
+	}
+	for (uint32_t i = 0; i < n; i++)
+		_mm512_storeu_ps(out + (size_t)i * RECALL_LANES, or_never(acc[i]));
+}
+
+static void logits(const float *x, uint32_t dim, uint32_t n, const float *qt, float *out)
+{
+	uint32_t i = 0;
+
+	for (; i + ROWS <= n; i += ROWS)
+		block(x + (size_t)i * dim, dim, ROWS, qt, out + (size_t)i * RECALL_LANES);
+	for (; i < n; i++)
+		block(x + (size_t)i * dim, dim, 1, qt, out + (size_t)i * RECALL_LANES);
+}
+
+static void max(const float *l, uint32_t n, float *m)
+{
+	__m512 v = _mm512_loadu_ps(m);
+
+	for (uint32_t i = 0; i < n; i++)
+		v = _mm512_max_ps(v, _mm512_loadu_ps(l + (size_t)i * RECALL_LANES));
+	_mm512_storeu_ps(m, v);
+}
+
+/* e^x for x <= 0, relative error below 2e-7: 2^round(t) times a polynomial of what is left of t = x / ln 2. */
+static inline __m512 exp_neg(__m512 x)
+{
+	__m512 t = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-100)), _mm512_set1_ps(1.44269504f));
+	__m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+	__m512 f = _mm512_sub_ps(t, n), p = _mm512_set1_ps(1.54035304e-4f);
+
+	p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.33335581e-3f));
+	p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.61812911e-3f));
+	p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.55041087e-2f));
+	p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.40226507e-1f));
+	p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.93147181e-1f));
+	p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1));
+	return _mm512_scalef_ps(p, n);
+}
+
+static void sumexp(const float *l, uint32_t n, const float *m, float *sum)
+{
+	__m512 top = _mm512_loadu_ps(m), v = _mm512_loadu_ps(sum);
+
+	for (uint32_t i = 0; i < n; i++)
+		v = _mm512_add_ps(v,
+				  exp_neg(_mm512_sub_ps(_mm512_loadu_ps(l + (size_t)i * RECALL_LANES), top)));
+	_mm512_storeu_ps(sum, v);
+}
+
+static void best(const float *l, uint32_t n, const float *base, float *score)
+{
+	__m512 b = _mm512_loadu_ps(base);
+
+	for (uint32_t i = 0; i < n; i++) {
+		float s = _mm512_reduce_max_ps(_mm512_sub_ps(_mm512_loadu_ps(l + (size_t)i * RECALL_LANES), b));
+
+		score[i] = MAX(score[i], s);
+	}
+}
+
+const struct recall_kern recall_avx512 = {
+	.isa = "avx512", .logits = logits, .max = max, .sumexp = sumexp, .best = best};
