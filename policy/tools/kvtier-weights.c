@@ -11,6 +11,7 @@ static const char usage[] =
 	"       kvtier-weights verify FILE\n"
 	"       kvtier-weights random --layers L --heads H --dim D --model NAME -o FILE\n"
 	"                             [--kind kvp|position|qfilter] [--v-dim D] [--seed S]\n"
+	"                             [--net published|narrow] [--theta T]\n"
 	"\n"
 	"info    verify FILE and print its model, shape, network and sections\n"
 	"verify  print nothing but what is wrong: the field, its value and the limit\n"
@@ -21,7 +22,10 @@ static const char usage[] =
 	"  --dim D       elements of a key row; kvp: a multiple of 16 up to 256\n"
 	"  --v-dim D     elements of a value row (default: as --dim)\n"
 	"  --model NAME  the name that the runtime registers the model under\n"
-	"  --kind K      network: kvp (default; the published widths), position, qfilter\n"
+	"  --kind K      kvp (default), position, qfilter\n"
+	"  --net N       kvp: published (default), or narrow: keys before RoPE, widths of 128,\n"
+	"                scores of two coefficients that follow the distance to the end\n"
+	"  --theta T     base of the model's RoPE, halves paired (default 10000; 0: no RoPE)\n"
 	"  --seed S      same seed, same file (default 1)\n"
 	"  -o FILE       written through a temporary file beside it\n"
 	"\n"
@@ -52,6 +56,12 @@ static void print_info(const struct weights *w)
 	       h->keys == WEIGHTS_KEYS_CACHED ? "after" : "before");
 	printf("network      proj %u, pos_rows %u, pos_dim %u, hidden %u, rank %u, %s\n", h->proj, h->pos_rows,
 	       h->pos_dim, h->hidden, h->rank, w->layout.elem == 2 ? "bf16" : "f32");
+	if (h->kind == WEIGHTS_KVP && h->pos_kind == WEIGHTS_POS_LOG2)
+		printf("position     %u knots per octave\n", h->octave);
+	else if (h->kind == WEIGHTS_KVP)
+		printf("position     a table, blind from %u on\n", h->pos_rows);
+	if (h->dist_rows)
+		printf("distance     %u knots, %u per octave\n", h->dist_rows, h->octave);
 	printf("parameters   %llu per lane, %llu bytes per lane in the file\n",
 	       (unsigned long long)w->layout.params, (unsigned long long)h->lane_stride);
 	for (uint32_t t = 0; t < w->layout.count; t++)
@@ -92,23 +102,47 @@ static bool parse_u64(const char *s, uint64_t max, uint64_t *ret)
 	return !errno && end != s && !*end && *s != '-' && *ret <= max;
 }
 
-/* The published widths for kvp; the tables that the trainer uses for position. */
+/* The tables that the trainer uses for position. */
 static bool set_kind(struct weights_header *h, const char *name)
 {
 	for (uint32_t kind = WEIGHTS_KVP; weights_kind_name(kind); kind++)
 		if (strcmp(name, weights_kind_name(kind)) == 0)
 			h->kind = kind;
-	if (h->kind == WEIGHTS_KVP) {
-		h->proj = h->hidden = 256;
-		h->pos_kind = WEIGHTS_POS_TABLE;
-		h->pos_rows = 6000;
-		h->pos_dim = 32;
-	} else if (h->kind == WEIGHTS_POSITION) {
+	if (h->kind == WEIGHTS_POSITION) {
 		h->pos_kind = WEIGHTS_POS_LOG2;
 		h->pos_rows = 80;
 		h->pos_dim = 4;
 	}
 	return h->kind != 0;
+}
+
+static bool set_net(struct weights_header *h, const char *name)
+{
+	if (strcmp(name, "published") == 0) {
+		h->proj = h->hidden = 256;
+		h->pos_kind = WEIGHTS_POS_TABLE;
+		h->pos_rows = 6000;
+		h->pos_dim = 32;
+		return true;
+	}
+	h->keys = WEIGHTS_KEYS_UNROTATED;
+	h->proj = h->hidden = 128;
+	h->pos_kind = WEIGHTS_POS_LOG2;
+	h->octave = 2;
+	h->pos_rows = h->dist_rows = 33;
+	h->pos_dim = 16;
+	h->rank = 2;
+	return strcmp(name, "narrow") == 0;
+}
+
+static bool parse_theta(const char *s, struct weights_header *h)
+{
+	char *end;
+
+	errno = 0;
+	h->rope_theta = strtof(s, &end);
+	h->rope_type = h->rope_theta > 0 ? WEIGHTS_ROPE_HALF : WEIGHTS_ROPE_NONE;
+	return !errno && end != s && !*end && h->rope_theta >= 0;
 }
 
 static int write_random(const struct weights_header *h, uint64_t seed, const char *path)
@@ -139,13 +173,15 @@ static int make_random(int argc, char **argv)
 		{"v-dim", required_argument, NULL, 'v'},
 		{"model", required_argument, NULL, 'm'},
 		{"kind", required_argument, NULL, 'k'},
+		{"net", required_argument, NULL, 'n'},
+		{"theta", required_argument, NULL, 't'},
 		{"seed", required_argument, NULL, 's'},
 		{"output", required_argument, NULL, 'o'},
 		{NULL, 0, NULL, 0},
 	};
 	struct weights_header h = {.rope_type = WEIGHTS_ROPE_HALF, .rope_theta = 10000.0f};
 	uint64_t layers = 0, heads = 0, dim = 0, v_dim = 0, seed = 1;
-	const char *path = NULL, *kind = "kvp";
+	const char *path = NULL, *kind = "kvp", *net = "published";
 	bool ok = true;
 	int c;
 
@@ -165,6 +201,10 @@ static int make_random(int argc, char **argv)
 			snprintf(h.name, sizeof(h.name), "%.63s", strlen(optarg) < 64 ? optarg : "");
 		else if (c == 'k')
 			kind = optarg;
+		else if (c == 'n')
+			net = optarg;
+		else if (c == 't')
+			ok = parse_theta(optarg, &h);
 		else if (c == 'o')
 			path = optarg;
 		else
@@ -178,6 +218,8 @@ static int make_random(int argc, char **argv)
 		return bad_usage("-o", "missing");
 	if (!set_kind(&h, kind))
 		return bad_usage("--kind", kind);
+	if (h.kind == WEIGHTS_KVP && !set_net(&h, net))
+		return bad_usage("--net", net);
 	h.layers = (uint32_t)layers;
 	h.heads = (uint32_t)heads;
 	h.k_dim = (uint32_t)dim;

