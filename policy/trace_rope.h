@@ -35,7 +35,7 @@ static inline void rope_angles(float *restrict co, float *restrict si, const flo
 		double quarters = (double)angle * 0.63661977236758134308;
 		double shifted = quarters + 0x1.8p52, whole = shifted - 0x1.8p52;
 		float r = (float)((quarters - whole) * 1.57079632679489661923), r2 = r * r, s, c;
-		int32_t q = (int32_t)whole, swap = -(q & 1), s_bits, c_bits, a, b;
+		uint32_t q = (uint32_t)(int32_t)whole, swap = 0 - (q & 1), s_bits, c_bits, a, b;
 
 		s = r + r * r2 *
 				(-0x1.555556p-3f +
