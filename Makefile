@@ -127,12 +127,12 @@ $(BUILD)/libkvtier-lab.so: $(call obj,$(LAB) $(SHM) $(POLICY))
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -shared -Wl,-z,defs -o $@ $^ -lisal -lcrypto -lm
 
-$(BUILD)/obj/policy/train/cuda/%.o: policy/train/cuda/%.cu $(wildcard policy/train/cuda/*.h policy/train/cuda/*.cuh policy/train/*.h) Makefile
+$(BUILD)/obj/policy/train/cuda/%.o: policy/train/cuda/%.cu $(wildcard policy/train/cuda/*.cuh policy/train/*.h policy/*.h) Makefile
 	@mkdir -p $(@D)
 	$(say) NVCC $<
 	$(Q)$(NVCC) $(NVCCFLAGS) -I. -c -o $@ $<
 
-$(BUILD)/kvtier-train-cuda.so: $(patsubst %.cu,$(BUILD)/obj/%.o,$(CUDA))
+$(BUILD)/kvtier-train-cuda.so: $(patsubst %.cu,$(BUILD)/obj/%.o,$(CUDA)) $(call obj,policy/weights_shape.c)
 	$(say) NVLD $@
 	$(Q)$(NVCC) -shared $(CUDA_ARCH) -o $@ $^ $(CUDA_LIBS)
 
