@@ -119,7 +119,7 @@ void budget_for(struct plan *p)
 static void give_up(struct plan *p, uint32_t lane, uint64_t *set, uint32_t n, bool staged)
 {
 	struct index *ix = &p->seq->ix;
-	const uint16_t *key = ix->key + (size_t)lane * ix->cap;
+	const uint16_t *key = plan_keys(p, lane);
 	const uint64_t *dram = index_bits(ix, KVT_TIER_DRAM, lane), *nvme = index_bits(ix, KVT_TIER_NVME, lane);
 	uint64_t base = (uint64_t)lane * p->words;
 	bool by_key = p->seq->granularity == KVT_GRAN_HEAD;

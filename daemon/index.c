@@ -8,6 +8,11 @@ static uint64_t key_heap(const struct index *ix, uint32_t cap)
 	return cap ? heap_bytes((uint64_t)ix->lanes * cap * sizeof(uint16_t)) : 0;
 }
 
+static uint64_t keys_heap(const struct index *ix, uint32_t cap)
+{
+	return key_heap(ix, cap) * (ix->coef ? 2 : 1);
+}
+
 static uint64_t bits_heap(const struct index *ix, uint32_t cap)
 {
 	return cap ? KVT_TIERS * heap_bytes((uint64_t)ix->lanes * cap / 8) : 0;
@@ -39,6 +44,7 @@ void index_free(struct index *ix, struct page_store *ps)
 	free(ix->lane);
 	free(ix->resident);
 	free(ix->key);
+	free(ix->coef);
 	for (int t = 0; t < KVT_TIERS; t++)
 		free(ix->on[t]);
 	free(ix->epochs);
@@ -50,8 +56,9 @@ static int grow(struct index *ix, uint32_t cap)
 {
 	uint32_t words = cap / 64;
 	uint16_t *key = calloc((size_t)ix->lanes * cap, sizeof(*key));
+	uint16_t *coef = ix->coef ? calloc((size_t)ix->lanes * cap, sizeof(*coef)) : NULL;
 	uint64_t *on[KVT_TIERS];
-	bool ok = key != NULL;
+	bool ok = key && (coef || !ix->coef);
 
 	for (int t = 0; t < KVT_TIERS; t++) {
 		on[t] = calloc((size_t)ix->lanes * words, sizeof(uint64_t));
@@ -59,19 +66,25 @@ static int grow(struct index *ix, uint32_t cap)
 	}
 	if (!ok) {
 		free(key);
+		free(coef);
 		for (int t = 0; t < KVT_TIERS; t++)
 			free(on[t]);
 		return -ENOMEM;
 	}
 	for (uint32_t l = 0; ix->rows && l < ix->lanes; l++) {
 		memcpy(key + (size_t)l * cap, ix->key + (size_t)l * ix->cap, ix->rows * sizeof(*key));
+		if (coef)
+			memcpy(coef + (size_t)l * cap, ix->coef + (size_t)l * ix->cap,
+			       ix->rows * sizeof(*coef));
 		for (int t = 0; t < KVT_TIERS; t++)
 			memcpy(on[t] + (size_t)l * words, index_bits(ix, t, l),
 			       BITS_WORDS(ix->rows) * sizeof(uint64_t));
 	}
-	ix->bytes += key_heap(ix, cap) + bits_heap(ix, cap) - key_heap(ix, ix->cap) - bits_heap(ix, ix->cap);
+	ix->bytes += keys_heap(ix, cap) + bits_heap(ix, cap) - keys_heap(ix, ix->cap) - bits_heap(ix, ix->cap);
 	free(ix->key);
+	free(ix->coef);
 	ix->key = key;
+	ix->coef = coef;
 	for (int t = 0; t < KVT_TIERS; t++) {
 		free(ix->on[t]);
 		ix->on[t] = on[t];
@@ -99,6 +112,30 @@ int index_extend(struct index *ix, uint32_t rows)
 		ix->resident[l] += n;
 	}
 	ix->rows = rows;
+	return 0;
+}
+
+int index_keep_coef(struct index *ix, bool keep)
+{
+	uint64_t heap = key_heap(ix, ix->cap);
+	uint16_t *coef;
+
+	if (keep == (ix->coef != NULL) || !ix->cap)
+		return 0;
+	if (!keep) {
+		free(ix->coef);
+		ix->coef = NULL;
+		ix->bytes -= heap;
+		return 0;
+	}
+	coef = calloc((size_t)ix->lanes * ix->cap, sizeof(*coef));
+	if (!coef)
+		return -ENOMEM;
+	for (uint32_t l = 0; l < ix->lanes; l++)
+		for (uint32_t i = 0; i < ix->rows; i++)
+			coef[(size_t)l * ix->cap + i] = INDEX_NO_COEF;
+	ix->coef = coef;
+	ix->bytes += heap;
 	return 0;
 }
 
@@ -159,6 +196,8 @@ int index_truncate(struct index *ix, struct page_store *ps, uint32_t n, uint32_t
 		for (int t = 0; t < KVT_TIERS; t++)
 			bits_clear_range(index_bits(ix, t, l), n, ix->rows);
 		memset(ix->key + (size_t)l * ix->cap + n, 0, (ix->rows - n) * sizeof(*ix->key));
+		if (ix->coef)
+			memset(ix->coef + (size_t)l * ix->cap + n, 0, (ix->rows - n) * sizeof(*ix->coef));
 		ix->resident[l] = bits_rank(index_bits(ix, KVT_TIER_DEVICE, l), n);
 		index_sweep(ix, ps, l);
 	}
@@ -327,6 +366,8 @@ int index_fork(struct index *dst, const struct index *src, uint32_t prefix, uint
 	uint32_t n = MIN(prefix, src->rows);
 	int r = grow(dst, ALIGN_UP(MAX(n, 1u), INDEX_GRAIN));
 
+	if (!r && src->coef)
+		r = index_keep_coef(dst, true);
 	if (r < 0)
 		return r;
 	for (uint32_t i = 0; i < src->n_epochs; i++)
@@ -341,6 +382,9 @@ int index_fork(struct index *dst, const struct index *src, uint32_t prefix, uint
 	dst->rows = n;
 	for (uint32_t l = 0; n && l < src->lanes; l++) { /* an index without rows has no arrays */
 		memcpy(dst->key + (size_t)l * dst->cap, src->key + (size_t)l * src->cap, n * sizeof(*dst->key));
+		if (src->coef)
+			memcpy(dst->coef + (size_t)l * dst->cap, src->coef + (size_t)l * src->cap,
+			       n * sizeof(*dst->coef));
 		for (int t = 0; t < KVT_TIERS; t++) {
 			memcpy(index_bits(dst, t, l), index_bits(src, t, l), BITS_WORDS(n) * sizeof(uint64_t));
 			if (n % 64)

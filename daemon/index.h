@@ -3,7 +3,9 @@
 /*
  * The index of one sequence: what the daemon knows about its rows [0, rows).
  * Per lane a 16-bit key per row and one bitmap per tier that holds a copy; a
- * row with no bit is dropped. Below the device tier rows live in pages, sorted
+ * row with no bit is dropped. Where a policy's scores follow the distance to the
+ * end, keys are coefficients, up to two a row (policy_ops.coefs), and a plan
+ * makes its scores of them. Below the device tier rows live in pages, sorted
  * by first position. Rows past `rows` have no entry: all are in the device tier.
  *
  * Truncation keeps pages and cuts them by epoch: a page made in epoch e speaks
@@ -17,7 +19,8 @@
 #include <stdint.h>
 #include "daemon/pages.h"
 
-#define INDEX_GRAIN 512u /* rows; a whole number of bitmap words */
+#define INDEX_NO_COEF 0x8000u /* the key of 0.0 */
+#define INDEX_GRAIN 512u      /* rows; a whole number of bitmap words */
 
 struct lane_pages {
 	struct page **v; /* sorted by first */
@@ -31,6 +34,7 @@ struct index {
 	uint32_t lanes, rows;
 	uint32_t cap, words;       /* row capacity per lane; words = cap / 64 */
 	uint16_t *key;             /* [lanes][cap], 0: dropped or unscored */
+	uint16_t *coef;            /* [lanes][cap] second coefficients, as keys; or NULL */
 	uint64_t *on[KVT_TIERS];   /* [lanes][words] */
 	struct lane_pages *lane;   /* [lanes] */
 	uint32_t *resident;        /* [lanes] rows in the device tier below `rows` */
@@ -43,6 +47,8 @@ int index_init(struct index *ix, uint32_t lanes); /* -ENOMEM */
 void index_free(struct index *ix, struct page_store *ps);
 /* Cover [0, rows); what is new is resident and unscored. -ENOMEM, nothing changed. */
 int index_extend(struct index *ix, uint32_t rows);
+/* Keep second coefficients from now on, 0.0 for the rows that are there; or keep none. -ENOMEM. */
+int index_keep_coef(struct index *ix, bool keep);
 /* Forget rows at and past n, cutting pages by `epoch`, the one that begins now. -ENOMEM, nothing changed. */
 int index_truncate(struct index *ix, struct page_store *ps, uint32_t n, uint32_t epoch);
 /* First position for which a page of this epoch does not speak. */

@@ -142,11 +142,11 @@ struct seq {
 	uint32_t budget[KVT_TIERS];
 	uint32_t *device_table; /* [lanes], NULL: uniform */
 	bool budget_default, manual;
-	uint32_t slack, device_cap;       /* device_cap: kvtierctl demote */
-	uint64_t *wanted, *pinned;        /* [BITS_WORDS(max_rows)] or NULL */
-	char policy[32];                  /* asked for; empty: the default */
-	const struct policy_ops *ops;     /* in use since the last plan */
-	const struct policy_ops *keys_by; /* gave the keys of the index; NULL: nobody yet */
+	uint32_t slack, device_cap;   /* device_cap: kvtierctl demote */
+	uint64_t *wanted, *pinned;    /* [BITS_WORDS(max_rows)] or NULL */
+	char policy[32];              /* asked for; empty: the default */
+	const struct policy_ops *ops; /* in use since the last plan */
+	struct policy_use *keys_use;  /* gave the keys of the index, a reference; NULL: nobody yet */
 
 	struct plan *plan;
 	uint64_t plan_id;   /* of the newest plan published to this client */
@@ -201,7 +201,8 @@ struct plan {
 	bool lossless;     /* its budgets promise to drop nothing */
 	bool promote_none; /* too many plans before it missed */
 	uint32_t protect_first, protect_last, hysteresis;
-	bool rescore; /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
+	bool rescore;   /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
+	uint16_t *keys; /* [lanes][watermark] where the index keeps coefficients, until decided; else NULL */
 	struct plan_tables t;
 	struct plan_mem *mem;
 	struct region *region;
@@ -366,6 +367,13 @@ void manager_headroom(struct seq *s);
 /* ---- plan.c ------------------------------------------------------------------------- */
 /* Scratch and tables for the rows of the plan; on failure plan_free() the plan. */
 int plan_alloc(struct plan *p, bool private_tables);
+/* What its policy needs to keep in the index and in the plan; p->use is known. -ENOMEM. */
+int plan_alloc_keys(struct plan *p);
+/* Keys to rank the lane by, of rows [0, watermark). */
+static inline const uint16_t *plan_keys(const struct plan *p, uint32_t lane)
+{
+	return p->keys ? p->keys + (size_t)lane * p->watermark : p->seq->ix.key + (size_t)lane * p->seq->ix.cap;
+}
 void plan_free(struct plan *p);
 /* Fill the visible header and the lanes' counts. */
 void plan_header(const struct plan *p);
@@ -466,20 +474,31 @@ struct policy_use {
 	const struct policy_ops *ops; /* what runs */
 	struct policy *policy;        /* NULL: client */
 	char asked[32], weights[CONFIG_PATH], reason[200];
+	uint32_t coefs; /* that the index keeps of a row; 0: its score */
 	uint32_t refs;
 	bool stale;     /* newer weights exist */
 	bool no_scores; /* the layouts have no score plane */
 };
 /* What runs for this sequence; a reference. NULL: out of memory. */
 struct policy_use *policies_get(struct seq *s);
-void policies_put(struct core *c, struct policy_use *u);
-void policies_drop(struct core *c, const char *model); /* make them stale; NULL: all */
+struct policy_use *policies_ref(struct policy_use *u);
+void policies_put(struct core *c, struct policy_use *u); /* NULL is fine */
+void policies_drop(struct core *c, const char *model);   /* make them stale; NULL: all */
 void policies_forget_model(struct core *c, const struct model *m);
 void policies_free(struct core *c);
 
 /* ---- score.c ------------------------------------------------------------------------------ */
-/* Score [from, watermark) of lanes [lo, hi) (and device rows below when CONTEXT) into the index. Any thread. */
+/*
+ * Score [from, watermark) of lanes [lo, hi) (and device rows below when CONTEXT) into the index, and the plan's
+ * keys from coefficients. Any thread.
+ */
 int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w);
+/*
+ * Keys of rows [0, rows) of a lane whose index holds coefficients of `use`, as the sequence has `total` rows.
+ * keys may be the index's own. Any thread.
+ */
+void score_combine(const struct seq *s, const struct policy_use *use, uint32_t lane, uint32_t rows,
+		   uint32_t total, uint16_t *keys);
 
 /* ---- restart.c ---------------------------------------------------------------------------- */
 int restart_scan(struct core *c);

@@ -121,6 +121,12 @@ static bool cheap(const struct plan *p)
 	       !(p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_CONTEXT));
 }
 
+/* Are keys that `had` gave what `now` would give? Another object of a policy may have other weights. */
+static bool same_keys(const struct policy_use *had, const struct policy_use *now)
+{
+	return had && (had == now || (had->ops == now->ops && !(now->ops->caps & POLICY_NEEDS_WEIGHTS)));
+}
+
 int manager_plan(struct seq *s, bool save)
 {
 	struct core *c = s->core;
@@ -151,12 +157,11 @@ int manager_plan(struct seq *s, bool save)
 	if (r < 0)
 		goto fail;
 	p->use = policies_get(s);
-	if (!p->use) {
-		r = -ENOMEM;
+	r = p->use ? plan_alloc_keys(p) : -ENOMEM;
+	if (r < 0)
 		goto fail;
-	}
 	s->ops = p->use->ops;
-	p->rescore = from && s->keys_by != p->use->ops;
+	p->rescore = from && !same_keys(s->keys_use, p->use);
 	if (s->region)
 		p->region = region_ref(s->region);
 	s->plan = p;
@@ -166,7 +171,7 @@ int manager_plan(struct seq *s, bool save)
 	settle_stop(s);
 	seq_touch(s);
 	p->refs = 1; /* ours, until every job is out */
-	r = cheap(p) ? put_decide(p, from < p->watermark || p->rescore) : put_scoring(p);
+	r = cheap(p) ? put_decide(p, from < p->watermark || p->rescore || p->keys) : put_scoring(p);
 	if (r < 0) {
 		p->error = r;
 		p->over = true;
@@ -256,8 +261,13 @@ static void decided(struct plan *p)
 	p->phase = PHASE_MOVE;
 	if (!p->error && p->epoch == s->epoch) {
 		s->scored = MAX(s->scored, p->watermark);
-		s->keys_by = p->use->ops;
+		policies_put(s->core, s->keys_use);
+		s->keys_use = policies_ref(p->use);
+		if (p->use->coefs < 2)
+			index_keep_coef(&s->ix, false);
 	}
+	free(p->keys);
+	p->keys = NULL;
 	if (p->error || p->epoch != s->epoch || s->state == SEQ_CLOSING)
 		p->over = true;
 	if (p->error) {

@@ -91,7 +91,7 @@ void model_unref(struct core *c, struct model *m)
 {
 	if (--m->refs)
 		return;
-	/* Plans hold sequences and those hold the model, so no policy object of it is in use. */
+	/* Plans and keys hold sequences and those hold the model, so no policy object of it is in use. */
 	policies_forget_model(c, m);
 	LIST_REMOVE(m, link);
 	c->n_models--;

@@ -275,6 +275,7 @@ static int open_fork(struct opening *o)
 	s->epoch = parent->epoch + 1;
 	s->rows = s->scored = o->m->prefix;
 	s->scored = MIN(parent->scored, o->m->prefix);
+	s->keys_use = parent->keys_use ? policies_ref(parent->keys_use) : NULL;
 	bind(o, s);
 	r = index_fork(&s->ix, &parent->ix, o->m->prefix, s->epoch);
 	if (r < 0) {

@@ -53,6 +53,18 @@ int plan_alloc(struct plan *p, bool private_tables)
 	return r;
 }
 
+int plan_alloc_keys(struct plan *p)
+{
+	struct index *ix = &p->seq->ix;
+
+	if (!p->use->coefs)
+		return 0;
+	if (p->use->coefs > 1 && index_keep_coef(ix, true) < 0)
+		return -ENOMEM;
+	p->keys = malloc((size_t)ix->lanes * p->watermark * sizeof(*p->keys));
+	return p->keys ? 0 : -ENOMEM;
+}
+
 void plan_free(struct plan *p)
 {
 	struct core *c = p->seq->core;
@@ -65,6 +77,7 @@ void plan_free(struct plan *p)
 	if (p->use)
 		policies_put(c, p->use);
 	free(p->scratch);
+	free(p->keys);
 	free(p);
 }
 
@@ -121,14 +134,14 @@ int plan_decide(struct plan *p)
 		.lanes = s->ix.lanes,
 		.watermark = p->watermark,
 		.words = s->ix.words,
-		.score_stride = s->ix.cap,
+		.score_stride = p->keys ? p->watermark : s->ix.cap,
 		.protect_first = p->protect_first,
 		.protect_last = p->protect_last,
 		.granularity = s->granularity,
 		.block_rows = 16,
 		.equal_lanes = s->equal_lanes,
 		.hysteresis_permille = p->hysteresis,
-		.scores = s->ix.key,
+		.scores = plan_keys(p, 0),
 		.on_device = s->ix.on[KVT_TIER_DEVICE],
 		.on_dram = s->ix.on[KVT_TIER_DRAM],
 		.on_nvme = s->ix.on[KVT_TIER_NVME],

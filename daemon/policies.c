@@ -55,6 +55,7 @@ static int use_init(struct core *c, struct policy_use *u, const struct policy_op
 		.seed = c->cfg.seed,
 		.model = m->name,
 	};
+	int r = 0;
 
 	for (uint32_t i = 1; i < m->n_layers; i++)
 		if ((ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V)) &&
@@ -78,7 +79,10 @@ static int use_init(struct core *c, struct policy_use *u, const struct policy_op
 		cfg.weights = u->weights;
 	}
 	u->ops = ops;
-	return ops->id == POLICY_CLIENT ? 0 : ops->init(&u->policy, &cfg, err, errsize);
+	if (ops->id != POLICY_CLIENT)
+		r = ops->init(&u->policy, &cfg, err, errsize);
+	u->coefs = !r && ops->caps & POLICY_SEPARABLE ? ops->coefs_per_row(u->policy) : 0;
+	return r;
 }
 
 static const struct policy_ops *last_resort(void)
@@ -130,6 +134,12 @@ static bool has_scores(const struct seq *s)
 	return s->layout != NULL;
 }
 
+struct policy_use *policies_ref(struct policy_use *u)
+{
+	u->refs++;
+	return u;
+}
+
 struct policy_use *policies_get(struct seq *s)
 {
 	struct core *c = s->core;
@@ -142,9 +152,7 @@ struct policy_use *policies_get(struct seq *s)
 			break;
 	if (!u)
 		u = use_new(c, s->model, asked, no_scores);
-	if (u)
-		u->refs++;
-	return u;
+	return u ? policies_ref(u) : NULL;
 }
 
 static void drop_unused(struct policy_use *u)
@@ -157,6 +165,8 @@ static void drop_unused(struct policy_use *u)
 
 void policies_put(struct core *c, struct policy_use *u)
 {
+	if (!u)
+		return;
 	u->refs--;
 	drop_unused(u);
 }

@@ -68,25 +68,45 @@ static int copy_rows(const struct plan *p, uint32_t lane, const struct rows *rw,
 	return r ? r : copy_plane(p->region, &only_v, rw->first_slot, rw->n, v);
 }
 
-/* Scratch: positions (the caller's), scores, keys, then the K and V planes. */
+/* A lane as policies count them. */
+static uint32_t policy_lane(const struct model *m, uint32_t lane)
+{
+	return (uint32_t)m->lane_layer[lane] * m->heads + m->lane_head[lane];
+}
+
+/* Into a plane of the index; scores NULL: rows that cannot be read are worth nothing. */
+static void store(const struct plan *p, uint16_t *plane, uint32_t lane, const struct rows *rw,
+		  const float *scores, uint16_t *keys)
+{
+	uint16_t *to = plane + (size_t)lane * p->seq->ix.cap;
+
+	if (scores)
+		score_keys(scores, keys, rw->n);
+	else
+		memset(keys, 0, rw->n * sizeof(*keys));
+	for (uint32_t i = 0; i < rw->n; i++)
+		to[rw->pos ? rw->pos[i] : rw->first_pos + i] = keys[i];
+}
+
+/* Scratch: positions (the caller's), scores or two coefficients, keys, then the K and V planes. */
 static int score_rows(struct plan *p, uint32_t lane, const struct rows *rw, struct worker_ctx *w)
 {
 	struct seq *s = p->seq;
 	const struct model *m = s->model;
 	const struct wire_layer *y = &m->layer[m->lane_layer[lane]];
-	bool data = p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V);
-	uint16_t *key = s->ix.key + (size_t)lane * s->ix.cap, *keys;
-	float *scores = (float *)((char *)w->buf + rw->n * sizeof(uint32_t));
+	const struct policy_ops *ops = p->use->ops;
+	bool data = ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V);
+	float *scores = (float *)((char *)w->buf + rw->n * sizeof(uint32_t)), *second = scores + rw->n;
+	uint16_t *keys = (uint16_t *)(second + rw->n);
 	char *k, *v;
 	int r;
 
-	keys = (uint16_t *)(scores + rw->n);
 	k = (char *)ALIGN_UP((uintptr_t)(keys + rw->n), 64);
 	v = (char *)ALIGN_UP((uintptr_t)k + (size_t)rw->n * y->k_bytes, 64);
 	r = data ? copy_rows(p, lane, rw, k, v) : 0;
 	if (!r) {
 		struct policy_batch b = {
-			.lane = (uint32_t)m->lane_layer[lane] * m->heads + m->lane_head[lane],
+			.lane = policy_lane(m, lane),
 			.n = rw->n,
 			.k = data ? k : NULL,
 			.v = data ? v : NULL,
@@ -98,22 +118,20 @@ static int score_rows(struct plan *p, uint32_t lane, const struct rows *rw, stru
 			.nonce = s->nonce,
 		};
 
-		r = p->use->ops->score(p->use->policy, &b, scores);
+		r = p->use->coefs ? ops->coefs(p->use->policy, &b, (float *const[]){scores, second})
+				  : ops->score(p->use->policy, &b, scores);
 	}
 	if (r < 0 && (r != -EIO || !data))
 		return r;
-	if (!r)
-		score_keys(scores, keys, rw->n);
-	else
-		memset(keys, 0, rw->n * sizeof(*keys));
-	for (uint32_t i = 0; i < rw->n; i++)
-		key[rw->pos ? rw->pos[i] : rw->first_pos + i] = keys[i];
+	store(p, s->ix.key, lane, rw, r ? NULL : scores, keys);
+	if (p->use->coefs > 1)
+		store(p, s->ix.coef, lane, rw, r ? NULL : second, keys);
 	return 0;
 }
 
 static size_t scratch_for(const struct model *m, uint32_t lane, uint32_t n)
 {
-	return (size_t)n * (2 * sizeof(uint32_t) + sizeof(uint16_t) + lane_bytes(m, lane)) + 256;
+	return (size_t)n * (3 * sizeof(uint32_t) + sizeof(uint16_t) + lane_bytes(m, lane)) + 256;
 }
 
 /* Rows are scored by themselves, once, in chunks that stay in cache. */
@@ -151,18 +169,59 @@ static int score_all(struct plan *p, uint32_t lane, struct worker_ctx *w)
 	return rw.n ? score_rows(p, lane, &rw, w) : 0;
 }
 
+void score_combine(const struct seq *s, const struct policy_use *use, uint32_t lane, uint32_t rows,
+		   uint32_t total, uint16_t *keys)
+{
+	const struct index *ix = &s->ix;
+	const uint16_t *from[POLICY_MAX_COEFS] = {ix->key + (size_t)lane * ix->cap,
+						  ix->coef ? ix->coef + (size_t)lane * ix->cap : NULL};
+	float f[POLICY_MAX_COEFS][CHUNK_ROWS];
+
+	for (uint32_t at = 0; at < rows; at += CHUNK_ROWS) {
+		struct policy_batch b = {.lane = policy_lane(s->model, lane),
+					 .n = MIN(CHUNK_ROWS, rows - at),
+					 .first_pos = at,
+					 .total = total};
+
+		for (uint32_t r = 0; r < use->coefs; r++)
+			key_scores(from[r] + at, f[r], b.n);
+		use->ops->combine(use->policy, &b, (const float *const[]){f[0], f[1]}, f[0]);
+		score_keys(f[0], keys + at, b.n);
+	}
+}
+
+/* Another policy's coefficients mean nothing to the next: what rows below the device tier keep is a score. */
+static void settle_keys(struct plan *p, uint32_t lane)
+{
+	const struct seq *s = p->seq;
+	const struct index *ix = &s->ix;
+	size_t at = (size_t)lane * ix->cap;
+
+	if (!s->keys_use || !s->keys_use->coefs)
+		return;
+	score_combine(s, s->keys_use, lane, p->from, p->watermark, ix->key + at);
+	for (uint32_t i = 0; ix->coef && i < p->from; i++)
+		ix->coef[at + i] = INDEX_NO_COEF;
+}
+
 int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w)
 {
-	unsigned caps = p->use->ops->caps;
+	const struct policy_ops *ops = p->use->ops;
+	bool all = p->rescore || ops->caps & POLICY_CONTEXT;
 	int r = 0;
 
-	if (p->from >= p->watermark && !p->rescore && !(caps & POLICY_CONTEXT))
-		return 0;
 	for (uint32_t l = lo; l < hi && !r; l++) {
-		if (p->use->ops->id == POLICY_CLIENT)
+		if (p->rescore)
+			settle_keys(p, l);
+		if (!all && p->from >= p->watermark)
+			r = 0;
+		else if (ops->id == POLICY_CLIENT)
 			r = from_plane(p, l, w);
 		else
-			r = p->rescore || (caps & POLICY_CONTEXT) ? score_all(p, l, w) : score_new(p, l, w);
+			r = all ? score_all(p, l, w) : score_new(p, l, w);
+		if (!r && p->keys)
+			score_combine(p->seq, p->use, l, p->watermark, p->watermark,
+				      p->keys + (size_t)l * p->watermark);
 	}
 	return r;
 }

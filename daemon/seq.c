@@ -214,6 +214,8 @@ static void destroy(struct seq *s)
 	c->seq_index_bytes -= s->index_seen;
 	core_feed(c, FEED_SEQ_CLOSE, s, 0, 0, NULL);
 	seq_drop_region(s);
+	policies_put(s->core, s->keys_use);
+	s->keys_use = NULL;
 	if (s->model)
 		model_unref(c, s->model);
 	s->model = NULL;

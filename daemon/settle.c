@@ -236,13 +236,17 @@ static uint64_t make_cold(struct seq *s)
 {
 	uint32_t words = (uint32_t)BITS_WORDS(s->ix.rows);
 	struct settle *t = settle_new(s, words);
+	bool combine = s->keys_use && s->keys_use->coefs;
+	_cleanup_free_ uint16_t *now = combine ? malloc(s->ix.rows * sizeof(*now)) : NULL;
 	uint64_t bytes = 0;
 
-	for (uint32_t l = 0; t && l < s->ix.lanes; l++) {
+	for (uint32_t l = 0; t && (now || !combine) && l < s->ix.lanes; l++) {
 		struct lane_pages *lp = &s->ix.lane[l];
-		const uint16_t *key = s->ix.key + (size_t)l * s->ix.cap;
+		const uint16_t *key = combine ? now : s->ix.key + (size_t)l * s->ix.cap;
 		uint64_t sum = 0, n = 0;
 
+		if (combine)
+			score_combine(s, s->keys_use, l, s->ix.rows, s->ix.rows, now);
 		bits_for_each(i, index_bits(&s->ix, KVT_TIER_DRAM, l), s->ix.rows) {
 			sum += key[i];
 			n++;

@@ -70,6 +70,9 @@ uint16_t score_key(float score);
 void score_keys(const float *scores, uint16_t *keys,
 		size_t n); /* vectorised; non-finite becomes the lowest key */
 
+/* Back to the scores, as halves keep them; NaN for keys that no finite score has. Vectorised. */
+void key_scores(const uint16_t *keys, float *scores, size_t n);
+
 /* Snapshots: a flat byte string (magic, version, lengths, CRC32C) that replays to the same plan. */
 size_t snapshot_bytes(const struct decide_in *in);
 int snapshot_write(const struct decide_in *in, void *buf, size_t bytes);

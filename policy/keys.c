@@ -54,3 +54,32 @@ void score_keys(const float *scores, uint16_t *keys, size_t n)
 
 	score_keys_portable(scores + done, keys + done, n - done);
 }
+
+/* Half precision to float; halves below 2^-14 have steps of 2^-24. */
+static float half_value(uint16_t h)
+{
+	uint32_t mag = h & 0x7fff, u = mag << 13;
+	float f;
+
+	if (mag >= 0x7c00)
+		u |= 0x7f800000;
+	else if (mag >= 0x400)
+		u += 0x38000000;
+	memcpy(&f, &u, sizeof(f));
+	if (mag < 0x400)
+		f = (float)mag * 0x1p-24f;
+	return h & 0x8000 ? -f : f;
+}
+
+void key_scores_portable(const uint16_t *keys, float *scores, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		scores[i] = half_value((uint16_t)(keys[i] & 0x8000 ? keys[i] ^ 0x8000 : ~keys[i]));
+}
+
+void key_scores(const uint16_t *keys, float *scores, size_t n)
+{
+	size_t done = cpu_has_avx2() ? key_scores_avx2(keys, scores, n) : 0;
+
+	key_scores_portable(keys + done, scores + done, n - done);
+}

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #pragma once
 /*
- * The kernels behind score_keys(): both give the same bytes for every input.
+ * The kernels behind score_keys() and key_scores(): each pair gives the same bytes for every input.
  * A key is the score's half-precision pattern, mapped so that unsigned order
  * is numeric order: negative values are inverted, the others get the top bit.
  */
@@ -15,3 +15,6 @@
 void score_keys_portable(const float *scores, uint16_t *keys, size_t n);
 /* Needs AVX2 and F16C. Rounds down to whole vectors and returns how many keys it wrote. */
 size_t score_keys_avx2(const float *scores, uint16_t *keys, size_t n);
+/* The same for the way back. */
+void key_scores_portable(const uint16_t *keys, float *scores, size_t n);
+size_t key_scores_avx2(const uint16_t *keys, float *scores, size_t n);

@@ -30,3 +30,17 @@ size_t score_keys_avx2(const float *scores, uint16_t *keys, size_t n)
 	}
 	return i;
 }
+
+size_t key_scores_avx2(const uint16_t *keys, float *scores, size_t n)
+{
+	size_t i;
+
+	for (i = 0; i + 8 <= n; i += 8) {
+		__m128i key = _mm_loadu_si128((const __m128i *)(keys + i)),
+			negative = _mm_cmpgt_epi16(key, _mm_set1_epi16(-1));
+		__m128i flip = _mm_or_si128(negative, _mm_set1_epi16((short)0x8000));
+
+		_mm256_storeu_ps(scores + i, _mm256_cvtph_ps(_mm_xor_si128(key, flip)));
+	}
+	return i;
+}

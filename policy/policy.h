@@ -81,8 +81,8 @@ struct policy_ops {
 	 * do not depend on the distance after all, and score() is final.
 	 * coefs: coef[r][i] is coefficient r of row i; b->total is not read. As score.
 	 * combine: scores from coefficients; of b, only lane, n, positions and total
-	 * are read. A coefficient that is not finite makes the least of scores. Fast
-	 * where positions are consecutive. 0 or -EINVAL (lane).
+	 * are read; scores may be coef[0]. A coefficient that is not finite makes the
+	 * least of scores. Fast where positions are consecutive. 0 or -EINVAL (lane).
 	 * A policy of one coefficient only adds to it, so that it is a score at any fixed distance.
 	 */
 	uint32_t (*coefs_per_row)(const struct policy *p);

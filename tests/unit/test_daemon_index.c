@@ -141,7 +141,7 @@ static uint64_t bytes_of(const struct index *ix)
 	uint64_t n = heap_bytes(ix->lanes * sizeof(*ix->lane)) + heap_bytes(ix->lanes * sizeof(uint32_t));
 
 	if (ix->cap)
-		n += heap_bytes((uint64_t)ix->lanes * ix->cap * 2) +
+		n += heap_bytes((uint64_t)ix->lanes * ix->cap * 2) * (ix->coef ? 2 : 1) +
 		     3 * heap_bytes((uint64_t)ix->lanes * ix->cap / 8);
 	for (uint32_t l = 0; l < ix->lanes; l++)
 		if (ix->lane[l].cap)
@@ -235,6 +235,50 @@ static void any_history_agrees_with_the_model(void **state)
 	assert_same(&ix, &m);
 	index_free(&ix, &w.ps);
 	origin_unref(&w.ps, o);
+	world_close(&w);
+}
+
+/* Keys and second coefficients go where their rows go: through growth, truncation and into a fork. */
+static void coefficients_follow_their_rows(void **state)
+{
+	struct world w;
+	struct index ix, child;
+	uint64_t plain;
+
+	world_open(&w);
+	assert_int_equal(index_init(&ix, LANES), 0);
+	assert_int_equal(index_init(&child, LANES), 0);
+	assert_int_equal(index_keep_coef(&ix, true), 0); /* nothing to keep them for yet */
+	assert_null(ix.coef);
+	assert_int_equal(index_extend(&ix, 100), 0);
+	plain = ix.bytes;
+	assert_int_equal(index_keep_coef(&ix, true), 0);
+	assert_true(ix.bytes > plain && ix.bytes == bytes_of(&ix));
+	for (uint32_t l = 0; l < LANES; l++)
+		for (uint32_t i = 0; i < 100; i++) {
+			assert_int_equal(ix.coef[(size_t)l * ix.cap + i], INDEX_NO_COEF);
+			ix.key[(size_t)l * ix.cap + i] = (uint16_t)(1000 * l + i);
+			ix.coef[(size_t)l * ix.cap + i] = (uint16_t)(1000 * l + i + 7);
+		}
+	assert_int_equal(index_keep_coef(&ix, true), 0); /* already */
+	assert_int_equal(index_extend(&ix, 5000), 0);
+	assert_int_equal(ix.bytes, bytes_of(&ix));
+	assert_int_equal(index_fork(&child, &ix, 60, 9), 0);
+	assert_int_equal(child.bytes, bytes_of(&child));
+	assert_int_equal(index_truncate(&ix, &w.ps, 80, 3), 0);
+	for (uint32_t l = 0; l < LANES; l++)
+		for (uint32_t i = 0; i < 100; i++) {
+			assert_int_equal(ix.key[(size_t)l * ix.cap + i], i < 80 ? 1000 * l + i : 0);
+			assert_int_equal(ix.coef[(size_t)l * ix.cap + i], i < 80 ? 1000 * l + i + 7 : 0);
+			if (i < 60)
+				assert_int_equal(child.coef[(size_t)l * child.cap + i], 1000 * l + i + 7);
+		}
+	assert_int_equal(index_keep_coef(&ix, false), 0);
+	assert_null(ix.coef);
+	assert_int_equal(ix.bytes, bytes_of(&ix));
+	assert_int_equal(ix.key[79], 79);
+	index_free(&ix, &w.ps);
+	index_free(&child, &w.ps);
 	world_close(&w);
 }
 
@@ -408,6 +452,7 @@ int main(void)
 		cmocka_unit_test(a_fork_counts_references_not_rows),
 		cmocka_unit_test(a_dropped_row_does_not_come_back),
 		cmocka_unit_test(pages_are_found_by_number),
+		cmocka_unit_test(coefficients_follow_their_rows),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

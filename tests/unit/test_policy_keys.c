@@ -147,6 +147,30 @@ static void lengths(void **state)
 	}
 }
 
+static void keys_lead_back_to_their_scores(void **state)
+{
+	static uint16_t keys[65536], again[65536];
+	static float fast[65536], plain[65536];
+
+	for (uint32_t k = 0; k < 65536; k++)
+		keys[k] = (uint16_t)k;
+	key_scores(keys, fast, ARRAY_SIZE(keys) - 3);
+	key_scores_portable(keys, plain, ARRAY_SIZE(keys));
+	for (uint32_t k = 0; k < 65536 - 3; k++) {
+		uint32_t half = k & 0x8000 ? k ^ 0x8000 : ~k & 0xffff;
+
+		if ((half & 0x7c00) == 0x7c00) {
+			assert_true(!isfinite(fast[k]) && !isfinite(plain[k]));
+			continue;
+		}
+		assert_true(fast[k] == (float)half_value(half) && plain[k] == fast[k]);
+	}
+	assert_true(isnan(plain[KEY_DROPPED]) && isnan(plain[KEY_LOWEST]));
+	score_keys(plain, again, ARRAY_SIZE(again));
+	for (uint32_t k = 0; k < 65536; k++)
+		assert_int_equal(again[k], isfinite(plain[k]) ? (k == 0x7fff ? 0x8000 : k) : KEY_LOWEST);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -157,6 +181,7 @@ int main(void)
 		cmocka_unit_test(monotone_over_floats),
 		cmocka_unit_test(vector_equals_portable),
 		cmocka_unit_test(lengths),
+		cmocka_unit_test(keys_lead_back_to_their_scores),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
