@@ -41,6 +41,7 @@ struct core_stat {
 		rows_dropped;         /* demoted[t]: into t; promoted[t]: out of t */
 	uint64_t refaults[KVT_TIERS]; /* rows wanted back from t soon after they left */
 	uint64_t miss_corrupt, miss_mutated, miss_io, miss_stale, miss_nospace;
+	uint64_t recalls, rows_recalled; /* searches asked for, rows copied out for them */
 	uint64_t direct_demotions, hangups_protocol, admin_mutations;
 	uint64_t index_bytes, staging_bytes, plan_bytes;
 	uint64_t loop_max_ns; /* longest slice of the event loop */

@@ -177,6 +177,9 @@ struct seq {
 	bool recount; /* background moves changed the counts */
 	STAILQ_ENTRY(seq) recounts;
 	uint32_t flushes;
+	bool recalls;                 /* its pages get summaries */
+	uint32_t sums, sum_lane;      /* being made in the background; lane that is next */
+	struct recall *recall;        /* workers search its pages, or NULL */
 	STAILQ_HEAD(, repack) parked; /* finished while a worker decided */
 	LIST_ENTRY(seq) of_client;
 	TAILQ_ENTRY(seq) lru, gone; /* gone: detached sequences */
@@ -310,6 +313,8 @@ int session_attach(struct client *cl);
  */
 int request_handle(struct client *cl, const struct wire_hdr *m, int fd);
 int request_open(struct client *cl, const struct wire_seq_open *m);
+/* The client's live sequence, with a reference, its newest words taken into account; NULL: refused. */
+struct seq *request_seq(struct client *cl, const struct wire_hdr *m, uint64_t handle);
 /* Take over what the budget sets. 0 or KVT_E_* with a line in err. */
 int seq_set_budget(struct seq *s, const struct wire_budget *b, const uint32_t *table, char *err,
 		   size_t errsize);
@@ -394,6 +399,11 @@ void budget_for(struct plan *p);
 /* After the decision: no lane may promote more rows than it has stage slots. Worker. */
 int budget_stage(struct plan *p);
 
+struct recall_sum;
+struct recall_shape { /* keys of dim elements; 0: not to be summarised */
+	uint32_t dim, dtype;
+};
+
 /* ---- mover.c, mover_out.c, mover_in.c -------------------------------------------------- */
 struct pio { /* one page on its way between a tier and us */
 	struct tier_io io;
@@ -405,6 +415,8 @@ struct pio { /* one page on its way between a tier and us */
 	bool refused;                /* the verdict is on the region: the page itself is well */
 	void (*end)(struct pio *io); /* on the loop when the tier is done, io.res valid; owns io */
 	void *owner;
+	struct recall_shape keys;
+	struct recall_sum *sum; /* write: made beside the page */
 	struct seq_record rec;
 	uint64_t words[PAGE_SPAN]; /* write: positions for the tier to keep; read: the rows wanted */
 	STAILQ_ENTRY(pio) link;
@@ -466,6 +478,24 @@ void compact_stop(struct seq *s);
 void compact_pump(struct core *c);
 /* Tier watermarks: wake the demoter, set direct demotion. */
 void settle_watermarks(struct core *c);
+
+/* ---- recall.c, recall_sum.c ---------------------------------------------------------------- */
+/* W_RECALL. 0, or KVT_AGAIN: it waits for the one before. */
+int request_recall(struct client *cl, const struct wire_recall *m);
+/* The sequence has no client any more: nobody is to be answered. */
+void recall_orphan(struct seq *s);
+/* What pages of this lane are summarised as: nothing while the sequence does not recall, or when rows have no
+ * type. */
+struct recall_shape recall_shape(const struct seq *s, uint32_t lane);
+/* The summary of a page's K plane at k; NULL: none is wanted, no memory. Any thread. */
+struct recall_sum *recall_sum_make(struct recall_shape keys, const struct page *p, const void *k);
+/*
+ * Read, check and summarise one page that has none; end(arg) follows from the loop, never from here. A page
+ * that is lost is counted as a miss. -ENOMEM.
+ */
+int recall_sum_start(struct seq *s, struct page *p, void (*end)(void *arg), void *arg);
+/* From now on all its pages get summaries; those that exist get them in the background. */
+void recall_prepare(struct seq *s);
 
 /* ---- policies.c ------------------------------------------------------------------------ */
 struct policy_use {

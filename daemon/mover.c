@@ -69,6 +69,7 @@ void pio_free(struct pio *io)
 	c->pages.used[io->tier][io->page->origin->charge] -= io->reserved;
 	page_unpin(&c->pages, io->page);
 	c->pios--;
+	free(io->sum);
 	free(io);
 }
 

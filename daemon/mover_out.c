@@ -52,6 +52,8 @@ static void out_run(struct job *j, struct worker_ctx *w)
 		page_slots(&s->ix, p, slots);
 		seq_lane(s, p->lane, &lane);
 		o->io[i]->error = g->ops->gather(g->mem, &lane, slots, p->rows, o->io[i]->io.buf, &p->crc);
+		if (!o->io[i]->error)
+			o->io[i]->sum = recall_sum_make(o->io[i]->keys, p, o->io[i]->io.buf);
 	}
 }
 
@@ -81,6 +83,8 @@ static void out_end(struct pio *io)
 	page_ref(page);
 	if (!r)
 		r = page_set_copy(&c->pages, page, io->tier, io->io.addr);
+	if (!r && io->sum)
+		page_set_sum(&c->pages, page, TAKE_PTR(io->sum));
 	if (!r && s->state != SEQ_CLOSING && p->epoch == s->epoch) {
 		r = index_add_page(&s->ix, page, io->tier);
 		if (!r) {
@@ -213,6 +217,8 @@ static int next_page(struct plan *p, struct pio **ret)
 		return r;
 	}
 	p->out_pos = cut.end;
+	if (p->out_tier == KVT_TIER_DRAM)
+		io->keys = recall_shape(s, p->out_lane);
 	*ret = io;
 	return 1;
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include <string.h>
 #include "daemon/pages.h"
+#include "policy/recall.h"
 #include "shm/util.h"
 
 int page_store_init(struct page_store *ps, uint32_t tenants)
@@ -172,10 +173,30 @@ int page_set_copy(struct page_store *ps, struct page *p, int tier, tier_addr add
 	return 0;
 }
 
+static uint64_t sum_heap(const struct page *p)
+{
+	return heap_bytes(recall_sum_bytes(p->rows, p->sum->dim));
+}
+
+void page_set_sum(struct page_store *ps, struct page *p, struct recall_sum *sum)
+{
+	if (p->sum || !page_in(p, KVT_TIER_DRAM)) {
+		free(sum);
+		return;
+	}
+	p->sum = sum;
+	ps->bytes += sum_heap(p);
+}
+
 void page_free_copy(struct page_store *ps, struct page *p, int tier)
 {
 	if (!page_in(p, tier))
 		return;
+	if (tier == KVT_TIER_DRAM && p->sum) {
+		ps->bytes -= sum_heap(p);
+		free(p->sum);
+		p->sum = NULL;
+	}
 	if (tier == KVT_TIER_NVME)
 		table_del(ps, p);
 	if (!ps->closing)

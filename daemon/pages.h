@@ -23,6 +23,7 @@ struct origin {
 	uint32_t charge; /* tenant that pays, index in the page store */
 };
 
+struct recall_sum;
 struct page {
 	uint64_t number;
 	tier_addr addr[2]; /* dram, nvme; TIER_ADDR_NONE */
@@ -33,8 +34,10 @@ struct page {
 	uint16_t lane;
 	uint16_t pins; /* reads and moves in flight: copies must stay */
 	uint8_t rows, span;
-	bool moving;    /* a mover works on it: leave it alone */
-	uint64_t pos[]; /* bit i: position first + i is in the page */
+	bool moving;            /* a mover works on it: leave it alone */
+	bool summing;           /* its summary is being made */
+	struct recall_sum *sum; /* of the keys of its checked dram copy, or NULL */
+	uint64_t pos[];         /* bit i: position first + i is in the page */
 };
 
 struct page_store {
@@ -87,6 +90,11 @@ int page_set_copy(struct page_store *ps, struct page *p, int tier, tier_addr add
 void page_free_copy(struct page_store *ps, struct page *p, int tier);
 /* The cleaner moved the copy. */
 void page_move_copy(struct page *p, int tier, tier_addr addr);
+/*
+ * The page's dram bytes are right (checked, or just written by us) and this is what their keys are like: takes
+ * sum, which ends with the dram copy. One that it has already stays.
+ */
+void page_set_sum(struct page_store *ps, struct page *p, struct recall_sum *sum);
 void page_ref(struct page *p);
 void page_unref(struct page_store *ps, struct page *p);
 void page_pin(struct page *p);

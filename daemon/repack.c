@@ -27,7 +27,9 @@ struct repack {
 	struct pio *read[REPACK_SOURCES];
 	struct page *dst; /* pinned; the source itself when whole */
 	uint8_t *buf;     /* its payload */
-	tier_addr addr;   /* where it was written */
+	struct recall_shape keys;
+	struct recall_sum *sum; /* of its keys, when they stay in dram */
+	tier_addr addr;         /* where it was written */
 	STAILQ_ENTRY(repack) link;
 };
 
@@ -44,6 +46,7 @@ static void finish(struct repack *r)
 	page_unpin(&c->pages, r->dst);
 	seq_unref(r->seq);
 	free(r->buf);
+	free(r->sum);
 	free(r);
 	mover_kick(c);
 }
@@ -93,6 +96,7 @@ static void repack_run(struct job *j, struct worker_ctx *w)
 		return;
 	page_ident(r->dst, &id);
 	r->dst->crc = crc32c(page_crc_seed(&id), r->buf, r->dst->bytes);
+	r->sum = recall_sum_make(r->keys, r->dst, r->buf);
 }
 
 static void repack_run_done(struct job *j)
@@ -156,6 +160,8 @@ static void commit(struct repack *r)
 	}
 	if (!e && !r->whole)
 		e = index_list_page(&s->ix, p);
+	if (!e && r->sum)
+		page_set_sum(&c->pages, p, TAKE_PTR(r->sum));
 	if (!e) {
 		index_move(&s->ix, p, r->from, r->to);
 		if (r->from == r->to) {
@@ -305,6 +311,8 @@ int repack_start(struct seq *s, struct page *const *src, unsigned n, int from, i
 	r->addr = TIER_ADDR_NONE;
 	r->n = n;
 	r->k_bytes = s->model ? s->model->layer[s->model->lane_layer[src[0]->lane]].k_bytes : 0;
+	if (to == KVT_TIER_DRAM)
+		r->keys = recall_shape(s, src[0]->lane);
 	r->dst = whole ? src[0] : make_dst(s, src[0], first, take, span);
 	r->buf = r->dst ? malloc(r->dst->bytes) : NULL;
 	for (; r->buf && made < n; made++) {

@@ -183,7 +183,7 @@ static int on_region_close(struct client *cl, const struct wire_handle *m)
 
 /* ---- sequences ------------------------------------------------------------------------- */
 
-static struct seq *get_seq(struct client *cl, const struct wire_hdr *m, uint64_t handle)
+struct seq *request_seq(struct client *cl, const struct wire_hdr *m, uint64_t handle)
 {
 	struct seq *s = handle_get(cl->core->seqs, handle, cl);
 
@@ -204,7 +204,7 @@ static struct seq *get_seq(struct client *cl, const struct wire_hdr *m, uint64_t
 
 static int on_truncate(struct client *cl, const struct wire_seq_truncate *m)
 {
-	struct seq *s = get_seq(cl, &m->hdr, m->seq);
+	struct seq *s = request_seq(cl, &m->hdr, m->seq);
 	struct wire_seq_truncate_reply a;
 
 	if (!s)
@@ -227,7 +227,7 @@ static int on_truncate(struct client *cl, const struct wire_seq_truncate *m)
 /* The reply waits until the daemon touches the region no more on behalf of this sequence. */
 static int on_close(struct client *cl, const struct wire_seq_close *m)
 {
-	struct seq *s = get_seq(cl, &m->hdr, m->seq);
+	struct seq *s = request_seq(cl, &m->hdr, m->seq);
 
 	if (!s)
 		return 0;
@@ -241,7 +241,7 @@ static int on_close(struct client *cl, const struct wire_seq_close *m)
 
 static int on_info(struct client *cl, const struct wire_handle *m)
 {
-	struct seq *s = get_seq(cl, &m->hdr, m->handle);
+	struct seq *s = request_seq(cl, &m->hdr, m->handle);
 	struct wire_seq_info_reply a;
 	struct core_seq_stat st;
 
@@ -339,7 +339,7 @@ static int may_plan(struct client *cl, const struct wire_hdr *m)
 
 static int on_plan_request(struct client *cl, const struct wire_plan_request *m)
 {
-	struct seq *s = get_seq(cl, &m->hdr, m->seq);
+	struct seq *s = request_seq(cl, &m->hdr, m->seq);
 	char err[WIRE_TEXT];
 	int r;
 
@@ -356,7 +356,7 @@ static int on_plan_request(struct client *cl, const struct wire_plan_request *m)
 
 static int on_fetch(struct client *cl, const struct wire_fetch *m)
 {
-	struct seq *s = get_seq(cl, &m->hdr, m->seq);
+	struct seq *s = request_seq(cl, &m->hdr, m->seq);
 
 	if (!s)
 		return 0;
@@ -442,6 +442,8 @@ int request_handle(struct client *cl, const struct wire_hdr *m, int fd)
 		return on_plan_request(cl, (const void *)m);
 	case W_FETCH:
 		return on_fetch(cl, (const void *)m);
+	case W_RECALL:
+		return request_recall(cl, (const void *)m);
 	case W_ADMIN:
 		return on_admin(cl, (const void *)m);
 	}

@@ -150,6 +150,7 @@ void seq_unbind(struct seq *s)
 {
 	struct client *cl = s->client;
 
+	recall_orphan(s);
 	if (cl) {
 		bits_clear(cl->slot_used, s->slot);
 		plan_mem_give(cl->plans, s->plan_off, s->plan_bytes);
@@ -256,7 +257,7 @@ void seq_step(struct seq *s)
 {
 	struct plan *p = s->plan;
 
-	if (s->dead || (p && p->refs))
+	if (s->dead || (p && p->refs) || s->recall)
 		return;
 	if (p && !p->over && p->phase == PHASE_SCORE) {
 		manager_scored(p);

@@ -14,6 +14,8 @@ _Static_assert(sizeof(struct wire_budget) == 64, "budget");
 _Static_assert(sizeof(struct wire_layout) == 64, "layout");
 _Static_assert(sizeof(struct wire_seq_open) == 184, "layouts behind it are 8-byte aligned");
 _Static_assert(sizeof(struct wire_plan_request) == 88, "plan request");
+_Static_assert(sizeof(struct wire_recall) == 136, "queries behind it are 8-byte aligned");
+_Static_assert(sizeof(struct wire_recall_reply) == 264, "recall reply");
 _Static_assert(offsetof(struct wire_admin, argv) == 24, "admin");
 
 /* The first failed check sticks; the later ones do nothing. */
@@ -227,6 +229,46 @@ static void check_plan_request(struct check *c, const struct wire_plan_request *
 	not_zero(c, "seq", m->seq);
 }
 
+static void check_find(struct check *c, const struct wire_recall *m)
+{
+	uint32_t elem = wire_dtype_bytes(m->dtype);
+
+	range(c, "heads", m->heads, 1, 256);
+	range(c, "per_head", m->per_head, 1, WIRE_MAX_QUERIES);
+	range(c, "dim", m->dim, 1, WIRE_MAX_HEAD_DIM);
+	range(c, "dtype", m->dtype, KVT_DTYPE_F32, KVT_DTYPE_BF16);
+	if (!c->rc && m->hdr.len != wire_recall_len(m->heads * m->per_head, m->dim, elem))
+		fail(c, KVT_E_PROTO, "heads: %u, per_head: %u, dim: %u, do not fit the message's %u bytes",
+		     m->heads, m->per_head, m->dim, m->hdr.len);
+	range(c, "window.cap", m->window.cap, 1, WIRE_MAX_ROWS);
+	range(c, "rows", m->rows, 1, m->window.cap);
+	if (!c->rc &&
+	    wire_recall_reply_len(m->heads, m->rows) + (uint64_t)(m->heads - 1) * m->rows * 4 > WIRE_MAX)
+		fail(c, KVT_E_INVAL,
+		     "rows: %u for %u heads, the reply's %u bytes have no room for so many positions", m->rows,
+		     m->heads, WIRE_MAX);
+	range(c, "layer", m->layer, 0, WIRE_MAX_LAYERS - 1);
+	range(c, "probe", m->probe, 0, 1000);
+	range(c, "flags", m->flags, 0, KVT_RECALL_FLAGS);
+	if (!isfinite(m->scale) || m->scale < 0)
+		fail(c, KVT_E_INVAL, "scale: %g, must be finite and not negative", (double)m->scale);
+	reserved(c, "window.stage", m->window.stage);
+	reserved(c, "window.score_off", m->window.score_off | m->window.score_head_stride);
+}
+
+static void check_recall(struct check *c, const struct wire_recall *m)
+{
+	range(c, "op", m->op, 0, W_RECALL_END);
+	not_zero(c, "seq", m->seq);
+	reserved(c, "pad", m->pad);
+	if (c->rc)
+		return;
+	if (m->op == W_RECALL_FIND)
+		check_find(c, m);
+	else if (m->hdr.len != sizeof(*m))
+		fail(c, KVT_E_PROTO, "recall: %u bytes, must be %zu without queries", m->hdr.len, sizeof(*m));
+}
+
 static void check_admin(struct check *c, const struct wire_admin *m)
 {
 	uint32_t strings = 0;
@@ -288,6 +330,8 @@ static void check_request(struct check *c, const struct wire_hdr *h)
 		range(c, "pos", f->pos, 0, WIRE_MAX_ROWS - 1);
 		return range(c, "n", f->n, 1, WIRE_MAX_ROWS - (f->pos < WIRE_MAX_ROWS ? f->pos : 0));
 	}
+	case W_RECALL:
+		return check_recall(c, m);
 	case W_ADMIN:
 		return check_admin(c, m);
 	}
@@ -318,6 +362,22 @@ static void check_seq_open_reply(struct check *c, const struct wire_seq_open_rep
 		fail(c, KVT_E_INVAL, "plan_off: %llu, must be a multiple of %d",
 		     (unsigned long long)m->plan_off, KVT_CACHELINE);
 	reserved(c, "pad", m->pad);
+}
+
+static void check_recall_reply(struct check *c, const struct wire_recall_reply *m)
+{
+	uint64_t sum = 0;
+
+	range(c, "heads", m->heads, 0, 256);
+	if (!c->rc && (m->rows > WIRE_MAX || m->r.hdr.len != wire_recall_reply_len(m->heads, m->rows)))
+		fail(c, KVT_E_PROTO, "heads: %u, rows: %u, do not fit the message's %u bytes", m->heads,
+		     m->rows, m->r.hdr.len);
+	for (uint32_t h = 0; h < m->heads && !c->rc; h++)
+		sum += wire_recall_counts(m)[h];
+	if (sum != m->rows)
+		fail(c, KVT_E_PROTO, "rows: %u, the counts sum up to %llu", m->rows, (unsigned long long)sum);
+	for (uint32_t i = 0; i < m->rows && !c->rc; i++)
+		range(c, "position", wire_recall_positions(m)[i], 0, WIRE_MAX_ROWS - 1);
 }
 
 static void check_reply(struct check *c, const struct wire_reply *r)
@@ -361,6 +421,8 @@ static void check_reply(struct check *c, const struct wire_reply *r)
 		range(c, "lanes", v->lanes, 1, CTL_MAX_LANES);
 		return text(c, "policy", v->policy, sizeof(v->policy));
 	}
+	case W_RECALL:
+		return check_recall_reply(c, m);
 	case W_ADMIN:
 		return range(c, "json_bytes", ((const struct wire_admin_reply *)m)->json_bytes, 0,
 			     WIRE_MAX_JSON);
@@ -394,6 +456,7 @@ static const struct {
 	{W_FETCH, false, "fetch", "fetch reply", sizeof(struct wire_fetch), sizeof(struct wire_plan_reply)},
 	{W_REGION_IMPORT, false, "region-import", "region-import reply", sizeof(struct wire_region),
 	 sizeof(struct wire_region_reply)},
+	{W_RECALL, true, "recall", "recall reply", sizeof(struct wire_recall), sizeof(struct wire_recall_reply)},
 	{W_ADMIN, true, "admin", "admin reply", sizeof(struct wire_admin), sizeof(struct wire_admin_reply)},
 };
 
@@ -437,7 +500,7 @@ static void check_framed_reply(struct check *c, const struct wire_reply *r, int 
 	reserved(c, "pad", r->pad);
 	text(c, "text", r->text, sizeof(r->text));
 	check_length(c, types[t].reply_name, r->hdr.len, r->status ? (uint32_t)sizeof(*r) : types[t].reply,
-		     false);
+		     !r->status && types[t].type == W_RECALL); /* tables follow */
 	if (!c->rc && !r->status)
 		check_reply(c, r);
 }

@@ -65,6 +65,14 @@ static inline size_t wire_plan_request_len(uint32_t table_n)
 {
 	return sizeof(struct wire_plan_request) + (size_t)table_n * sizeof(uint32_t);
 }
+static inline size_t wire_recall_len(uint32_t queries, uint32_t dim, uint32_t elem)
+{
+	return sizeof(struct wire_recall) + (size_t)queries * dim * elem;
+}
+static inline size_t wire_recall_reply_len(uint32_t heads, uint32_t rows)
+{
+	return sizeof(struct wire_recall_reply) + ((size_t)heads + rows) * sizeof(uint32_t);
+}
 
 /* ---- tables behind a checked (or freshly built) message --------------------- */
 
@@ -79,6 +87,18 @@ static inline uint32_t *wire_open_table(const struct wire_seq_open *m) /* [budge
 static inline uint32_t *wire_plan_table(const struct wire_plan_request *m) /* [budget.table_n] */
 {
 	return (uint32_t *)(m + 1);
+}
+static inline void *wire_recall_queries(const struct wire_recall *m) /* [heads][per_head][dim] of dtype */
+{
+	return (void *)(m + 1);
+}
+static inline uint32_t *wire_recall_counts(const struct wire_recall_reply *m) /* [heads] */
+{
+	return (uint32_t *)(m + 1);
+}
+static inline uint32_t *wire_recall_positions(const struct wire_recall_reply *m) /* [rows] */
+{
+	return wire_recall_counts(m) + m->heads;
 }
 /* Point argv[0..min(argc, cap)) into the message and return argc; argv[argc] = NULL when it fits. */
 uint32_t wire_admin_argv(const struct wire_admin *m, const char **argv, uint32_t cap);

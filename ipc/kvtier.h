@@ -351,6 +351,76 @@ KVT_PUBLIC int kvtier_plan_ack(struct kvtier_seq *s, uint64_t id, const uint64_t
 /* Promotion by hand: rows [pos, pos + n) of every lane are wanted in the next plan, within the budget. */
 KVT_PUBLIC int kvtier_fetch(struct kvtier_seq *s, uint32_t pos, uint32_t n, uint64_t *ret_id);
 
+/* ---- recall ----------------------------------------------------------------- */
+
+/*
+ * A new turn's queries ask for rows that were demoted. Right before a layer
+ * attends, the runtime hands over the turn's queries of that layer, after RoPE;
+ * the daemon searches the layer's rows in DRAM that are not on the device,
+ * finds those that the queries would attend to most, and copies them, K and V,
+ * into a window of the sequence's region. The runtime attends over its resident
+ * rows and the window in one pass. The copies are transient: the rows stay
+ * where they were, no plan knows of them, and the window's memory is the
+ * runtime's to reserve within its budget (ask plans for that many rows less).
+ */
+enum {
+	KVT_RECALL_LOGITS = 1,      /* rank by q.k alone, not by the share of attention that q.k means */
+	KVT_RECALL_NO_RESIDENT = 2, /* leave the rows on the device out of that share: cheaper */
+	KVT_RECALL_FLAGS = 3,
+};
+
+struct kvtier_recall_opts {
+	size_t size;
+	uint32_t group; /* query heads of one KV head, e.g. 3; 0: 1 */
+	uint32_t dtype; /* enum kvtier_dtype of the queries, not opaque */
+	/* Query of token t, query head a (KV head a / group) at queries + t * token_stride + a * head_stride;
+	 * bytes; 0, 0: packed [token][query head][head_dim]. */
+	uint64_t token_stride, head_stride;
+	float scale;    /* of q.k; 0: 1 / sqrt(head_dim) */
+	uint32_t rows;  /* wanted per KV head, at most window_rows */
+	uint32_t probe; /* of 1000 groups of 32 rows this many are searched row by row; 0: 250; 1000: exact */
+	uint32_t flags; /* KVT_RECALL_* */
+	uint32_t timeout_ms; /* deadline of this call; 0: the connection's */
+	/* Where head h's i-th recalled row goes, in bytes of the region: K at k_off + h * k_head_stride +
+	 * i * k_row_stride, V likewise. It must not overlap slots that plans use. */
+	uint32_t window_rows;
+	uint64_t k_off, v_off, k_head_stride, v_head_stride;
+	uint32_t k_row_stride, v_row_stride;
+};
+
+struct kvtier_recalled {
+	size_t size;
+	uint32_t *counts;    /* the caller's, [KV heads of the layer]: rows found for each; NULL: not wanted */
+	uint32_t *positions; /* the caller's, [KV heads][opts.rows]: their positions, ascending; NULL: not
+				wanted */
+	uint64_t searched;   /* rows that were candidates, over the layer's heads */
+	uint64_t skipped;    /* rows that only NVMe holds: not searched */
+	uint64_t missed;     /* rows whose page could not be read or checked: not searched */
+	uint64_t daemon_ns;  /* of the call, spent in the daemon */
+};
+/*
+ * Search one layer. n_queries tokens; of each query head the last token and the
+ * three farthest from it and each other are used. Returns the largest of the
+ * counts, 0 when nothing below is in DRAM. Rows of the sequence that are
+ * appended to the layer but not to all layers yet are neither searched nor
+ * counted. Any thread; one layer's call does not wait for the rest of the cache. What is
+ * recalled is valid until the sequence is truncated below it, whatever plans do.
+ * After KVT_E_TIMEOUT the daemon may still write to the window: it is not to be
+ * read or reused before kvtier_seq_recall_end() returned 0. Errors: INVAL, MODEL
+ * (opaque rows), LIMIT (queries of one token are more than a message holds), BUSY (a plan is being
+ * applied, or is applied and not acknowledged), STALE, TIMEOUT, NOSPC (no memory
+ * behind the window), DAEMON at once when it is gone: attend without.
+ */
+KVT_PUBLIC int kvtier_seq_recall(struct kvtier_seq *s, uint32_t layer, const void *queries, uint32_t n_queries,
+				 const struct kvtier_recall_opts *o, struct kvtier_recalled *ret);
+/*
+ * Recalls will come: pages of this sequence get their summaries (0.9 % of K and V) in the background now, and
+ * new ones as they are written, so that the first recall finds them made. Returns at once.
+ */
+KVT_PUBLIC int kvtier_seq_recall_prepare(struct kvtier_seq *s);
+/* The turn is over: returns 0 when nothing of the daemon touches the sequence's windows any more. */
+KVT_PUBLIC int kvtier_seq_recall_end(struct kvtier_seq *s);
+
 #ifdef __cplusplus
 }
 #endif

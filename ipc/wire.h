@@ -26,6 +26,7 @@
 #define WIRE_MAX_REGION (UINT64_C(1) << 46)
 #define WIRE_MAX_PLAN_BYTES (UINT64_C(1) << 40)
 #define WIRE_MAX_JSON (UINT64_C(1) << 32)
+#define WIRE_MAX_QUERIES 512u /* of one KV head */
 
 enum wire_type {
 	W_HELLO = 1,
@@ -39,6 +40,7 @@ enum wire_type {
 	W_PLAN_REQUEST = 9,
 	W_FETCH = 10,
 	W_REGION_IMPORT = 11,
+	W_RECALL = 12,
 	W_ADMIN = 32,
 	W_REPLY = 0x8000, /* ored into the request's type */
 };
@@ -48,8 +50,9 @@ enum wire_feature {
 	WIRE_F_LEASES = 1 << 1,
 	WIRE_F_FORK = 1 << 2,
 	WIRE_F_IMPORT = 1 << 3, /* W_REGION_IMPORT is served */
+	WIRE_F_RECALL = 1 << 4, /* W_RECALL is served */
 };
-#define WIRE_FEATURES (WIRE_F_PLANS | WIRE_F_LEASES | WIRE_F_FORK | WIRE_F_IMPORT)
+#define WIRE_FEATURES (WIRE_F_PLANS | WIRE_F_LEASES | WIRE_F_FORK | WIRE_F_IMPORT | WIRE_F_RECALL)
 
 struct wire_hdr {
 	uint32_t magic;
@@ -200,6 +203,34 @@ struct wire_fetch {
 	struct wire_hdr hdr;
 	uint64_t seq;
 	uint32_t pos, n;
+};
+/*
+ * Recall. FIND searches one layer and copies what it finds into the window, in the sequence's region: head h's
+ * i-th recalled row, ascending in position, lies at k_off + h * k_head_stride + i * k_row_stride, V likewise.
+ * The window is the daemon's from the request to its reply; END is answered when no FIND of the sequence
+ * touches a window any more. PREPARE says that recalls will come. Only FIND has what follows `rows`.
+ */
+enum wire_recall_op { W_RECALL_FIND = 0, W_RECALL_PREPARE = 1, W_RECALL_END = 2 };
+struct wire_recall {
+	struct wire_hdr hdr;
+	uint64_t seq;
+	uint32_t op; /* enum wire_recall_op */
+	uint32_t layer, epoch;
+	uint32_t rows;                 /* wanted per head, 1..window.cap */
+	uint32_t heads;                /* KV heads of the layer */
+	uint32_t per_head, dim, dtype; /* queries of each KV head, their elements: f32, f16 or bf16 */
+	uint32_t probe;                /* permille of the groups scored exactly; 0: the daemon's default */
+	uint32_t flags;                /* KVT_RECALL_* */
+	float scale;                   /* 0: 1 / sqrt(dim) */
+	uint32_t pad;
+	struct wire_layout window; /* cap: rows it has room for; stage and score fields 0 */
+				   /* then: queries [heads][per_head][dim] */
+};
+struct wire_recall_reply {
+	struct wire_reply r;
+	uint32_t heads, rows; /* rows: sum of the counts */
+	uint64_t searched, skipped, missed, ns;
+	/* then: uint32_t count[heads], uint32_t position[rows], head after head */
 };
 /* Admin: argv as NUL-terminated strings back to back. Reply carries a memfd with JSON when json_bytes > 0. */
 struct wire_admin {

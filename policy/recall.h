@@ -58,6 +58,9 @@ size_t recall_sum_bytes(uint32_t rows, uint32_t dim);
 /* Fill ret for rows <= RECALL_RUN packed keys of dim <= RECALL_MAX_DIM elements of dtype (not opaque). */
 void recall_summarise(const void *k, uint32_t rows, uint32_t dim, enum row_dtype dtype, struct recall_sum *ret);
 
+/* n elements of dtype (not opaque) as floats. */
+void recall_load(float *x, const void *src, size_t n, enum row_dtype dtype);
+
 /* Packed keys of one page, and which of its rows may be recalled: bit i of word i / 32. */
 struct recall_run {
 	const void *k;

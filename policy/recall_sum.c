@@ -10,6 +10,11 @@ size_t recall_sum_bytes(uint32_t rows, uint32_t dim)
 	return ALIGN_UP(sizeof(struct recall_sum) + recall_groups(rows) * (2 * sizeof(float) + dim), 8);
 }
 
+void recall_load(float *x, const void *src, size_t n, enum row_dtype dtype)
+{
+	rows_kern(NULL)->load(x, src, 0, (uint32_t)n, 1, dtype);
+}
+
 static bool finite_row(const float *x, uint32_t dim)
 {
 	float sum = 0;

@@ -2,6 +2,7 @@
 /* One request, its reply, one deadline. */
 #include <poll.h>
 #include <string.h>
+#include <sys/socket.h>
 #include "ipc/client/client.h"
 #include "ipc/sock.h"
 
@@ -121,7 +122,8 @@ static int take_reply(struct call *k, const struct wire_reply *r, int *fds, unsi
 			     wire_type_name(k->req->type));
 	else if (r->status)
 		rc = err_set(r->status, "%s", r->text);
-	else if (n != k->n_fds || r->hdr.len != k->reply_size)
+	else if (n != k->n_fds || r->hdr.len > k->reply_size ||
+		 r->hdr.len < (k->reply_min ? k->reply_min : k->reply_size))
 		rc = err_set(KVT_E_PROTO, "%s: %u bytes and %u fds, must be %zu and %u",
 			     wire_type_name(r->hdr.type), r->hdr.len, n, k->reply_size, k->n_fds);
 	if (rc || !n) {
@@ -131,8 +133,18 @@ static int take_reply(struct call *k, const struct wire_reply *r, int *fds, unsi
 		memcpy(k->fds, fds, n * sizeof(int));
 	}
 	if (!rc)
-		memcpy(k->reply, r, k->reply_size);
+		memcpy(k->reply, r, r->hdr.len);
 	return rc;
+}
+
+/* A reply that comes within the time of a context switch is not worth one. */
+static void spin(const struct link *l, const struct call *k)
+{
+	uint64_t end = k->spin_ns ? MIN(now_ns() + k->spin_ns, k->deadline_ns) : 0;
+	char byte;
+
+	while (end && recv(l->sock, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN && now_ns() < end)
+		;
 }
 
 static int converse(struct kvtier *c, struct link *l, struct call *k)
@@ -145,6 +157,7 @@ static int converse(struct kvtier *c, struct link *l, struct call *k)
 	r = send_request(c, l, k);
 	if (r)
 		return r;
+	spin(l, k);
 	for (;;) {
 		n = 0;
 		r = call_recv(c, l, k->deadline_ns, fds, &n);

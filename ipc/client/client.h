@@ -67,7 +67,7 @@ struct kvtier {
 	unsigned late_next;
 	struct link *greeting; /* connected, HELLO sent, no reply yet */
 	uint64_t greeting_until_ns;
-	_Alignas(8) char rx[4096]; /* replies are fixed structs, all smaller */
+	_Alignas(8) char rx[WIRE_MAX];
 
 	pthread_mutex_t lock;
 	pthread_cond_t cond; /* a leader returned from its sleep, or the ring was drained */
@@ -209,7 +209,9 @@ struct call {
 	struct wire_hdr *req;
 	void *reply; /* room for reply_size bytes; filled on success only */
 	size_t reply_size;
-	int *fds; /* n_fds of them on success, -1 before; NULL when the reply has none */
+	size_t reply_min; /* the reply has at least so many bytes instead; 0: exactly reply_size */
+	uint64_t spin_ns; /* look for the reply so long before sleeping */
+	int *fds;         /* n_fds of them on success, -1 before; NULL when the reply has none */
 	unsigned n_fds;
 	const int *send_fds; /* n_send_fds of them go with the request and stay the caller's */
 	unsigned n_send_fds;
@@ -280,6 +282,15 @@ int planes_commit(struct kvtier_seq *s, const uint32_t *old, const uint32_t *new
 uint64_t planes_punch(struct kvtier_seq *s, const uint32_t *old, const uint32_t *new_, const uint32_t *staged);
 /* These slots were in use: the next punch must reach that far. */
 void planes_touched(struct kvtier_seq *s, const uint32_t *old);
+
+/* ---- pick.c ---- */
+/*
+ * Of n points of dim floats, point i at x + i * stride, the last one and then, until there are k, the one that
+ * is farthest (Euclidean) from the nearest already picked; equal ones: the earlier. near: scratch, n floats.
+ * Fills pick[min(n, k)], returns that count.
+ */
+uint32_t pick_farthest(const float *x, size_t stride, uint32_t dim, uint32_t n, uint32_t k, float *near,
+		       uint32_t *pick);
 
 /* ---- plan.c ---- */
 /* The plan with this id as it stands now, READY and of this epoch. 0, KVT_E_STALE, KVT_E_BUSY (not ready yet).
