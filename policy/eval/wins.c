@@ -57,10 +57,12 @@ static void lane_wins(const struct slice *s, uint32_t policies, struct wins_room
 		if (!isfinite(by))
 			continue;
 		w->lanes++;
-		w->lowest += by < 0;
+		if (by >= 0)
+			continue;
+		w->lowest++;
 		for (uint32_t b = 0; b < s->boot.resamples; b++)
 			m->scratch[b] = ahead(m->mean + (size_t)b * policies, &m->least[b], p);
-		w->sure += by < 0 && boot_interval(by, m->scratch, s->boot.resamples).hi < 0;
+		w->sure += boot_interval(by, m->scratch, s->boot.resamples).hi < 0;
 	}
 }
 
