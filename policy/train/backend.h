@@ -59,15 +59,16 @@ enum train_which { TRAIN_PARAMS = 0, TRAIN_EMA = 1, TRAIN_M = 2, TRAIN_V = 3 };
  *    utilities are per future query (u / queries); "per row and query" above is therefore sum u < 1e-6 n.
  *    equal scores, utilities or keys: the row with the lower index ranks first.
  *    train_noise()'s row counts from 0 within the unit's rows of the batch; unit is the slot in the batch.
- *    regret and ratio divide as above; under TRAIN_RATIO the exact loss is min(E[C] / max(C*, 1e-8), 200), its
- *    gradient zero beyond; a sampled reward is -regret or -min(ratio, 200).
- *    advantages, of units u and perms p of a lane's counted units: reward less the mean of the unit's other
- *    perms (RLOO) or of the batch's other counted units (RLOO_BATCH, perm 0 only; one unit alone: 0); divided
- * by their sample deviation (count - 1) + 1e-8, no mean taken off, their own being 0; then clipped. RLOO
- * averages over perms. MSE averages over the unit's rows. step counts from 0: AdamW corrects its bias with step
- * + 1, the EMA copies while step < ema_start. clip: gradient * clip / (norm + 1e-6) when norm > clip > 0. A
- * lane whose loss or gradient norm is not finite keeps parameters, moments and EMA as they are in that step. a
- * lane with no counted unit has loss 0 and gradient 0.
+ *    regret and ratio divide as above; under TRAIN_RATIO the exact loss is min(E[C] / max(C*, 1e-8), 200),
+ *    its gradient zero beyond; a sampled reward is -regret or -min(ratio, 200).
+ *    advantages: reward less the mean of the unit's other perms (RLOO) or of the batch's other counted units
+ *    (RLOO_BATCH, perm 0 only; one unit alone: 0); divided by the sample deviation (count - 1) of the lane's
+ *    advantages + 1e-8, no mean taken off, their own being 0; then clipped.
+ *    RLOO averages over perms. MSE averages over the unit's rows.
+ *    step counts from 0: AdamW corrects its bias with step + 1, the EMA copies while step < ema_start.
+ *    clip: gradient * clip / (norm + 1e-6) when norm > clip > 0.
+ *    a lane whose loss or gradient norm is not finite keeps parameters, moments and EMA in that step.
+ *    a lane with no counted unit has loss 0 and gradient 0.
  */
 enum train_weighting { TRAIN_UNIFORM = 0, TRAIN_LOG_UNIFORM = 1 };
 
