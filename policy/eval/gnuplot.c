@@ -11,17 +11,17 @@
 
 extern char **environ;
 
-static int draw(const char *script, const char *out, char *err, size_t errsize)
+static int draw(const char *script, const char *scripts, const char *out, char *err, size_t errsize)
 {
 	_cleanup_free_ char *set = NULL;
 	pid_t pid;
 	int r, status;
 
-	if (strchr(out, '\'')) {
-		snprintf(err, errsize, "--out: %s, gnuplot needs a path without quotes", out);
+	if (strchr(out, '\'') || strchr(scripts, '\'')) {
+		snprintf(err, errsize, "--plots: gnuplot needs paths without quotes");
 		return -EINVAL;
 	}
-	if (asprintf(&set, "dir='%s'", out) < 0)
+	if (asprintf(&set, "dir='%s'; set loadpath '%s'", out, scripts) < 0)
 		return -ENOMEM;
 	r = posix_spawnp(&pid, "gnuplot", NULL, NULL,
 			 (char *const[]){(char *)"gnuplot", (char *)"-e", set, (char *)script, NULL}, environ);
@@ -52,7 +52,7 @@ int eval_plots(const char *scripts, const char *out, char *err, size_t errsize)
 		return -ENOENT;
 	}
 	for (size_t i = 0; r == 0 && i < found.gl_pathc; i++)
-		r = draw(found.gl_pathv[i], out, err, errsize);
+		r = draw(found.gl_pathv[i], scripts, out, err, errsize);
 	globfree(&found);
 	if (r == -ENOENT) {
 		fprintf(stderr,
