@@ -182,6 +182,28 @@ $(BUILD)/tests/integration/%: tests/integration/%.c $(SOLIB) $(BUILD)/librooms.a
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
 		-L$(BUILD) -lkvtier -Wl,-rpath,'$$ORIGIN/../..' $(BUILD)/librooms.a $(LIBS)
 
+# What needs a GPU links the CPU backend alone, so that it builds where only a BLAS is installed.
+GPU_OBJ := $(call obj,$(addprefix policy/train/,cpu.c lane.c net.c kern.c kern_avx2.c kern_avx512.c objective.c sampled.c) \
+	   $(addprefix policy/,rows.c rows_avx2.c weights_shape.c))
+$(BUILD)/tests/gpu/check_train: $(call obj,tests/gpu/check_train.c) $(GPU_OBJ)
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -ldl $(BLAS) -lm
+$(BUILD)/tests/gpu/bench_train: $(call obj,tests/gpu/bench_train.c) $(BUILD)/obj/tests/gpu/ceiling.o $(GPU_OBJ)
+	@mkdir -p $(@D)
+	$(say) NVLD $@
+	$(Q)$(NVCC) $(CUDA_ARCH) -Xcompiler -pthread -o $@ $^ $(CUDA_LIBS) -ldl $(BLAS) -lm
+$(BUILD)/obj/tests/gpu/%.o: tests/gpu/%.cu Makefile
+	@mkdir -p $(@D)
+	$(say) NVCC $<
+	$(Q)$(NVCC) $(NVCCFLAGS) -c -o $@ $<
+
+.PHONY: check-gpu bench-gpu
+check-gpu: ## the CUDA backend against the CPU backend (needs nvcc and a GPU)
+	$(Q)tests/gpu/run check
+bench-gpu: ## training steps per second on the GPU
+	$(Q)tests/gpu/run bench
+
 .PHONY: tests-bin bench-bin
 tests-bin: all $(UNIT_BINS) $(HELPER_BINS)
 bench-bin: all $(BENCH_BINS)
