@@ -421,6 +421,105 @@ KVT_PUBLIC int kvtier_seq_recall_prepare(struct kvtier_seq *s);
 /* The turn is over: returns 0 when nothing of the daemon touches the sequence's windows any more. */
 KVT_PUBLIC int kvtier_seq_recall_end(struct kvtier_seq *s);
 
+/* ---- recording traces -------------------------------------------------------- */
+
+/*
+ * What a runtime's attention heads see, as .kvtr files to train and measure
+ * policies with (kvtr(5)). Needs no daemon. Rows are copied into a bounded buffer
+ * and written by a thread of the library; no call here waits for a disk. A
+ * sequence for which there is no room, because the disk is slow or the buffer
+ * small, is dropped whole and counted. A full disk, an I/O error and max_bytes
+ * end the recording with one line to `log`, and never the runtime.
+ *
+ * Handles may be NULL: then nothing is recorded, so that a runtime need not ask
+ * whether recording is on or this sequence is wanted.
+ */
+struct kvtier_trace;     /* a recorder: any thread */
+struct kvtier_trace_seq; /* a sequence being recorded: one thread at a time */
+
+struct kvtier_trace_opts {
+	size_t size;
+	const char *dir;       /* an existing folder; NULL: $KVTIER_TRACE_DIR */
+	uint64_t max_bytes;    /* that all files in dir may have together; 0: 4 GiB */
+	uint64_t buffer_bytes; /* memory for rows not yet written; 0: 512 MiB */
+	uint32_t every_n;      /* record one of so many sequences, any of them; 0: 1 */
+	const char
+		*source; /* document or service the text comes from, at most 95 bytes; NULL: the file's name */
+	const char *domain; /* "chat", "code", ..., at most 23 bytes; may be NULL */
+	kvtier_log_fn log;  /* NULL: silent; called on the library's thread: must not call back into it */
+	void *log_arg;
+};
+/*
+ * Start recording. KVT_AGAIN and *ret NULL: dir is NULL and $KVTIER_TRACE_DIR is not set, so recording is off.
+ * opts NULL: all defaults. Errors: INVAL, IO (dir), NOMEM.
+ */
+KVT_PUBLIC int kvtier_trace_open(const struct kvtier_trace_opts *opts, struct kvtier_trace **ret);
+/* Stop. What was not written is dropped (see flush); a disk that hangs is not waited for. NULL is fine. */
+KVT_PUBLIC void kvtier_trace_close(struct kvtier_trace *t);
+/* Wait until what was handed over is written. Errors: TIMEOUT, or what ended the recording. */
+KVT_PUBLIC int kvtier_trace_flush(struct kvtier_trace *t, uint32_t timeout_ms);
+
+struct kvtier_trace_stats {
+	size_t size;
+	uint64_t seen;     /* sequences begun */
+	uint64_t picked;   /* of those, by sampling */
+	uint64_t recorded; /* files written */
+	uint64_t dropped;  /* picked, and not written: no room, or the recording has ended */
+	uint64_t bytes;    /* in files written */
+	uint64_t buffered; /* bytes of the buffer in use now */
+	int32_t ended;     /* 0, or the KVT_E_* that ended the recording */
+	uint32_t reserved;
+};
+KVT_PUBLIC int kvtier_trace_stats(struct kvtier_trace *t, struct kvtier_trace_stats *ret);
+
+struct kvtier_trace_model {
+	size_t size;
+	const char *name;              /* as in kvtier_model_desc */
+	uint32_t layers, heads, group; /* KV heads per layer, query heads per KV head */
+	uint32_t k_dim, v_dim;         /* elements of a row */
+	uint32_t dtype;                /* enum kvtier_dtype, not OPAQUE, of K, V and Q */
+	uint32_t rope;                 /* enum kvtier_rope */
+	uint32_t post_rope;            /* keys come after RoPE; queries always do */
+	float rope_theta;
+};
+/* A new sequence. KVT_AGAIN and *ret NULL: it is not to be recorded. source NULL: as opts say. Errors: INVAL,
+ * NOMEM. */
+KVT_PUBLIC int kvtier_trace_begin(struct kvtier_trace *t, const struct kvtier_trace_model *m,
+				  const char *source, struct kvtier_trace_seq **ret);
+
+/* Rows [pos, pos + n) of a layer. Row i of head h lies at base + h * head + i * row, in bytes, on the host. */
+struct kvtier_trace_span {
+	size_t size;
+	uint32_t layer, pos, n;
+	uint32_t reserved;
+	const void *k, *v; /* KV heads; v may be NULL when v_dim is 0 */
+	const void *q;     /* heads * group query heads, those of one KV head together */
+	uint64_t k_head, k_row, v_head, v_row, q_head, q_row;
+};
+/*
+ * Copy rows; they may be overwritten afterwards. pos must be the layer's length so far. KVT_AGAIN: the sequence
+ * was dropped, nothing more will be recorded of it. Errors: INVAL, and the sequence is dropped.
+ */
+KVT_PUBLIC int kvtier_trace_rows(struct kvtier_trace_seq *s, const struct kvtier_trace_span *rows);
+/* The tokens of rows [pos, pos + n), in order like rows. Recorded if every row gets one. Errors as above. */
+KVT_PUBLIC int kvtier_trace_tokens(struct kvtier_trace_seq *s, uint32_t pos, const uint32_t *tokens,
+				   uint32_t n);
+
+enum { KVT_CUT_BEFORE = 1 /* the question came after the cut */ };
+struct kvtier_trace_cut {
+	uint32_t prompt;  /* rows [0, prompt) are to be ranked ... */
+	uint32_t queries; /* ... by so many queries after them */
+	uint32_t context; /* numbers the contexts; 0 is fine */
+	uint32_t flags;   /* KVT_CUT_* */
+};
+/*
+ * Complete: rows that all layers have, with n cuts, are handed to the library's thread. s is gone whatever is
+ * returned. KVT_AGAIN: there is nothing to record, or it was dropped. Errors: INVAL (a cut).
+ */
+KVT_PUBLIC int kvtier_trace_end(struct kvtier_trace_seq *s, const struct kvtier_trace_cut *cuts, uint32_t n);
+/* Forget it. NULL is fine. */
+KVT_PUBLIC void kvtier_trace_discard(struct kvtier_trace_seq *s);
+
 #ifdef __cplusplus
 }
 #endif

@@ -32,11 +32,11 @@ static int fx_teardown(void **state)
 
 static const char *fx_path(const char *name)
 {
-	static char path[4][160];
+	static char path[4][512];
 	static int turn;
 	char *p = path[turn++ % 4];
 
-	snprintf(p, 160, "%s/%s", fx_dir, name);
+	snprintf(p, 512, "%s/%s", fx_dir, name);
 	return p;
 }
 
@@ -90,7 +90,7 @@ static void fx_fill(float *x, size_t n)
 		x[i] = fx_normal();
 }
 
-static void fx_random(void)
+static inline void fx_random(void)
 {
 	for (int i = 0; i < FX_ROWS; i++)
 		fx_tokens[i] = (uint32_t)(i * 7919);
@@ -103,7 +103,7 @@ static void fx_random(void)
 }
 
 /* Everything that a sample may have, in the tables above; K from `k` when it is not NULL. */
-static void fx_write_as(const char *path, const struct trace_header *h, const float *k)
+static inline void fx_write_as(const char *path, const struct trace_header *h, const float *k)
 {
 	struct trace_writer *w;
 	char err[512];
@@ -125,7 +125,7 @@ static void fx_write_as(const char *path, const struct trace_header *h, const fl
 	assert_int_equal(trace_writer_finish(w, 0), 0);
 }
 
-static void fx_write(const char *path)
+static inline void fx_write(const char *path)
 {
 	struct trace_header h = fx_header();
 
