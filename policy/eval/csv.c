@@ -100,16 +100,16 @@ static void write_share(FILE *f, const struct report *r, const struct slice *s, 
 	}
 }
 
-/* How much of the share at up to 4k is left above it. The two slices are drawn independently. */
-static void write_length(FILE *f, const struct report *r, struct report_data *d)
+/* How much of the share in a slice of shorter prompts is left over 4k. The slices are drawn independently. */
+static void write_length(FILE *f, const struct report *r, struct report_data *d, int shorter)
 {
 	uint32_t best = (uint32_t)d->best, oracle = (uint32_t)d->oracle, n = r->resamples;
 	float *lower = d->scratch + n;
 
-	if (d->to_4k < 0 || d->over_4k < 0 || d->oracle < 0)
+	if (shorter < 0 || d->over_4k < 0 || d->oracle < 0)
 		return;
 	for (uint32_t p = 0; p < r->rivals->n; p++) {
-		const struct slice *a = &d->slice[d->over_4k], *b = &d->slice[d->to_4k];
+		const struct slice *a = &d->slice[d->over_4k], *b = &d->slice[shorter];
 		float point;
 
 		if (rival(r, p)->role >= RIVAL_ORACLE)
@@ -120,7 +120,7 @@ static void write_length(FILE *f, const struct report *r, struct report_data *d)
 		slice_share_draws(b, p, best, oracle, lower);
 		for (uint32_t i = 0; i < n; i++)
 			d->scratch[i] /= lower[i];
-		fprintf(f, "over-4096 / 0-to-4096,%s,oracle,", rival(r, p)->name);
+		fprintf(f, "%s / %s,%s,oracle,", a->name, b->name, rival(r, p)->name);
 		put(f, boot_interval(point, d->scratch, n));
 		fprintf(f, ",%u,%u\n", a->clusters, a->items);
 	}
@@ -138,8 +138,10 @@ static int write_gap(const struct report *r, struct report_data *d)
 		write_share(f, r, &d->slice[s], "oracle", d->oracle, d);
 		write_share(f, r, &d->attainable[s], "attainable-oracle", d->reach, d);
 	}
-	if (d->best >= 0)
-		write_length(f, r, d);
+	if (d->best >= 0) {
+		write_length(f, r, d, d->to_4k);
+		write_length(f, r, d, d->near_4k);
+	}
 	return report_close(r, f, "gap.csv");
 }
 

@@ -48,6 +48,8 @@ static int add_slice(struct report_data *d, const struct report *r, const struct
 		d->main = (int)d->n;
 	if (def->kind == SLICE_LENGTH && def->from == 0 && def->to == 4096)
 		d->to_4k = (int)d->n;
+	if (def->kind == SLICE_LENGTH && def->from == 2048)
+		d->near_4k = (int)d->n;
 	if (def->kind == SLICE_LENGTH && def->to == UINT32_MAX)
 		d->over_4k = (int)d->n;
 	d->n++;
@@ -70,7 +72,7 @@ static int make_slices(struct report_data *d, const struct report *r)
 	};
 	int e = 0;
 
-	d->main = d->to_4k = d->over_4k = -1;
+	d->main = d->to_4k = d->near_4k = d->over_4k = -1;
 	for (uint32_t i = 0; e == 0 && i < FIXED_SLICES; i++)
 		e = add_slice(d, r, &fixed[i]);
 	for (uint32_t i = 0; e == 0 && i < r->set->domains; i++)

@@ -86,11 +86,11 @@ struct report_data {
 	struct slice *slice;      /* those with cuts */
 	struct slice *attainable; /* of the same cuts, those with an attainable oracle; .items 0: none */
 	uint32_t n;
-	struct wins (*wins)[RIVALS_MAX][AMONG]; /* [n] */
-	struct interval *lane;                  /* [lanes][policies] of the main slice */
-	int main, to_4k, over_4k;               /* places among the slices, or -1 */
-	int best, oracle, reach;                /* places among the policies, or -1 */
-	float *scratch;                         /* [resamples] */
+	struct wins (*wins)[RIVALS_MAX][AMONG];                   /* [n] */
+	struct interval *lane;                                    /* [lanes][policies] of the main slice */
+	int main, to_4k, near_4k, over_4k; /* near_4k: from 2k */ /* places among the slices, or -1 */
+	int best, oracle, reach;                                  /* places among the policies, or -1 */
+	float *scratch;                                           /* [resamples] */
 };
 int report_csv(const struct report *r, struct report_data *d);
 int report_markdown(const struct report *r, struct report_data *d);

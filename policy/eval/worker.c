@@ -131,6 +131,20 @@ static void last_queries(struct eval_worker *w, const struct trace_header *h)
 	}
 }
 
+/* Queries are half of a file: read only for policies, outputs and utilities that need them. */
+static bool wants_q(const struct eval_job *j, const struct trace *t, uint32_t layer)
+{
+	uint32_t first = layer * t->h.heads;
+	bool wants = j->gram && j->error_queries;
+
+	for (uint32_t i = 0; i < j->rivals->n; i++)
+		wants |= rival_needs_q(&j->rivals->r[i]);
+	for (uint32_t lane = first; !wants && lane < first + t->h.heads; lane++)
+		for (uint32_t c = 0; c < t->h.cuts; c++)
+			wants |= !trace_find(t, TRACE_UMAX, lane, c) || !trace_find(t, TRACE_UMEAN, lane, c);
+	return wants && trace_find(t, TRACE_Q, first, 0);
+}
+
 int eval_layer(struct eval_worker *w, uint32_t doc, uint32_t layer)
 {
 	const struct eval_doc *d = &w->job->set->doc[doc];
@@ -142,7 +156,7 @@ int eval_layer(struct eval_worker *w, uint32_t doc, uint32_t layer)
 		any |= w->job->lane_on[layer * h->heads + head];
 	if (!any || !d->items)
 		return 0;
-	w->has_q = trace_find(d->trace, TRACE_Q, layer * h->heads, 0) != NULL;
+	w->has_q = wants_q(w->job, d->trace, layer);
 	list_prompts(w, d);
 	for (uint32_t head = 0; r == 0 && head < h->heads; head++)
 		if (tova || w->job->lane_on[layer * h->heads + head])
