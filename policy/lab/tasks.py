@@ -43,6 +43,8 @@ _CITY = ("Amsterdam Athens Atlanta Berlin Boston Brussels Cairo Chicago Copenhag
 _JOB = ("architect artist baker banker carpenter chef cook dancer dentist doctor driver engineer farmer fisherman "
         "gardener journalist judge lawyer librarian mechanic musician nurse painter photographer pilot plumber "
         "poet sailor scientist singer soldier surgeon tailor teacher writer").split()
+_SURNAME = ("Abbott Baxter Bishop Carver Chandler Crawford Dalton Fletcher Foster Gibson Hawkins Holloway Jennings Keller "
+            "Lambert Marsh Nolan Osborne Palmer Quinn Ramsey Sinclair Thornton Underwood Vaughn Watkins Yates").split()
 _PET = "cat dog horse goat rabbit snake turtle pig sheep fox duck frog donkey monkey".split()
 
 
@@ -149,13 +151,15 @@ def _lookup(length, rng, haystack, ids):
 
 def _docqa(length, rng, haystack, ids):
     n, facts, questions = 5, [], []
-    for name, city, job, pet in zip(rng.sample(_NAME, n), rng.sample(_CITY, n), rng.sample(_JOB, n), rng.sample(_PET, n)):
-        an = "an" if job[0] in "aeiou" else "a"
-        facts.append(f"{name} was born in {city}. {name} works as {an} {job}. {name} has a pet {pet}.\n")
-        questions.append(rng.choice((
-            (f"\n\nQuestion: In which city was {name} born?\nAnswer: {name} was born in", f" {city}"),
-            (f"\n\nQuestion: What is the job of {name}?\nAnswer: {name} works as {an}", f" {job}"),
-            (f"\n\nQuestion: Which animal does {name} keep?\nAnswer: {name} has a pet", f" {pet}"))))
+    for first, last, city, job, pet in zip(rng.sample(_NAME, n), rng.sample(_SURNAME, n), rng.sample(_CITY, n),
+                                           rng.sample(_JOB, n), rng.sample(_PET, n)):
+        name, an = f"{first} {last}", "an" if job[0] in "aeiou" else "a"
+        says, asks, answer = rng.choice((
+            (f"was born in {city}", "In which city was {} born?", f" {city}"),
+            (f"works as {an} {job}", "What is the job of {}?", f" {job}"),
+            (f"has a pet {pet}", "Which animal does {} keep?", f" {pet}")))
+        facts.append(f"{name} {says}.\n")
+        questions.append((f"\n\nQuestion: {asks.format(name)}\nAnswer: {name} {says[:-len(answer)]}", answer))
     rng.shuffle(questions)
     return _task(length, rng, haystack, ids, facts, questions)
 
