@@ -78,7 +78,6 @@ void plan_free(struct plan *p)
 		policies_put(c, p->use);
 	free(p->scratch);
 	free(p->keys);
-	free(p->worth);
 	free(p);
 }
 
@@ -164,9 +163,7 @@ int plan_decide(struct plan *p)
 		.dropped = p->dropped,
 	};
 
-	int r = adaptive_divide(p);
+	int r = policy_decide(&in, &out);
 
-	if (!r)
-		r = policy_decide(&in, &out);
 	return r < 0 ? r : budget_stage(p);
 }

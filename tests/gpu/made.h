@@ -17,7 +17,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #define MADE_POOL (1u << 20) /* random halves that rows are cut from */
 #define MADE_LOADERS 4u
@@ -106,7 +105,7 @@ static inline struct train_opts made_opts(struct weights_header shape, uint32_t 
 			       .ema = 0.99f,
 			       .ema_start = 3,
 			       .seed = 42,
-			       .threads = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN)};
+			       .threads = 2};
 
 	o.shape.layers = lanes;
 	return o;

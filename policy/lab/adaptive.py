@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: MIT
+"""Adaptive against uniform budgets of equal total rows: KVP, the best heuristic (calibrated likewise), defensive."""
+import torch
+
+import accuracy
+import items
+from record import drive
+
+
+def run(lab):
+    args = lab.args
+    shares = [float(b) for b in args.budgets.split(",")] if args.budgets else accuracy.BUDGETS
+
+    @torch.no_grad()
+    def measure(item, ready):
+        return accuracy.measure_item(lab, item, ready, shares, adapt=lab.wanted, oracle=False)
+
+    return drive(lab, "adaptive", items.build(lab), accuracy.prefilled(lab), measure)
