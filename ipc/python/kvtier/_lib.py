@@ -75,6 +75,35 @@ class Plan(c.Structure):
                 ("copy_out", c.POINTER(c.c_uint64)), ("bring_in", c.POINTER(c.c_uint64))]
 
 
+class TraceOpts(c.Structure):
+    _fields_ = [("size", c.c_size_t), ("dir", c.c_char_p), ("max_bytes", c.c_uint64), ("buffer_bytes", c.c_uint64),
+                ("every_n", c.c_uint32), ("source", c.c_char_p), ("domain", c.c_char_p), ("log", LOG_FN),
+                ("log_arg", c.c_void_p)]
+
+
+class TraceStats(c.Structure):
+    _fields_ = [("size", c.c_size_t)] + [(n, c.c_uint64) for n in ("seen", "picked", "recorded", "dropped", "bytes",
+                                                                   "buffered")] + \
+               [("ended", c.c_int32), ("reserved", c.c_uint32)]
+
+
+class TraceModel(c.Structure):
+    _fields_ = [("size", c.c_size_t), ("name", c.c_char_p)] + \
+               [(n, c.c_uint32) for n in ("layers", "heads", "group", "k_dim", "v_dim", "dtype", "rope",
+                                          "post_rope")] + \
+               [("rope_theta", c.c_float)]
+
+
+class TraceSpan(c.Structure):
+    _fields_ = [("size", c.c_size_t)] + [(n, c.c_uint32) for n in ("layer", "pos", "n", "reserved")] + \
+               [(n, c.c_void_p) for n in "kvq"] + \
+               [(n, c.c_uint64) for n in ("k_head", "k_row", "v_head", "v_row", "q_head", "q_row")]
+
+
+class TraceCut(c.Structure):
+    _fields_ = [(n, c.c_uint32) for n in ("prompt", "queries", "context", "flags")]
+
+
 def sized(cls, **values):
     """An option struct with its size set and the rest zero."""
     s = cls(**values)
@@ -127,6 +156,15 @@ _PROTOTYPES = {
     "plan_apply": (INT, [P, c.POINTER(Plan)]),
     "plan_ack": (INT, [P, U64, c.POINTER(U64)]),
     "fetch": (INT, [P, U32, U32, c.POINTER(U64)]),
+    "trace_open": (INT, [c.POINTER(TraceOpts), c.POINTER(P)]),
+    "trace_close": (None, [P]),
+    "trace_flush": (INT, [P, U32]),
+    "trace_stats": (INT, [P, c.POINTER(TraceStats)]),
+    "trace_begin": (INT, [P, c.POINTER(TraceModel), c.c_char_p, c.POINTER(P)]),
+    "trace_rows": (INT, [P, c.POINTER(TraceSpan)]),
+    "trace_tokens": (INT, [P, U32, P, U32]),
+    "trace_end": (INT, [P, c.POINTER(TraceCut), U32]),
+    "trace_discard": (None, [P]),
 }
 
 
