@@ -195,6 +195,11 @@ static json_t *seq_json(const struct core_seq_stat *s)
 		json_object_set_new(tiers, tier_names[t], tier);
 	}
 	json_object_set_new(o, "budget", budget);
+	json_object_set_new(o, "adaptive", json_boolean(s->adaptive));
+	if (s->adaptive) {
+		set_num(o, "device_rows_least", s->device_least);
+		set_num(o, "device_rows_most", s->device_most);
+	}
 	json_object_set_new(o, "tiers", tiers);
 	set_num(o, "rows_dropped", s->dropped_rows);
 	set_num(o, "rows_pinned", s->pinned_rows);

@@ -55,6 +55,7 @@ struct config {
 	char fallback[32];           /* runs when the default cannot (no weight file for the model) */
 	char model_dir[CONFIG_PATH]; /* <model name>.kvp */
 	uint32_t protect_first, protect_last, hysteresis_permille, slack_rows;
+	bool adaptive; /* device budgets follow what rows are worth, where scores are calibrated */
 	uint64_t seed;
 	/* [budget]: default shares of a sequence's rows, permille of the watermark; all zero: keep everything
 	 * on the device */

@@ -57,6 +57,8 @@ struct core_seq_stat {
 	const char *tenant, *client, *model, *policy; /* client "-" when orphaned or detached */
 	uint32_t rows, epoch, lanes, lifetime, ttl_left_s, resident_max;
 	uint32_t budget[KVT_TIERS]; /* lane 0 */
+	bool adaptive;              /* device budgets differ by lane, from least to most: */
+	uint32_t device_least, device_most;
 	uint64_t tier_rows[KVT_TIERS], tier_bytes[KVT_TIERS], dropped_rows;
 	uint64_t plans, plan_id, plan_ns_last, refaults, misses, index_bytes, pinned_rows;
 	const char *plan_state;

@@ -13,6 +13,7 @@
 #include "daemon/pages.h"
 #include "daemon/workers.h"
 #include "ipc/wire.h"
+#include "policy/calibrate.h"
 #include "policy/policy.h"
 #include "shm/ctl.h"
 #include "shm/feed.h"
@@ -141,6 +142,7 @@ struct seq {
 
 	uint32_t budget[KVT_TIERS];
 	uint32_t *device_table; /* [lanes], NULL: uniform */
+	uint32_t *adaptive;     /* [lanes] device budgets of the last plan, where it chose them; else NULL */
 	bool budget_default, manual;
 	uint32_t slack, device_cap;   /* device_cap: kvtierctl demote */
 	uint64_t *wanted, *pinned;    /* [BITS_WORDS(max_rows)] or NULL */
@@ -206,6 +208,7 @@ struct plan {
 	uint32_t protect_first, protect_last, hysteresis;
 	bool rescore;   /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
 	uint16_t *keys; /* [lanes][watermark] where the index keeps coefficients, until decided; else NULL */
+	uint16_t *worth; /* [lanes][watermark] where budgets are adaptive, until decided; else NULL */
 	struct plan_tables t;
 	struct plan_mem *mem;
 	struct region *region;
@@ -404,6 +407,16 @@ struct recall_shape { /* keys of dim elements; 0: not to be summarised */
 	uint32_t dim, dtype;
 };
 
+/* ---- adaptive.c -------------------------------------------------------------------- */
+/* Make p->worth where this plan's device budgets are to be adaptive; budget_for() is done. -ENOMEM. */
+int adaptive_begin(struct plan *p);
+/* What the lane's rows are worth; its keys are there. Worker. */
+void adaptive_weigh(struct plan *p, uint32_t lane);
+/* Device budgets from all lanes' worth. Worker. 0 or -ENOMEM. */
+int adaptive_divide(struct plan *p);
+/* The plan is decided: its sequence remembers. */
+void adaptive_done(struct plan *p);
+
 /* ---- mover.c, mover_out.c, mover_in.c -------------------------------------------------- */
 struct pio { /* one page on its way between a tier and us */
 	struct tier_io io;
@@ -504,7 +517,9 @@ struct policy_use {
 	const struct policy_ops *ops; /* what runs */
 	struct policy *policy;        /* NULL: client */
 	char asked[32], weights[CONFIG_PATH], reason[200];
-	uint32_t coefs; /* that the index keeps of a row; 0: its score */
+	uint32_t coefs;                        /* that the index keeps of a row; 0: its score */
+	const struct calibration *calibration; /* what scores are worth: the policy's or `own`; NULL: unknown */
+	struct calibration own;
 	uint32_t refs;
 	bool stale;     /* newer weights exist */
 	bool no_scores; /* the layouts have no score plane */
@@ -522,6 +537,11 @@ void policies_free(struct core *c);
  * Score [from, watermark) of lanes [lo, hi) (and device rows below when CONTEXT) into the index, and the plan's
  * keys from coefficients. Any thread.
  */
+/* A lane as policies and their calibrations count them. */
+static inline uint32_t policy_lane(const struct model *m, uint32_t lane)
+{
+	return (uint32_t)m->lane_layer[lane] * m->heads + m->lane_head[lane];
+}
 int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w);
 /*
  * Keys of rows [0, rows) of a lane whose index holds coefficients of `use`, as the sequence has `total` rows.

@@ -13,6 +13,7 @@
 #include "shm/util.h"
 
 #define INLINE_ROWS 65536u /* row-lanes decided on the loop: a hand-over costs more */
+#define WEIGH_COST 8u      /* what a row-lane costs whose worth is looked up, in such row-lanes */
 #define SCORE_ROWS 16384u  /* row-lanes of one scoring job at least */
 
 struct plan_job {
@@ -79,7 +80,7 @@ static int put_job(struct plan *p, uint32_t lo, uint32_t hi, bool last, bool her
 
 static int put_decide(struct plan *p, bool fused)
 {
-	uint64_t work = (uint64_t)p->seq->ix.lanes * p->watermark;
+	uint64_t work = (uint64_t)p->seq->ix.lanes * p->watermark * (p->worth ? WEIGH_COST : 1);
 
 	p->phase = PHASE_DECIDE;
 	return put_job(p, 0, fused ? p->seq->ix.lanes : 0, true, work <= INLINE_ROWS);
@@ -121,10 +122,15 @@ static bool cheap(const struct plan *p)
 	       !(p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_CONTEXT));
 }
 
-/* Are keys that `had` gave what `now` would give? Another object of a policy may have other weights. */
+static uint64_t weights_of(const struct policy_use *u)
+{
+	return u->ops->weights_id ? u->ops->weights_id(u->policy) : 0;
+}
+
+/* Are keys that `had` gave what `now` would give? */
 static bool same_keys(const struct policy_use *had, const struct policy_use *now)
 {
-	return had && (had == now || (had->ops == now->ops && !(now->ops->caps & POLICY_NEEDS_WEIGHTS)));
+	return had && (had == now || (had->ops == now->ops && weights_of(had) == weights_of(now)));
 }
 
 int manager_plan(struct seq *s, bool save)
@@ -166,12 +172,15 @@ int manager_plan(struct seq *s, bool save)
 		p->region = region_ref(s->region);
 	s->plan = p;
 	budget_for(p);
+	p->error = adaptive_begin(p);
 	s->nonce++;
 	s->recent_page[s->nonce % ARRAY_SIZE(s->recent_page)] = c->pages.next;
 	settle_stop(s);
 	seq_touch(s);
 	p->refs = 1; /* ours, until every job is out */
-	r = cheap(p) ? put_decide(p, from < p->watermark || p->rescore || p->keys) : put_scoring(p);
+	r = p->error   ? p->error
+	    : cheap(p) ? put_decide(p, from < p->watermark || p->rescore || p->keys || p->worth)
+		       : put_scoring(p);
 	if (r < 0) {
 		p->error = r;
 		p->over = true;
@@ -266,6 +275,7 @@ static void decided(struct plan *p)
 		if (p->use->coefs < 2)
 			index_keep_coef(&s->ix, false);
 	}
+	adaptive_done(p);
 	free(p->keys);
 	p->keys = NULL;
 	if (p->error || p->epoch != s->epoch || s->state == SEQ_CLOSING)
@@ -375,6 +385,9 @@ void manager_headroom(struct seq *s)
 	for (uint32_t l = 0; s->layout && l < s->ix.lanes; l++) {
 		uint64_t have = s->ix.resident[l], cap = s->layout[s->model->lane_layer[l]].cap;
 		uint64_t budget = s->device_table ? s->device_table[l] : s->budget[KVT_TIER_DEVICE];
+
+		if (s->adaptive)
+			budget = s->adaptive[l];
 
 		room = MIN(room, cap > have ? cap - have : 0);
 		if (s->budget_default)

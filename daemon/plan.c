@@ -78,6 +78,7 @@ void plan_free(struct plan *p)
 		policies_put(c, p->use);
 	free(p->scratch);
 	free(p->keys);
+	free(p->worth);
 	free(p);
 }
 
@@ -163,7 +164,9 @@ int plan_decide(struct plan *p)
 		.dropped = p->dropped,
 	};
 
-	int r = policy_decide(&in, &out);
+	int r = adaptive_divide(p);
 
+	if (!r)
+		r = policy_decide(&in, &out);
 	return r < 0 ? r : budget_stage(p);
 }

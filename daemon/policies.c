@@ -19,6 +19,7 @@ static void use_free(struct policy_use *u)
 {
 	if (u->ops->free && u->policy)
 		u->ops->free(u->policy);
+	calibrate_drop(&u->own);
 	free(u);
 }
 
@@ -40,6 +41,32 @@ static void weights_for(const struct core *c, const struct model *m, char *ret, 
 static uint32_t elem_bytes(uint32_t dtype)
 {
 	return dtype == KVT_DTYPE_F32 ? 4 : dtype == KVT_DTYPE_OPAQUE ? 1 : 2;
+}
+
+/* The policy's own calibration, or a file of its own beside the weights. What is refused is said, and not used.
+ */
+static void find_calibration(const struct core *c, struct policy_use *u)
+{
+	const struct model *m = u->model;
+	char path[2 * CONFIG_PATH], err[400] = "";
+	int r;
+
+	u->calibration = u->ops->calibration ? u->ops->calibration(u->policy) : NULL;
+	if (u->calibration || strchr(m->name, '/') || m->name[0] == '.')
+		return;
+	snprintf(path, sizeof(path), "%s/%s.%s.calib", c->cfg.model_dir, m->name, u->ops->name);
+	r = calibrate_load(&u->own, path, m->n_layers * m->heads, err, sizeof(err));
+	if (!r && (strcmp(u->own.policy, u->ops->name) || strcmp(u->own.model, m->name))) {
+		snprintf(err, sizeof(err), "%.200s: of policy %s and model %s", path, u->own.policy,
+			 u->own.model);
+		calibrate_drop(&u->own);
+		memset(&u->own, 0, sizeof(u->own));
+		r = -EINVAL;
+	}
+	if (!r)
+		u->calibration = &u->own;
+	else if (r != -ENOENT)
+		log_line(4, "calibration: refused: %s", err);
 }
 
 static int use_init(struct core *c, struct policy_use *u, const struct policy_ops *ops, char *err,
@@ -81,6 +108,8 @@ static int use_init(struct core *c, struct policy_use *u, const struct policy_op
 	u->ops = ops;
 	if (ops->id != POLICY_CLIENT)
 		r = ops->init(&u->policy, &cfg, err, errsize);
+	if (!r)
+		find_calibration(c, u);
 	u->coefs = !r && ops->caps & POLICY_SEPARABLE ? ops->coefs_per_row(u->policy) : 0;
 	return r;
 }

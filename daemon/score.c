@@ -68,12 +68,6 @@ static int copy_rows(const struct plan *p, uint32_t lane, const struct rows *rw,
 	return r ? r : copy_plane(p->region, &only_v, rw->first_slot, rw->n, v);
 }
 
-/* A lane as policies count them. */
-static uint32_t policy_lane(const struct model *m, uint32_t lane)
-{
-	return (uint32_t)m->lane_layer[lane] * m->heads + m->lane_head[lane];
-}
-
 /* Into a plane of the index; scores NULL: rows that cannot be read are worth nothing. */
 static void store(const struct plan *p, uint16_t *plane, uint32_t lane, const struct rows *rw,
 		  const float *scores, uint16_t *keys)
@@ -222,6 +216,8 @@ int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w)
 		if (!r && p->keys)
 			score_combine(p->seq, p->use, l, p->watermark, p->watermark,
 				      p->keys + (size_t)l * p->watermark);
+		if (!r && p->worth)
+			adaptive_weigh(p, l);
 	}
 	return r;
 }

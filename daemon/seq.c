@@ -221,9 +221,10 @@ static void destroy(struct seq *s)
 		model_unref(c, s->model);
 	s->model = NULL;
 	free(s->device_table);
+	free(s->adaptive);
 	free(s->wanted);
 	free(s->pinned);
-	s->device_table = NULL;
+	s->device_table = s->adaptive = NULL;
 	s->wanted = s->pinned = NULL;
 	OPENSSL_cleanse(s->secret_hash, sizeof(s->secret_hash));
 	s->tenant->seqs--;

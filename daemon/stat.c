@@ -86,6 +86,11 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 	};
 	memcpy(ret->key, s->key, sizeof(ret->key));
 	memcpy(ret->tier_rows, s->tier_rows, sizeof(ret->tier_rows));
+	ret->adaptive = s->adaptive;
+	for (uint32_t l = 0; s->adaptive && l < ix->lanes; l++) {
+		ret->device_least = l ? MIN(ret->device_least, s->adaptive[l]) : s->adaptive[l];
+		ret->device_most = MAX(ret->device_most, s->adaptive[l]);
+	}
 	if (s->budget_default) {
 		bool shares = c->cfg.budget_device || c->cfg.budget_dram || c->cfg.budget_nvme;
 

@@ -18,10 +18,12 @@ struct kvp {
 	struct kvp_dims dims;
 	struct kvp_rope rope; /* NONE: keys are scored as cached */
 	struct kvp_dist dist;
-	const struct kvp_isa *isa; /* NULL: the reference, which reads `weights` */
-	struct weights *weights;   /* reference only; the others free it once packed */
-	struct kvp_lane *lane;     /* into `arena` */
-	void *arena;               /* all lanes' packed weights, one mapping */
+	struct calibration *calibration; /* or NULL */
+	uint64_t id;                     /* of the weights */
+	const struct kvp_isa *isa;       /* NULL: the reference, which reads `weights` */
+	struct weights *weights;         /* reference only; the others free it once packed */
+	struct kvp_lane *lane;           /* into `arena` */
+	void *arena;                     /* all lanes' packed weights, one mapping */
 	size_t arena_bytes;
 };
 
@@ -164,6 +166,7 @@ static void kvp_free(struct policy *p)
 	free(q->lane);
 	kvp_rope_done(&q->rope);
 	kvp_dist_done(&q->dist);
+	weights_calibration_free(q->calibration);
 	weights_free(q->weights);
 	free(q);
 }
@@ -178,9 +181,12 @@ static int kvp_setup(struct kvp *q, const struct policy_cfg *cfg, char *err, siz
 		r = kvp_isa_find(&q->isa, cfg->isa, err, errsize);
 	if (r == 0)
 		r = weights_for(&q->weights, cfg, WEIGHTS_KVP, err, errsize);
+	if (r == 0)
+		r = weights_calibration(&q->calibration, q->weights, cfg, err, errsize);
 	if (r < 0)
 		return r;
 	h = &q->weights->h;
+	q->id = weights_id_of(q->weights);
 	q->dtype = cfg->dtype;
 	q->lanes = q->weights->lanes;
 	q->dims = (struct kvp_dims){.k_dim = h->k_dim,
@@ -345,6 +351,16 @@ static int kvp_score(struct policy *p, const struct policy_batch *b, float *scor
 	return kvp_combine(p, b, (const float *const[KVP_RANK]){scores, second}, scores);
 }
 
+static const struct calibration *kvp_calibration(const struct policy *p)
+{
+	return ((const struct kvp *)p)->calibration;
+}
+
+static uint64_t kvp_weights_id(const struct policy *p)
+{
+	return ((const struct kvp *)p)->id;
+}
+
 const struct policy_ops policy_kvp_ops = {
 	.name = "kvp",
 	.id = POLICY_KVP,
@@ -355,6 +371,8 @@ const struct policy_ops policy_kvp_ops = {
 	.coefs_per_row = kvp_coefs_per_row,
 	.coefs = kvp_coefs,
 	.combine = kvp_combine,
+	.calibration = kvp_calibration,
+	.weights_id = kvp_weights_id,
 	.free = kvp_free,
 	.doc = "the KVP network: predicted future attention from key, value and position (from the weight "
 	       "file)",

@@ -91,3 +91,41 @@ int weights_for(struct weights **ret, const struct policy_cfg *cfg, uint32_t kin
 	*ret = w;
 	return 0;
 }
+
+int weights_calibration(struct calibration **ret, const struct weights *w, const struct policy_cfg *cfg,
+			char *err, size_t errsize)
+{
+	char why[256] = "";
+	struct calibration *c;
+	float *copy;
+	int r;
+
+	*ret = NULL;
+	if (!w->h.calib_size)
+		return 0;
+	c = calloc(1, sizeof(*c));
+	copy = malloc(w->h.calib_size);
+	if (!c || !copy) {
+		free(c);
+		free(copy);
+		return out_of_memory(err, errsize);
+	}
+	memcpy(copy, w->image + w->h.calib_off, w->h.calib_size);
+	r = calibrate_parse(c, copy, w->h.calib_size, w->lanes, why, sizeof(why));
+	if (r < 0) {
+		snprintf(err, errsize, "%s: %s", cfg->weights, why);
+		free(c);
+		free(copy);
+		return r;
+	}
+	c->owned = copy;
+	*ret = c;
+	return 0;
+}
+
+void weights_calibration_free(struct calibration *c)
+{
+	if (c)
+		calibrate_drop(c);
+	free(c);
+}

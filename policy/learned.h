@@ -4,6 +4,7 @@
  * The policies that read a weight file: the KVP network, the learned
  * position-only prior and q-filters. Their objects are immutable after init.
  */
+#include "policy/calibrate.h"
 #include "policy/policy.h"
 #include "policy/weights.h"
 #include <string.h>
@@ -20,6 +21,20 @@ const struct policy_ops *policy_for_kind(uint32_t kind);
  * weights_load(); one line in err.
  */
 int weights_for(struct weights **ret, const struct policy_cfg *cfg, uint32_t kind, char *err, size_t errsize);
+
+/* The calibration section of a file, checked and copied; *ret NULL: it has none. As weights_for(). */
+int weights_calibration(struct calibration **ret, const struct weights *w, const struct policy_cfg *cfg,
+			char *err, size_t errsize);
+void weights_calibration_free(struct calibration *c); /* NULL is fine */
+
+/* The beginning of the file's digest. */
+static inline uint64_t weights_id_of(const struct weights *w)
+{
+	uint64_t id;
+
+	memcpy(&id, w->h.digest, sizeof(id));
+	return id;
+}
 
 /* A policy cannot make sense of rows of this dtype: says so in err and returns -EINVAL; else 0. */
 int rows_readable(const struct policy_cfg *cfg, char *err, size_t errsize);

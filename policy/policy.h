@@ -63,6 +63,7 @@ struct policy_batch {
 };
 
 struct policy;
+struct calibration;
 
 struct policy_ops {
 	const char *name;
@@ -89,6 +90,12 @@ struct policy_ops {
 	int (*coefs)(struct policy *p, const struct policy_batch *b, float *const *coef);
 	int (*combine)(const struct policy *p, const struct policy_batch *b, const float *const *coef,
 		       float *scores);
+	/* What its weight file says scores are worth (policy/calibrate.h), p's own; NULL: nothing. May be NULL.
+	 */
+	const struct calibration *(*calibration)(const struct policy *p);
+	/* Equal for objects that score alike because their weight files do. NULL: all objects of a
+	 * configuration. */
+	uint64_t (*weights_id)(const struct policy *p);
 	void (*free)(struct policy *p); /* NULL is fine */
 	const char *doc;                /* one line for `kvtierctl policy list` */
 };

@@ -19,6 +19,7 @@
 struct position {
 	struct policy base;
 	struct weights *weights;
+	struct calibration *calibration; /* or NULL */
 };
 
 static void position_free(struct policy *p)
@@ -27,6 +28,7 @@ static void position_free(struct policy *p)
 
 	if (!q)
 		return;
+	weights_calibration_free(q->calibration);
 	weights_free(q->weights);
 	free(q);
 }
@@ -40,6 +42,8 @@ static int position_init(struct policy **ret, const struct policy_cfg *cfg, char
 		return out_of_memory(err, errsize);
 	q->base.ops = &policy_position_ops;
 	r = weights_for(&q->weights, cfg, WEIGHTS_POSITION, err, errsize);
+	if (r == 0)
+		r = weights_calibration(&q->calibration, q->weights, cfg, err, errsize);
 	if (r < 0) {
 		position_free(&q->base);
 		return r;
@@ -111,6 +115,16 @@ static int position_score(struct policy *p, const struct policy_batch *b, float 
 	return r < 0 ? r : position_combine(p, b, (const float *const[]){scores}, scores);
 }
 
+static const struct calibration *position_calibration(const struct policy *p)
+{
+	return ((const struct position *)p)->calibration;
+}
+
+static uint64_t position_weights_id(const struct policy *p)
+{
+	return weights_id_of(((const struct position *)p)->weights);
+}
+
 const struct policy_ops policy_position_ops = {
 	.name = "position",
 	.id = POLICY_POSITION,
@@ -120,6 +134,8 @@ const struct policy_ops policy_position_ops = {
 	.coefs_per_row = position_coefs_per_row,
 	.coefs = position_coefs,
 	.combine = position_combine,
+	.calibration = position_calibration,
+	.weights_id = position_weights_id,
 	.free = position_free,
 	.doc = "learned prior over index and distance to the end (from the weight file)",
 };

@@ -74,12 +74,18 @@ static int qfilter_score(struct policy *p, const struct policy_batch *b, float *
 	return 0;
 }
 
+static uint64_t qfilter_weights_id(const struct policy *p)
+{
+	return weights_id_of(((const struct qfilter *)p)->weights);
+}
+
 const struct policy_ops policy_qfilter_ops = {
 	.name = "qfilter",
 	.id = POLICY_QFILTER,
 	.caps = POLICY_STATIC | POLICY_NEEDS_K | POLICY_NEEDS_WEIGHTS | POLICY_NEEDS_DIM,
 	.init = qfilter_init,
 	.score = qfilter_score,
+	.weights_id = qfilter_weights_id,
 	.free = qfilter_free,
 	.doc = "-f.k, f the main direction of the lane's queries (from the weight file)",
 };

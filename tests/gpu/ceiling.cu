@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: MIT */
-/* What the device can do at most, measured: a large copy, a large TF32 product. Random data: zeros run faster. */
+/* What the device can do at most, measured: a large copy, a large TF32 product. Random data: zeros run faster.
+ */
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
 static __global__ void scatter(float *p, size_t n)
 {
-	for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+	for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+	     i += (size_t)gridDim.x * blockDim.x) {
 		unsigned x = (unsigned)i * 2654435761u;
 
 		x ^= x >> 15;
@@ -52,9 +54,9 @@ extern "C" void ceilings(double *copy, double *tf32)
 		if (ms > 0 && cudaGetLastError() == cudaSuccess)
 			*copy = 2.0 * (double)n * 4 / ms / 1e6;
 		ms = milliseconds(10, [&] {
-			cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, side, side, side, &one, a, CUDA_R_32F, side,
-				     a + (size_t)side * side, CUDA_R_32F, side, &zero, b, CUDA_R_32F, side,
-				     CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT);
+			cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, side, side, side, &one, a, CUDA_R_32F,
+				     side, a + (size_t)side * side, CUDA_R_32F, side, &zero, b, CUDA_R_32F,
+				     side, CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT);
 		});
 		if (ms > 0 && cudaGetLastError() == cudaSuccess)
 			*tf32 = 2.0 * side * side * side / ms / 1e9;

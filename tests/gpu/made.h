@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #define MADE_POOL (1u << 20) /* random halves that rows are cut from */
 #define MADE_LOADERS 4u
@@ -105,7 +106,7 @@ static inline struct train_opts made_opts(struct weights_header shape, uint32_t 
 			       .ema = 0.99f,
 			       .ema_start = 3,
 			       .seed = 42,
-			       .threads = 2};
+			       .threads = (uint32_t)sysconf(_SC_NPROCESSORS_ONLN)};
 
 	o.shape.layers = lanes;
 	return o;

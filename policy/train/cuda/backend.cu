@@ -40,8 +40,8 @@ static struct cuda_backend *cuda_of(struct train_backend *base)
 	return (struct cuda_backend *)base; /* first member */
 }
 
-static int op_open(struct train_backend **ret, const struct train_opts *o, const struct train_set_shape *s, char *err,
-		   size_t errsize)
+static int op_open(struct train_backend **ret, const struct train_opts *o, const struct train_set_shape *s,
+		   char *err, size_t errsize)
 {
 	struct cuda_backend *b;
 	int r = memory_open(&b, o, s, err, errsize);
@@ -58,7 +58,8 @@ static void op_close(struct train_backend *base)
 	memory_close(cuda_of(base));
 }
 
-static int op_put_rows(struct train_backend *base, uint32_t lane, uint32_t doc, const uint16_t *k, const uint16_t *v)
+static int op_put_rows(struct train_backend *base, uint32_t lane, uint32_t doc, const uint16_t *k,
+		       const uint16_t *v)
 {
 	return set_put_rows(cuda_of(base), lane, doc, k, v);
 }
@@ -81,7 +82,8 @@ static int check_vector(struct cuda_backend *b, enum train_which which, uint32_t
 	b->failed = 0;
 	if ((unsigned)which <= TRAIN_V && lane < b->o.lanes)
 		return 0;
-	snprintf(b->error, sizeof(b->error), "vector %d of lane %u: there are 4 of %u", (int)which, lane, b->o.lanes);
+	snprintf(b->error, sizeof(b->error), "vector %d of lane %u: there are 4 of %u", (int)which, lane,
+		 b->o.lanes);
 	return -EINVAL;
 }
 
@@ -93,8 +95,8 @@ static int op_get(struct train_backend *base, enum train_which which, uint32_t l
 	if (r < 0)
 		return r;
 	cuda_ok(b,
-		cudaMemcpyAsync(out, b->param[which] + (size_t)lane * b->net.stride, b->net.params * sizeof(float),
-				cudaMemcpyDeviceToHost, b->stream),
+		cudaMemcpyAsync(out, b->param[which] + (size_t)lane * b->net.stride,
+				b->net.params * sizeof(float), cudaMemcpyDeviceToHost, b->stream),
 		"get");
 	return finish(b);
 }
@@ -107,8 +109,8 @@ static int op_set(struct train_backend *base, enum train_which which, uint32_t l
 	if (r < 0)
 		return r;
 	cuda_ok(b,
-		cudaMemcpyAsync(b->param[which] + (size_t)lane * b->net.stride, in, b->net.params * sizeof(float),
-				cudaMemcpyHostToDevice, b->stream),
+		cudaMemcpyAsync(b->param[which] + (size_t)lane * b->net.stride, in,
+				b->net.params * sizeof(float), cudaMemcpyHostToDevice, b->stream),
 		"set");
 	return finish(b);
 }
@@ -141,8 +143,8 @@ static void download_loss(struct cuda_backend *b)
 {
 	if (!b->failed)
 		cuda_ok(b,
-			cudaMemcpyAsync(b->loss_host, b->loss, b->o.lanes * sizeof(float), cudaMemcpyDeviceToHost,
-					b->stream),
+			cudaMemcpyAsync(b->loss_host, b->loss, b->o.lanes * sizeof(float),
+					cudaMemcpyDeviceToHost, b->stream),
 			"losses");
 }
 
@@ -174,8 +176,8 @@ static int op_gradient(struct train_backend *base, const struct train_batch *t, 
 	download_loss(b);
 	if (!b->failed)
 		cuda_ok(b,
-			cudaMemcpy2DAsync(grad, width, b->grad, b->net.stride * sizeof(float), width, b->o.lanes,
-					  cudaMemcpyDeviceToHost, b->stream),
+			cudaMemcpy2DAsync(grad, width, b->grad, b->net.stride * sizeof(float), width,
+					  b->o.lanes, cudaMemcpyDeviceToHost, b->stream),
 			"gradients");
 	r = finish(b);
 	if (r == 0)
@@ -187,8 +189,8 @@ static int start_scores(struct cuda_backend *b, enum train_which which, const st
 {
 	b->failed = 0;
 	if (which != TRAIN_PARAMS && which != TRAIN_EMA) {
-		snprintf(b->error, sizeof(b->error), "scores from vector %d: must be the parameters or their EMA",
-			 (int)which);
+		snprintf(b->error, sizeof(b->error),
+			 "scores from vector %d: must be the parameters or their EMA", (int)which);
 		return -EINVAL;
 	}
 	return batch_upload(b, t);
@@ -209,13 +211,13 @@ static int op_evaluate(struct train_backend *base, enum train_which which, const
 		objective_hard(b, lane0, lanes);
 		if (!b->failed)
 			cuda_ok(b,
-				cudaMemcpyAsync(b->cost_host, b->cost, units * sizeof(*b->cost), cudaMemcpyDeviceToHost,
-						b->stream),
+				cudaMemcpyAsync(b->cost_host, b->cost, units * sizeof(*b->cost),
+						cudaMemcpyDeviceToHost, b->stream),
 				"costs");
 		if (!b->failed)
 			cuda_ok(b,
-				cudaMemcpyAsync(b->hard_host, b->hard, units * sizeof(*b->hard), cudaMemcpyDeviceToHost,
-						b->stream),
+				cudaMemcpyAsync(b->hard_host, b->hard, units * sizeof(*b->hard),
+						cudaMemcpyDeviceToHost, b->stream),
 				"costs");
 		r = finish(b);
 		for (uint32_t l = 0; r == 0 && l < lanes; l++)
@@ -232,7 +234,8 @@ static int op_evaluate(struct train_backend *base, enum train_which which, const
 	return r;
 }
 
-static int op_scores(struct train_backend *base, enum train_which which, const struct train_batch *t, float *out)
+static int op_scores(struct train_backend *base, enum train_which which, const struct train_batch *t,
+		     float *out)
 {
 	struct cuda_backend *b = cuda_of(base);
 	size_t lane_floats = (size_t)t->units * b->o.rows;
@@ -270,18 +273,6 @@ static const char *op_error(struct train_backend *base)
 }
 
 extern "C" __attribute__((visibility("default"))) const struct train_backend_ops kvtier_train_cuda_ops = {
-	"cuda",
-	op_open,
-	op_close,
-	memory_set_bytes,
-	memory_free,
-	op_put_rows,
-	op_put_utility,
-	op_get,
-	op_set,
-	op_step,
-	op_gradient,
-	op_evaluate,
-	op_scores,
-	op_error,
+	"cuda", op_open, op_close, memory_set_bytes, memory_free, op_put_rows, op_put_utility,
+	op_get, op_set,  op_step,  op_gradient,      op_evaluate, op_scores,   op_error,
 };

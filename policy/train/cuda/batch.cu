@@ -60,14 +60,15 @@ static int check(struct cuda_backend *b, const struct train_batch *t)
 			return refuse(b, "n", i, n, b->o.rows);
 		for (uint32_t r = 0; r < n; r++)
 			if (row[r] >= b->unit_rows[unit] || (r > 0 && row[r] <= row[r - 1]))
-				return refuse(b, "row", (uint64_t)i * b->o.rows + r, row[r], b->unit_rows[unit]);
+				return refuse(b, "row", (uint64_t)i * b->o.rows + r, row[r],
+					      b->unit_rows[unit]);
 	}
 	return 0;
 }
 
 /* Knot below x and how far above it; flat past the last. */
-static void locate(const struct cuda_backend *b, uint32_t x, uint32_t per_octave, uint32_t knots, uint32_t *knot,
-		   float *frac)
+static void locate(const struct cuda_backend *b, uint32_t x, uint32_t per_octave, uint32_t knots,
+		   uint32_t *knot, float *frac)
 {
 	float t = (float)per_octave * b->log2_of[x];
 
@@ -81,8 +82,8 @@ static void locate(const struct cuda_backend *b, uint32_t x, uint32_t per_octave
 }
 
 /* Rows in the order of their knots, ascending within one; items of up to ITEM_ROWS of a knot. */
-static void bucket(struct cuda_backend *b, struct packer *p, const uint32_t *knot_of, uint32_t count, uint32_t knots,
-		   struct buckets *out)
+static void bucket(struct cuda_backend *b, struct packer *p, const uint32_t *knot_of, uint32_t count,
+		   uint32_t knots, struct buckets *out)
 {
 	uint32_t *cursor = b->count_scratch, items = 0, sum = 0;
 	uint32_t *order = take(p, count, &out->order), *item_of_knot, *first;
@@ -112,8 +113,8 @@ static void bucket(struct cuda_backend *b, struct packer *p, const uint32_t *kno
 	out->knots = knots;
 }
 
-static void place_row(const struct cuda_backend *b, uint32_t pos, uint32_t left, uint32_t *pos_knot, float *pos_frac,
-		      uint32_t *dist_knot, float *dist_frac)
+static void place_row(const struct cuda_backend *b, uint32_t pos, uint32_t left, uint32_t *pos_knot,
+		      float *pos_frac, uint32_t *dist_knot, float *dist_frac)
 {
 	const struct weights_header *h = &b->o.shape;
 	uint32_t octave = h->kind == WEIGHTS_POSITION ? h->pos_dim : h->octave;
@@ -162,8 +163,8 @@ static void fill(struct cuda_backend *b, const struct train_batch *t, struct pac
 			set_row[at] = (uint32_t)b->doc_base[doc] + row[r];
 			u_row[at] = (uint32_t)b->unit_base[unit] + row[r];
 			lambda[at] = l;
-			place_row(b, pos[row[r]], prompt - 1 - pos[row[r]], &pos_knot[at], &pos_frac[at], &dist_knot[at],
-				  &dist_frac[at]);
+			place_row(b, pos[row[r]], prompt - 1 - pos[row[r]], &pos_knot[at], &pos_frac[at],
+				  &dist_knot[at], &dist_frac[at]);
 		}
 	}
 	bucket(b, p, pos_knot, count, b->net.pos_knots, &out->pos);
@@ -182,7 +183,9 @@ int batch_upload(struct cuda_backend *b, const struct train_batch *t)
 	if (!cuda_ok(b, cudaEventSynchronize(b->uploaded[slot]), "cudaEventSynchronize"))
 		return b->failed;
 	fill(b, t, &p, &b->rows);
-	cuda_ok(b, cudaMemcpyAsync(b->upload, p.host, p.used * sizeof(uint32_t), cudaMemcpyHostToDevice, b->stream),
+	cuda_ok(b,
+		cudaMemcpyAsync(b->upload, p.host, p.used * sizeof(uint32_t), cudaMemcpyHostToDevice,
+				b->stream),
 		"upload of a batch");
 	cuda_ok(b, cudaEventRecord(b->uploaded[slot], b->stream), "cudaEventRecord");
 	return b->failed;

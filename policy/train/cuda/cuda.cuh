@@ -11,8 +11,8 @@
  *    z2 <- dz2, h1 <- dh1, z1 <- dz1, x <- dx, z0 <- dz0
  *
  * Storage is fp32, products of matrices are TF32 (fp32 with KVT_TRAIN_MATH=fp32), the rest is fp32 with sums in
- * fp64 where they are long. Every sum has one order: nothing is added atomically, so a run repeats bit by bit on
- * one device. Rows of the batch's units follow each other without gaps, padded at the end of a lane to a
+ * fp64 where they are long. Every sum has one order: nothing is added atomically, so a run repeats bit by bit
+ * on one device. Rows of the batch's units follow each other without gaps, padded at the end of a lane to a
  * multiple of ROWS_PAD with rows of zero gradient.
  *
  * One stream; step() waits for the device only to reuse a staging buffer two steps old, or for losses.
@@ -27,8 +27,8 @@ extern "C" {
 #define WARP 32u
 #define BLOCK 256u
 #define WARPS (BLOCK / WARP)
-#define SPLITS 8u     /* parts of the rows that weight gradients are first summed over */
-#define ROWS_PAD 512u /* SPLITS * 64 */
+#define SPLITS 8u         /* parts of the rows that weight gradients are first summed over */
+#define ROWS_PAD 512u     /* SPLITS * 64 */
 #define COLUMN_BLOCKS 64u /* blocks of a lane that first sum the columns of LayerNorm's gradients */
 #define ITEM_ROWS 128u    /* rows of a knot that one warp sums */
 #define NORM_BLOCKS 32u
@@ -37,7 +37,7 @@ extern "C" {
 /* What kernels need of the shape. off: floats from the start of a lane. */
 struct net {
 	uint32_t kind, kd, vd, proj, pos_dim, hidden, in, rank;
-	uint32_t pos_knots; /* of pos, or of POSITION's index */
+	uint32_t pos_knots;               /* of pos, or of POSITION's index */
 	uint32_t dist_knots, dist_tables; /* 0 knots: none */
 	uint32_t off[WEIGHTS_MAX_TENSORS];
 	uint32_t params;
@@ -127,8 +127,8 @@ struct cuda_backend {
 	uint32_t slot;
 	struct rows rows;
 	uint32_t *count_scratch;
-	float *loss_host;                 /* pinned [lanes] */
-	struct unit_cost *cost_host;      /* pinned [group][batch] */
+	float *loss_host;            /* pinned [lanes] */
+	struct unit_cost *cost_host; /* pinned [group][batch] */
 	double2 *hard_host;
 
 	std::mutex lock; /* of loader[].busy and of error while rows are put */
@@ -147,13 +147,13 @@ bool blas_ok(struct cuda_backend *b, cublasStatus_t e, const char *what);
 #ifndef KERNEL_LAUNCH
 #define KERNEL_LAUNCH(fn, grid, block, shared, stream, ...) fn<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #endif
-#define LAUNCH(b, kernel, grid, shared, ...)                                                                       \
-	do {                                                                                                       \
-		if (!(b)->failed) {                                                                                \
-			auto launch_fn = kernel;                                                                   \
-			KERNEL_LAUNCH(launch_fn, grid, BLOCK, shared, (b)->stream, __VA_ARGS__);                   \
-			cuda_ok(b, cudaGetLastError(), #kernel);                                                   \
-		}                                                                                                  \
+#define LAUNCH(b, kernel, grid, shared, ...)                                                                   \
+	do {                                                                                                   \
+		if (!(b)->failed) {                                                                            \
+			auto launch_fn = kernel;                                                               \
+			KERNEL_LAUNCH(launch_fn, grid, BLOCK, shared, (b)->stream, __VA_ARGS__);               \
+			cuda_ok(b, cudaGetLastError(), #kernel);                                               \
+		}                                                                                              \
 	} while (0)
 
 /* batch.cu: checks a batch and sends it to the device. 0 or -EINVAL, -EIO. */
@@ -166,11 +166,17 @@ void net_forward(struct cuda_backend *b, const float *params, uint32_t lane0, ui
 void net_backward(struct cuda_backend *b, uint32_t lane0, uint32_t lanes);
 size_t net_part_floats(const struct train_opts *o, const struct net *n); /* of b->part, per lane */
 
+/* score.cu: z2 (or, for kind POSITION, the tables alone) to s, and ds to dz2 and the outgoing layer's
+ * gradients; params and grad of the first of `lanes`. */
+void score_position(struct cuda_backend *b, const float *params, uint32_t lanes);
+void score_forwards(struct cuda_backend *b, const float *params, uint32_t lanes);
+void score_backwards(struct cuda_backend *b, const float *params, float *grad, uint32_t lanes);
+
 /* product.cu: y = x W^T, dx = dy W, and W's gradient. Widths and lds in floats, w in a lane's parameters. */
 void product_forward(struct cuda_backend *b, const float *w, uint32_t in, uint32_t out, const float *x,
 		     uint32_t xld, float *y, uint32_t yld, uint32_t lanes);
-void product_input(struct cuda_backend *b, const float *w, uint32_t in, uint32_t out, const float *dy, uint32_t dyld,
-		   float *dx, uint32_t dxld, uint32_t lanes);
+void product_input(struct cuda_backend *b, const float *w, uint32_t in, uint32_t out, const float *dy,
+		   uint32_t dyld, float *dx, uint32_t dxld, uint32_t lanes);
 void product_weight(struct cuda_backend *b, float *dw, uint32_t in, uint32_t out, const float *x, uint32_t xld,
 		    const float *dy, uint32_t dyld, uint32_t lanes);
 /* Sums `parts` rows of `cols` partial sums per lane into the lanes' gradients. */

@@ -5,8 +5,8 @@
 
 /* The block's dynamic shared memory. */
 #ifndef SHARED
-#define SHARED(type, name)                                                                                         \
-	extern __shared__ __align__(16) unsigned char shared_memory[];                                             \
+#define SHARED(type, name)                                                                                     \
+	extern __shared__ __align__(16) unsigned char shared_memory[];                                         \
 	type *name = (type *)shared_memory
 #endif
 

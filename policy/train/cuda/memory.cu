@@ -26,7 +26,8 @@ static uint64_t row_floats(const struct net *n)
 
 static uint64_t lane_bytes(const struct train_opts *o, const struct net *n)
 {
-	uint64_t unit = sizeof(struct unit_cost) + sizeof(double) + sizeof(double2) + TRAIN_MAX_PERMS * sizeof(double);
+	uint64_t unit =
+		sizeof(struct unit_cost) + sizeof(double) + sizeof(double2) + TRAIN_MAX_PERMS * sizeof(double);
 
 	return (batch_capacity(o) * row_floats(n) + net_part_floats(o, n)) * sizeof(float) + o->batch * unit +
 	       sizeof(double);
@@ -34,7 +35,8 @@ static uint64_t lane_bytes(const struct train_opts *o, const struct net *n)
 
 static uint64_t state_bytes(const struct train_opts *o, const struct net *n)
 {
-	return (5 * (uint64_t)n->stride * sizeof(float) + NORM_BLOCKS * sizeof(double) + sizeof(float)) * o->lanes;
+	return (5 * (uint64_t)n->stride * sizeof(float) + NORM_BLOCKS * sizeof(double) + sizeof(float)) *
+	       o->lanes;
 }
 
 /* Lanes that fit into `budget`, in groups of nearly one size; 0: not one does. */
@@ -98,7 +100,8 @@ uint64_t memory_set_bytes(const struct train_opts *o, const struct train_set_sha
 		return 0;
 	rows = total(s->doc_rows, s->docs);
 	group = group_of(o, &n, GROUP_PLANNED);
-	return (rows * (n.kd + n.vd) * sizeof(uint16_t) + total(s->unit_rows, s->units) * sizeof(float)) * o->lanes +
+	return (rows * (n.kd + n.vd) * sizeof(uint16_t) + total(s->unit_rows, s->units) * sizeof(float)) *
+		       o->lanes +
 	       state_bytes(o, &n) + lane_bytes(o, &n) * (group ? group : 1) + SMALL;
 }
 
@@ -172,8 +175,8 @@ static int index_set(struct cuda_backend *b, const struct train_set_shape *s)
 
 		if (doc >= s->docs || rows > s->doc_rows[doc] ||
 		    (rows > 0 && s->doc_pos[doc][rows - 1] >= s->unit_prompt[i]))
-			return refuse(b, "unit %u: document %u, %u rows, prompt %u do not fit together", i, doc, rows,
-				      s->unit_prompt[i]);
+			return refuse(b, "unit %u: document %u, %u rows, prompt %u do not fit together", i, doc,
+				      rows, s->unit_prompt[i]);
 		b->unit_base[i] = b->set_units;
 		b->set_units += rows;
 		highest = s->unit_prompt[i] > highest ? s->unit_prompt[i] : highest;
@@ -220,7 +223,8 @@ static void allocate_set(struct cuda_backend *b)
 
 		device_memory(b, to, lanes * n->stride);
 		if (!b->failed)
-			cuda_ok(b, cudaMemsetAsync(*to, 0, lanes * n->stride * sizeof(float), b->stream), "cudaMemset");
+			cuda_ok(b, cudaMemsetAsync(*to, 0, lanes * n->stride * sizeof(float), b->stream),
+				"cudaMemset");
 	}
 	device_memory(b, &b->norm, lanes * NORM_BLOCKS);
 	device_memory(b, &b->loss, lanes);
@@ -236,7 +240,8 @@ static void allocate_batches(struct cuda_backend *b)
 	for (uint32_t i = 0; i < UPLOAD_SLOTS; i++) {
 		pinned_memory(b, &b->pinned[i], b->upload_words);
 		if (!b->failed)
-			cuda_ok(b, cudaEventCreateWithFlags(&b->uploaded[i], cudaEventDisableTiming), "cudaEventCreate");
+			cuda_ok(b, cudaEventCreateWithFlags(&b->uploaded[i], cudaEventDisableTiming),
+				"cudaEventCreate");
 	}
 	b->count_scratch = (uint32_t *)calloc(knots + 1, sizeof(uint32_t));
 	if (!b->count_scratch)
@@ -288,7 +293,8 @@ static void start_device(struct cuda_backend *b)
 	cudaError_t e = cudaGetDeviceCount(&devices);
 
 	if (e != cudaSuccess || devices == 0) {
-		cuda_fail(b, -ENOTSUP, "no CUDA device", e == cudaSuccess ? "none found" : cudaGetErrorString(e));
+		cuda_fail(b, -ENOTSUP, "no CUDA device",
+			  e == cudaSuccess ? "none found" : cudaGetErrorString(e));
 		return;
 	}
 	b->math = CUBLAS_COMPUTE_32F_FAST_TF32;
@@ -318,8 +324,8 @@ static void allocate_loaders(struct cuda_backend *b)
 	}
 }
 
-int memory_open(struct cuda_backend **ret, const struct train_opts *o, const struct train_set_shape *s, char *err,
-		size_t errsize)
+int memory_open(struct cuda_backend **ret, const struct train_opts *o, const struct train_set_shape *s,
+		char *err, size_t errsize)
 {
 	struct cuda_backend *b = new (std::nothrow) cuda_backend();
 	int r;

@@ -9,10 +9,6 @@
 
 #include <cuda_fp16.h>
 
-#define COLUMN_GRID(lanes) dim3(COLUMN_BLOCKS, lanes)
-/* Rows of the block's warps: the same rows for the same warp on every device. */
-#define EACH_ROW(r, rows) for (uint32_t r = blockIdx.x * WARPS + threadIdx.x / WARP; r < (rows); r += COLUMN_BLOCKS * WARPS)
-
 struct norm_of {
 	uint32_t bias, gain, shift, width;
 };
@@ -58,7 +54,8 @@ static __global__ void norm_forward(struct net net, const float *params, struct 
 	load_row(bias, params + p.bias, p.width);
 	load_row(gain, params + p.gain, p.width);
 	load_row(shift, params + p.shift, p.width);
-	EACH_ROW(r, rows) {
+	EACH_ROW(r, rows)
+	{
 		size_t row = (size_t)lane * rows + r;
 		float h[N];
 
@@ -67,7 +64,8 @@ static __global__ void norm_forward(struct net net, const float *params, struct 
 		for (int j = 0; j < N; j++)
 			h[j] += bias[j];
 		normalise(h, p.width);
-		EACH(j, i, p.width) {
+		EACH(j, i, p.width)
+		{
 			float x = h[j] * gain[j] + shift[j];
 
 			y[row * yld + i] = rounded(SILU ? x * sigmoid(x) : x, net.round);
@@ -77,8 +75,8 @@ static __global__ void norm_forward(struct net net, const float *params, struct 
 
 /* dy: gradient of norm_forward's y; z becomes its own gradient. part: [3][width], gain, shift, bias. */
 template <int N, bool SILU>
-static __global__ void norm_backward(struct net net, const float *params, struct norm_of p, uint32_t rows, float *z,
-				     uint32_t zld, const float *dy, uint32_t dyld, float *part)
+static __global__ void norm_backward(struct net net, const float *params, struct norm_of p, uint32_t rows,
+				     float *z, uint32_t zld, const float *dy, uint32_t dyld, float *part)
 {
 	SHARED(float, sh);
 	uint32_t lane = blockIdx.y;
@@ -88,7 +86,8 @@ static __global__ void norm_backward(struct net net, const float *params, struct
 	load_row(bias, params + p.bias, p.width);
 	load_row(gain, params + p.gain, p.width);
 	load_row(shift, params + p.shift, p.width);
-	EACH_ROW(r, rows) {
+	EACH_ROW(r, rows)
+	{
 		size_t row = (size_t)lane * rows + r;
 		float h[N], d[N], scale;
 
@@ -110,7 +109,8 @@ static __global__ void norm_backward(struct net net, const float *params, struct
 			d[j] *= gain[j];
 		}
 		normalise_back(d, h, scale, p.width);
-		EACH(j, i, p.width) {
+		EACH(j, i, p.width)
+		{
 			dbias[j] += d[j];
 			z[row * zld + i] = rounded(d[j], net.round);
 		}
@@ -156,17 +156,20 @@ static __global__ void embed_forward(struct net net, const float *params, struct
 	params += (size_t)lane * net.stride;
 	load_row(gain, params + net.off[KVP_GP], net.pos_dim);
 	load_row(shift, params + net.off[KVP_OP], net.pos_dim);
-	EACH_ROW(r, rows.padded) {
+	EACH_ROW(r, rows.padded)
+	{
 		float *to = x + ((size_t)lane * rows.padded + r) * net.in + 2 * net.proj;
 
 		load_embedded(e, net, params, rows, r);
 		EACH(j, i, net.pos_dim)
-			to[i] = rounded(e[j] * gain[j] + shift[j], net.round);
+		to[i] = rounded(e[j] * gain[j] + shift[j], net.round);
 	}
 }
 
-/* x's last pos_dim columns, the gradient of the LayerNorm, become that of the position's vector. part: [2][pos_dim] */
-static __global__ void embed_backward(struct net net, const float *params, struct rows rows, float *x, float *part)
+/* x's last pos_dim columns, the gradient of the LayerNorm, become that of the position's vector. part:
+ * [2][pos_dim] */
+static __global__ void embed_backward(struct net net, const float *params, struct rows rows, float *x,
+				      float *part)
 {
 	SHARED(float, sh);
 	constexpr int N = 2;
@@ -175,7 +178,8 @@ static __global__ void embed_backward(struct net net, const float *params, struc
 
 	params += (size_t)lane * net.stride;
 	load_row(gain, params + net.off[KVP_GP], net.pos_dim);
-	EACH_ROW(r, rows.count) {
+	EACH_ROW(r, rows.count)
+	{
 		float *dx = x + ((size_t)lane * rows.padded + r) * net.in + 2 * net.proj;
 
 		scale = load_embedded(e, net, params, rows, r);
@@ -188,168 +192,46 @@ static __global__ void embed_backward(struct net net, const float *params, struc
 		}
 		normalise_back(d, e, scale, net.pos_dim);
 		EACH(j, i, net.pos_dim)
-			dx[i] = d[j];
+		dx[i] = d[j];
 	}
 	part += ((size_t)lane * COLUMN_BLOCKS + blockIdx.x) * 2 * net.pos_dim;
 	add_columns(dgain, net.pos_dim, sh, part);
 	add_columns(dshift, net.pos_dim, sh, part + net.pos_dim);
 }
 
-/* Between knots of a table. */
-static __device__ inline float between(const float *table, uint32_t knots, uint32_t knot, float frac)
-{
-	return (1.0f - frac) * table[knot] + frac * table[knot + 1 < knots ? knot + 1 : knot];
-}
-
-/* s, and for the backward pass f_1 and phi_1. */
-template <int N>
-static __global__ void score_forward(struct net net, const float *params, struct rows rows, const float *z, float *s,
-				     float *f1, float *phi1)
-{
-	uint32_t lane = blockIdx.y, w = net.hidden;
-	float bias[N], gain[N], shift[N], w0[N], w1[N];
-	const float *dist;
-
-	params += (size_t)lane * net.stride;
-	dist = params + net.off[KVP_DIST];
-	load_row(bias, params + net.off[KVP_B2], w);
-	load_row(gain, params + net.off[KVP_G2], w);
-	load_row(shift, params + net.off[KVP_O2], w);
-	load_row(w0, params + net.off[KVP_W3], w);
-	load_row(w1, params + net.off[KVP_W3] + (net.rank - 1) * w, w);
-	EACH_ROW(r, rows.count) {
-		size_t row = (size_t)lane * rows.padded + r;
-		float h[N], a = 0, c = 0, phi[2] = {0, 0};
-
-		load_row(h, z + row * w, w);
-#pragma unroll
-		for (int j = 0; j < N; j++)
-			h[j] += bias[j];
-		normalise(h, w);
-#pragma unroll
-		for (int j = 0; j < N; j++) {
-			float x = h[j] * gain[j] + shift[j];
-
-			x *= sigmoid(x);
-			a += x * w0[j];
-			c += x * w1[j];
-		}
-		a = warp_sum(a);
-		c = warp_sum(c);
-		if (warp_lane() > 0)
-			continue;
-		a += params[net.off[KVP_B3]];
-		c = net.rank > 1 ? c + params[net.off[KVP_B3] + 1] : 0;
-		for (uint32_t i = 0; i < net.dist_tables / 2; i++)
-			phi[i] = between(dist + 2 * i * net.dist_knots, net.dist_knots, rows.dist_knot[r], rows.dist_frac[r]) +
-				 rows.lambda[r] * between(dist + (2 * i + 1) * net.dist_knots, net.dist_knots,
-							  rows.dist_knot[r], rows.dist_frac[r]);
-		s[row] = a + phi[0] + c * phi[1];
-		f1[row] = c;
-		phi1[row] = phi[1];
-	}
-}
-
-/* z becomes its gradient. part: [5][hidden] gain, shift, bias, W3's rows, then b3[2]. */
-template <int N>
-static __global__ void score_backward(struct net net, const float *params, struct rows rows, float *z,
-				      const float *ds, const float *phi1, float *part)
-{
-	SHARED(float, sh);
-	uint32_t lane = blockIdx.y, w = net.hidden;
-	float bias[N], gain[N], shift[N], w0[N], w1[N];
-	float dgain[N] = {}, dshift[N] = {}, dbias[N] = {}, dw0[N] = {}, dw1[N] = {}, db[1] = {}, dc[1] = {};
-
-	params += (size_t)lane * net.stride;
-	load_row(bias, params + net.off[KVP_B2], w);
-	load_row(gain, params + net.off[KVP_G2], w);
-	load_row(shift, params + net.off[KVP_O2], w);
-	load_row(w0, params + net.off[KVP_W3], w);
-	load_row(w1, params + net.off[KVP_W3] + (net.rank - 1) * w, w);
-	EACH_ROW(r, rows.padded) {
-		size_t row = (size_t)lane * rows.padded + r;
-		bool real = r < rows.count;
-		float a = real ? ds[row] : 0, c = real && net.rank > 1 ? a * phi1[row] : 0;
-		float h[N], d[N], scale;
-
-		load_row(h, z + row * w, w);
-#pragma unroll
-		for (int j = 0; j < N; j++)
-			h[j] += bias[j];
-		scale = normalise(h, w);
-		db[0] += a;
-		dc[0] += c;
-#pragma unroll
-		for (int j = 0; j < N; j++) {
-			float x = h[j] * gain[j] + shift[j], q = sigmoid(x);
-
-			dw0[j] += a * x * q;
-			dw1[j] += c * x * q;
-			d[j] = (a * w0[j] + c * w1[j]) * q * (1.0f + x * (1.0f - q));
-			dgain[j] += d[j] * h[j];
-			dshift[j] += d[j];
-			d[j] *= gain[j];
-		}
-		normalise_back(d, h, scale, w);
-		EACH(j, i, w) {
-			dbias[j] += d[j];
-			z[row * w + i] = rounded(d[j], net.round);
-		}
-	}
-	part += ((size_t)lane * COLUMN_BLOCKS + blockIdx.x) * (5 * w + 2);
-	add_columns(dgain, w, sh, part);
-	add_columns(dshift, w, sh, part + w);
-	add_columns(dbias, w, sh, part + 2 * w);
-	add_columns(dw0, w, sh, part + 3 * w);
-	add_columns(dw1, w, sh, part + 4 * w);
-	add_columns(db, 1, sh, part + 5 * w);
-	add_columns(dc, 1, sh, part + 5 * w + 1);
-}
-
-/* kind POSITION. grid (rows / BLOCK, lanes) */
-static __global__ void position_forward(struct net net, const float *params, struct rows rows, float *s)
-{
-	uint32_t r = blockIdx.x * BLOCK + threadIdx.x, lane = blockIdx.y;
-
-	if (r >= rows.count)
-		return;
-	params += (size_t)lane * net.stride;
-	s[(size_t)lane * rows.padded + r] = between(params + net.off[POSITION_DIST], net.dist_knots, rows.dist_knot[r],
-						    rows.dist_frac[r]) +
-					    between(params + net.off[POSITION_INDEX], net.pos_knots, rows.pos_knot[r],
-						    rows.pos_frac[r]);
-}
-
-static void norm_forwards(struct cuda_backend *b, const float *params, struct norm_of p, bool silu, const float *z,
-			  uint32_t zld, float *y, uint32_t yld, uint32_t lanes)
+static void norm_forwards(struct cuda_backend *b, const float *params, struct norm_of p, bool silu,
+			  const float *z, uint32_t zld, float *y, uint32_t yld, uint32_t lanes)
 {
 	uint32_t rows = b->rows.padded;
 
 	if (silu)
-		FOR_WIDTH(p.width, LAUNCH(b, (norm_forward<N, true>), COLUMN_GRID(lanes), 0, b->net, params, p, rows, z,
-					  zld, y, yld));
+		FOR_WIDTH(p.width, LAUNCH(b, (norm_forward<N, true>), COLUMN_GRID(lanes), 0, b->net, params, p,
+					  rows, z, zld, y, yld));
 	else
-		FOR_WIDTH(p.width, LAUNCH(b, (norm_forward<N, false>), COLUMN_GRID(lanes), 0, b->net, params, p, rows, z,
-					  zld, y, yld));
+		FOR_WIDTH(p.width, LAUNCH(b, (norm_forward<N, false>), COLUMN_GRID(lanes), 0, b->net, params, p,
+					  rows, z, zld, y, yld));
 }
 
-static void norm_backwards(struct cuda_backend *b, const float *params, float *grad, struct norm_of p, bool silu,
-			   float *z, uint32_t zld, const float *dy, uint32_t dyld, uint32_t lanes)
+static void norm_backwards(struct cuda_backend *b, const float *params, float *grad, struct norm_of p,
+			   bool silu, float *z, uint32_t zld, const float *dy, uint32_t dyld, uint32_t lanes)
 {
 	uint32_t rows = b->rows.padded, w = p.width;
 	size_t shared = WARPS * w * sizeof(float);
 	struct segments to = {{{0, p.gain, w}, {w, p.shift, w}, {2 * w, p.bias, w}}, 3};
 
 	if (silu)
-		FOR_WIDTH(w, LAUNCH(b, (norm_backward<N, true>), COLUMN_GRID(lanes), shared, b->net, params, p, rows, z,
-				    zld, dy, dyld, b->part));
+		FOR_WIDTH(w, LAUNCH(b, (norm_backward<N, true>), COLUMN_GRID(lanes), shared, b->net, params, p,
+				    rows, z, zld, dy, dyld, b->part));
 	else
-		FOR_WIDTH(w, LAUNCH(b, (norm_backward<N, false>), COLUMN_GRID(lanes), shared, b->net, params, p, rows, z,
-				    zld, dy, dyld, b->part));
+		FOR_WIDTH(w, LAUNCH(b, (norm_backward<N, false>), COLUMN_GRID(lanes), shared, b->net, params, p,
+				    rows, z, zld, dy, dyld, b->part));
 	sum_parts(b, b->part, COLUMN_BLOCKS, 3 * w, grad, &to, lanes);
 }
 
-#define NORM_OF(n, t, width) {(n)->off[KVP_B##t], (n)->off[KVP_G##t], (n)->off[KVP_O##t], width}
+#define NORM_OF(n, t, width)                                                                                   \
+	{                                                                                                      \
+		(n)->off[KVP_B##t], (n)->off[KVP_G##t], (n)->off[KVP_O##t], width                              \
+	}
 
 void net_forward(struct cuda_backend *b, const float *params, uint32_t lane0, uint32_t lanes)
 {
@@ -359,39 +241,23 @@ void net_forward(struct cuda_backend *b, const float *params, uint32_t lane0, ui
 
 	params += (size_t)lane0 * n->stride;
 	if (n->kind == WEIGHTS_POSITION) {
-		LAUNCH(b, position_forward, dim3((b->rows.count + BLOCK - 1) / BLOCK, lanes), 0, *n, params, b->rows,
-		       b->s);
+		score_position(b, params, lanes);
 		return;
 	}
-	LAUNCH(b, gather, dim3((uint32_t)(((uint64_t)b->rows.padded * (dims / 8) + BLOCK - 1) / BLOCK), lanes), 0, *n,
-	       b->rows, b->set_rows, b->k + lane0 * b->set_rows * n->kd, b->v + lane0 * b->set_rows * n->vd, b->kv);
+	LAUNCH(b, gather, dim3((uint32_t)(((uint64_t)b->rows.padded * (dims / 8) + BLOCK - 1) / BLOCK), lanes),
+	       0, *n, b->rows, b->set_rows, b->k + lane0 * b->set_rows * n->kd,
+	       b->v + lane0 * b->set_rows * n->vd, b->kv);
 	product_forward(b, params + n->off[KVP_WK], n->kd, n->proj, b->kv, dims, b->z0, 2 * n->proj, lanes);
-	product_forward(b, params + n->off[KVP_WV], n->vd, n->proj, b->kv + n->kd, dims, b->z0 + n->proj, 2 * n->proj,
-			lanes);
+	product_forward(b, params + n->off[KVP_WV], n->vd, n->proj, b->kv + n->kd, dims, b->z0 + n->proj,
+			2 * n->proj, lanes);
 	norm_forwards(b, params, k, false, b->z0, 2 * n->proj, b->x, n->in, lanes);
 	norm_forwards(b, params, v, false, b->z0 + n->proj, 2 * n->proj, b->x + n->proj, n->in, lanes);
 	LAUNCH(b, embed_forward, COLUMN_GRID(lanes), 0, *n, params, b->rows, b->x);
 	product_forward(b, params + n->off[KVP_W1], n->in, n->hidden, b->x, n->in, b->z1, n->hidden, lanes);
 	norm_forwards(b, params, one, true, b->z1, n->hidden, b->h1, n->hidden, lanes);
-	product_forward(b, params + n->off[KVP_W2], n->hidden, n->hidden, b->h1, n->hidden, b->z2, n->hidden, lanes);
-	FOR_WIDTH(n->hidden, LAUNCH(b, score_forward<N>, COLUMN_GRID(lanes), 0, *n, params, b->rows, b->z2, b->s, b->f1,
-				    b->phi1));
-}
-
-static void score_backwards(struct cuda_backend *b, const float *params, float *grad, uint32_t lanes)
-{
-	const struct net *n = &b->net;
-	uint32_t w = n->hidden;
-	struct segments to = {{{0, n->off[KVP_G2], w},
-			       {w, n->off[KVP_O2], w},
-			       {2 * w, n->off[KVP_B2], w},
-			       {3 * w, n->off[KVP_W3], n->rank * w},
-			       {5 * w, n->off[KVP_B3], n->rank}},
-			      5};
-
-	FOR_WIDTH(w, LAUNCH(b, score_backward<N>, COLUMN_GRID(lanes), WARPS * w * sizeof(float), *n, params, b->rows,
-			    b->z2, b->ds, b->phi1, b->part));
-	sum_parts(b, b->part, COLUMN_BLOCKS, 5 * w + 2, grad, &to, lanes);
+	product_forward(b, params + n->off[KVP_W2], n->hidden, n->hidden, b->h1, n->hidden, b->z2, n->hidden,
+			lanes);
+	score_forwards(b, params, lanes);
 }
 
 static void embed_backwards(struct cuda_backend *b, const float *params, float *grad, uint32_t lanes)
@@ -400,7 +266,8 @@ static void embed_backwards(struct cuda_backend *b, const float *params, float *
 	uint32_t w = n->pos_dim;
 	struct segments to = {{{0, n->off[KVP_GP], w}, {w, n->off[KVP_OP], w}}, 2};
 
-	LAUNCH(b, embed_backward, COLUMN_GRID(lanes), WARPS * w * sizeof(float), *n, params, b->rows, b->x, b->part);
+	LAUNCH(b, embed_backward, COLUMN_GRID(lanes), WARPS * w * sizeof(float), *n, params, b->rows, b->x,
+	       b->part);
 	sum_parts(b, b->part, COLUMN_BLOCKS, 2 * w, grad, &to, lanes);
 	embed_gradient(b, grad, lanes);
 }
@@ -417,8 +284,10 @@ void net_backward(struct cuda_backend *b, uint32_t lane0, uint32_t lanes)
 	if (n->kind == WEIGHTS_POSITION)
 		return;
 	score_backwards(b, params, grad, lanes);
-	product_weight(b, grad + n->off[KVP_W2], n->hidden, n->hidden, b->h1, n->hidden, b->z2, n->hidden, lanes);
-	product_input(b, params + n->off[KVP_W2], n->hidden, n->hidden, b->z2, n->hidden, b->h1, n->hidden, lanes);
+	product_weight(b, grad + n->off[KVP_W2], n->hidden, n->hidden, b->h1, n->hidden, b->z2, n->hidden,
+		       lanes);
+	product_input(b, params + n->off[KVP_W2], n->hidden, n->hidden, b->z2, n->hidden, b->h1, n->hidden,
+		      lanes);
 	norm_backwards(b, params, grad, one, true, b->z1, n->hidden, b->h1, n->hidden, lanes);
 	product_weight(b, grad + n->off[KVP_W1], n->in, n->hidden, b->x, n->in, b->z1, n->hidden, lanes);
 	product_input(b, params + n->off[KVP_W1], n->in, n->hidden, b->z1, n->hidden, b->x, n->in, lanes);
@@ -426,8 +295,8 @@ void net_backward(struct cuda_backend *b, uint32_t lane0, uint32_t lanes)
 	norm_backwards(b, params, grad, v, false, b->z0 + n->proj, 2 * n->proj, b->x + n->proj, n->in, lanes);
 	embed_backwards(b, params, grad, lanes);
 	product_weight(b, grad + n->off[KVP_WK], n->kd, n->proj, b->kv, dims, b->z0, 2 * n->proj, lanes);
-	product_weight(b, grad + n->off[KVP_WV], n->vd, n->proj, b->kv + n->kd, dims, b->z0 + n->proj, 2 * n->proj,
-		       lanes);
+	product_weight(b, grad + n->off[KVP_WV], n->vd, n->proj, b->kv + n->kd, dims, b->z0 + n->proj,
+		       2 * n->proj, lanes);
 }
 
 size_t net_part_floats(const struct train_opts *o, const struct net *n)

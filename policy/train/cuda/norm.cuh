@@ -7,7 +7,12 @@
 #include "policy/train/cuda/device.cuh"
 
 #define NORM_EPS 1e-5f
-#define EACH(j, idx, width) _Pragma("unroll") for (int j = 0; j < N; j++) if (uint32_t idx = j * WARP + warp_lane(); idx < (width))
+#define COLUMN_GRID(lanes) dim3(COLUMN_BLOCKS, lanes)
+/* Rows of the block's warps: the same rows for the same warp on every device. */
+#define EACH_ROW(r, rows)                                                                                      \
+	for (uint32_t r = blockIdx.x * WARPS + threadIdx.x / WARP; r < (rows); r += COLUMN_BLOCKS * WARPS)
+#define EACH(j, idx, width)                                                                                    \
+	_Pragma("unroll") for (int j = 0; j < N; j++) if (uint32_t idx = j * WARP + warp_lane(); idx < (width))
 
 template <int N> static __device__ inline void load_row(float (&z)[N], const float *from, uint32_t width)
 {
@@ -28,7 +33,8 @@ template <int N> static __device__ inline float normalise(float (&z)[N], uint32_
 	for (int j = 0; j < N; j++)
 		sum += z[j];
 	sum = warp_sum(sum) / (float)width;
-	EACH(j, i, width) {
+	EACH(j, i, width)
+	{
 		z[j] -= sum;
 		squares += z[j] * z[j];
 	}
@@ -68,7 +74,7 @@ static __device__ inline void add_columns(const float (&sum)[N], uint32_t width,
 {
 	__syncthreads();
 	EACH(j, i, width)
-		sh[threadIdx.x / WARP * width + i] = sum[j];
+	sh[threadIdx.x / WARP * width + i] = sum[j];
 	__syncthreads();
 	for (uint32_t i = threadIdx.x; i < width; i += BLOCK) {
 		float total = 0;
@@ -80,22 +86,22 @@ static __device__ inline void add_columns(const float (&sum)[N], uint32_t width,
 }
 
 /* Runs `call` with N a constant that is enough for `width`. */
-#define FOR_WIDTH(width, call)                                                                                     \
-	do {                                                                                                       \
-		if ((width) <= 1 * WARP) {                                                                         \
-			constexpr int N = 1;                                                                       \
-			call;                                                                                      \
-		} else if ((width) <= 2 * WARP) {                                                                  \
-			constexpr int N = 2;                                                                       \
-			call;                                                                                      \
-		} else if ((width) <= 4 * WARP) {                                                                  \
-			constexpr int N = 4;                                                                       \
-			call;                                                                                      \
-		} else if ((width) <= 8 * WARP) {                                                                  \
-			constexpr int N = 8;                                                                       \
-			call;                                                                                      \
-		} else {                                                                                           \
-			constexpr int N = 16;                                                                      \
-			call;                                                                                      \
-		}                                                                                                  \
+#define FOR_WIDTH(width, call)                                                                                 \
+	do {                                                                                                   \
+		if ((width) <= 1 * WARP) {                                                                     \
+			constexpr int N = 1;                                                                   \
+			call;                                                                                  \
+		} else if ((width) <= 2 * WARP) {                                                              \
+			constexpr int N = 2;                                                                   \
+			call;                                                                                  \
+		} else if ((width) <= 4 * WARP) {                                                              \
+			constexpr int N = 4;                                                                   \
+			call;                                                                                  \
+		} else if ((width) <= 8 * WARP) {                                                              \
+			constexpr int N = 8;                                                                   \
+			call;                                                                                  \
+		} else {                                                                                       \
+			constexpr int N = 16;                                                                  \
+			call;                                                                                  \
+		}                                                                                              \
 	} while (0)

@@ -43,7 +43,8 @@ static __global__ void unit_costs(struct rows rows, uint64_t set_units, const fl
 }
 
 /* 1 / counted units of a lane. grid (lanes) */
-static __global__ void count_units(uint32_t units, uint32_t batch, const struct unit_cost *cost, double *inverse)
+static __global__ void count_units(uint32_t units, uint32_t batch, const struct unit_cost *cost,
+				   double *inverse)
 {
 	__shared__ double sums[WARPS];
 	double counted = 0;
@@ -166,7 +167,8 @@ static __device__ inline float weight_slope(uint32_t weighting, float rank, uint
 }
 
 /* shared: float2[n]. ds in rows of [lane][padded]. grid (units, lanes) */
-static __global__ void exact(struct rows rows, struct objective_args o, const float *s, float *ds, double *unit_loss)
+static __global__ void exact(struct rows rows, struct objective_args o, const float *s, float *ds,
+			     double *unit_loss)
 {
 	SHARED(float2, eg);
 	__shared__ double sums[WARPS];
@@ -232,7 +234,8 @@ static __global__ void exact(struct rows rows, struct objective_args o, const fl
 }
 
 /* grid (units, lanes) */
-static __global__ void squared(struct rows rows, struct objective_args o, const float *s, float *ds, double *unit_loss)
+static __global__ void squared(struct rows rows, struct objective_args o, const float *s, float *ds,
+			       double *unit_loss)
 {
 	__shared__ double sums[WARPS];
 	uint32_t unit = blockIdx.x, lane = blockIdx.y, n = rows.n[unit];
@@ -279,8 +282,8 @@ static __global__ void hard(struct rows rows, struct objective_args o, const flo
 
 static struct objective_args arguments(const struct cuda_backend *b, uint32_t lane0)
 {
-	return {b->o.reward, b->o.weighting, b->o.batch, b->set_units, b->u + (size_t)lane0 * b->set_units, b->cost,
-		b->inverse};
+	return {b->o.reward, b->o.weighting, b->o.batch, b->set_units, b->u + (size_t)lane0 * b->set_units,
+		b->cost,     b->inverse};
 }
 
 void objective_costs(struct cuda_backend *b, uint32_t lane0, uint32_t lanes)
@@ -311,5 +314,6 @@ void objective_run(struct cuda_backend *b, uint64_t step, uint32_t lane0, uint32
 		LAUNCH(b, squared, grid, 0, b->rows, o, b->s, b->ds, b->unit_loss);
 	else
 		sampled_run(b, step, lane0, lanes);
-	LAUNCH(b, lane_loss, dim3(lanes), 0, b->rows.units, b->o.batch, b->unit_loss, b->inverse, b->loss + lane0);
+	LAUNCH(b, lane_loss, dim3(lanes), 0, b->rows.units, b->o.batch, b->unit_loss, b->inverse,
+	       b->loss + lane0);
 }

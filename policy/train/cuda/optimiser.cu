@@ -26,8 +26,8 @@ static __global__ void squares(struct net net, const float *grad, double *norm)
 }
 
 /* grid (NORM_BLOCKS, lanes) */
-static __global__ void adam_step(struct net net, struct adam a, const float *grad, const double *norm, const float *loss,
-				 float *params, float *ema, float *first, float *second)
+static __global__ void adam_step(struct net net, struct adam a, const float *grad, const double *norm,
+				 const float *loss, float *params, float *ema, float *first, float *second)
 {
 	uint32_t lane = blockIdx.y;
 	size_t base = (size_t)lane * net.stride;
@@ -42,7 +42,8 @@ static __global__ void adam_step(struct net net, struct adam a, const float *gra
 	if (a.clip > 0 && length > (double)a.clip)
 		scale = (float)((double)a.clip / (length + 1e-6));
 	for (uint32_t i = blockIdx.x * BLOCK + threadIdx.x; i < net.params; i += NORM_BLOCKS * BLOCK) {
-		float g = grad[base + i] * scale, p = params[base + i], m = first[base + i], v = second[base + i];
+		float g = grad[base + i] * scale, p = params[base + i], m = first[base + i],
+		      v = second[base + i];
 		float decay = 0;
 
 #pragma unroll
@@ -84,6 +85,6 @@ void optimiser_step(struct cuda_backend *b, uint64_t step, float lr)
 		a.matrix[i].to = n->off[matrices[i]] + sizes[i];
 	}
 	LAUNCH(b, squares, dim3(NORM_BLOCKS, o->lanes), 0, *n, b->grad, b->norm);
-	LAUNCH(b, adam_step, dim3(NORM_BLOCKS, o->lanes), 0, *n, a, b->grad, b->norm, b->loss, b->param[TRAIN_PARAMS],
-	       b->param[TRAIN_EMA], b->param[TRAIN_M], b->param[TRAIN_V]);
+	LAUNCH(b, adam_step, dim3(NORM_BLOCKS, o->lanes), 0, *n, a, b->grad, b->norm, b->loss,
+	       b->param[TRAIN_PARAMS], b->param[TRAIN_EMA], b->param[TRAIN_M], b->param[TRAIN_V]);
 }

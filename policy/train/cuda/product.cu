@@ -14,10 +14,10 @@ static void multiply(struct cuda_backend *b, cublasOperation_t ta, cublasOperati
 	if (b->failed)
 		return;
 	blas_ok(b,
-		cublasGemmStridedBatchedEx(b->blas, ta, tb, (int)m, (int)n, (int)k, &one, a, CUDA_R_32F, (int)lda,
-					   (long long)stride_a, c, CUDA_R_32F, (int)ldc, (long long)stride_c, &zero, y,
-					   CUDA_R_32F, (int)ldy, (long long)stride_y, (int)batch, b->math,
-					   CUBLAS_GEMM_DEFAULT),
+		cublasGemmStridedBatchedEx(b->blas, ta, tb, (int)m, (int)n, (int)k, &one, a, CUDA_R_32F,
+					   (int)lda, (long long)stride_a, c, CUDA_R_32F, (int)ldc,
+					   (long long)stride_c, &zero, y, CUDA_R_32F, (int)ldy,
+					   (long long)stride_y, (int)batch, b->math, CUBLAS_GEMM_DEFAULT),
 		"cublasGemmStridedBatchedEx");
 }
 
@@ -26,20 +26,21 @@ void product_forward(struct cuda_backend *b, const float *w, uint32_t in, uint32
 {
 	uint64_t rows = b->rows.padded;
 
-	multiply(b, CUBLAS_OP_T, CUBLAS_OP_N, out, b->rows.padded, in, w, in, b->net.stride, x, xld, rows * xld, y, yld,
-		 rows * yld, lanes);
+	multiply(b, CUBLAS_OP_T, CUBLAS_OP_N, out, b->rows.padded, in, w, in, b->net.stride, x, xld, rows * xld,
+		 y, yld, rows * yld, lanes);
 }
 
-void product_input(struct cuda_backend *b, const float *w, uint32_t in, uint32_t out, const float *dy, uint32_t dyld,
-		   float *dx, uint32_t dxld, uint32_t lanes)
+void product_input(struct cuda_backend *b, const float *w, uint32_t in, uint32_t out, const float *dy,
+		   uint32_t dyld, float *dx, uint32_t dxld, uint32_t lanes)
 {
 	uint64_t rows = b->rows.padded;
 
-	multiply(b, CUBLAS_OP_N, CUBLAS_OP_N, in, b->rows.padded, out, w, in, b->net.stride, dy, dyld, rows * dyld, dx,
-		 dxld, rows * dxld, lanes);
+	multiply(b, CUBLAS_OP_N, CUBLAS_OP_N, in, b->rows.padded, out, w, in, b->net.stride, dy, dyld,
+		 rows * dyld, dx, dxld, rows * dxld, lanes);
 }
 
-/* The rows of a lane in SPLITS parts, each a product of its own: one per lane would leave most of the device idle. */
+/* The rows of a lane in SPLITS parts, each a product of its own: one per lane would leave most of the device
+ * idle. */
 void product_weight(struct cuda_backend *b, float *dw, uint32_t in, uint32_t out, const float *x, uint32_t xld,
 		    const float *dy, uint32_t dyld, uint32_t lanes)
 {
@@ -71,5 +72,6 @@ static __global__ void add_parts(const float *part, uint32_t parts, uint32_t col
 void sum_parts(struct cuda_backend *b, const float *part, uint32_t parts, uint32_t cols, float *grad,
 	       const struct segments *to, uint32_t lanes)
 {
-	LAUNCH(b, add_parts, dim3((cols + BLOCK - 1) / BLOCK, lanes), 0, part, parts, cols, grad, b->net.stride, *to);
+	LAUNCH(b, add_parts, dim3((cols + BLOCK - 1) / BLOCK, lanes), 0, part, parts, cols, grad, b->net.stride,
+	       *to);
 }

@@ -19,8 +19,8 @@ struct sampled_args {
 };
 
 /* key[r] & 0xffffffff = the row of rank r + 1. The whole block. */
-static __device__ void draw(const struct sampled_args &o, uint32_t unit, uint32_t lane, uint32_t perm, const float *s,
-			    uint32_t n, uint64_t *key)
+static __device__ void draw(const struct sampled_args &o, uint32_t unit, uint32_t lane, uint32_t perm,
+			    const float *s, uint32_t n, uint64_t *key)
 {
 	uint32_t m = power_of_two(n);
 
@@ -137,16 +137,17 @@ static __device__ inline double share(float s, double most)
 }
 
 /*
- * log pi = sum_r s_r - log Z_r, Z_r = sum_{k >= r} exp(s_k); d log pi / d s_j = 1 - exp(s_j) sum_{r <= rank(j)} 1 / Z_r.
- * shared: keys. grid (units, lanes)
+ * log pi = sum_r s_r - log Z_r, Z_r = sum_{k >= r} exp(s_k); d log pi / d s_j = 1 - exp(s_j) sum_{r <= rank(j)}
+ * 1 / Z_r. shared: keys. grid (units, lanes)
  */
-static __global__ void drawn_gradient(struct rows rows, struct sampled_args o, const float *s, const double *advantage,
-				      float *ds, double *unit_loss)
+static __global__ void drawn_gradient(struct rows rows, struct sampled_args o, const float *s,
+				      const double *advantage, float *ds, double *unit_loss)
 {
 	SHARED(uint64_t, key);
 	__shared__ double sums[WARPS];
 	uint32_t unit = blockIdx.x, lane = blockIdx.y, n = rows.n[unit], chunk = (n + BLOCK - 1) / BLOCK;
-	uint32_t from = threadIdx.x * chunk < n ? threadIdx.x * chunk : n, to = from + chunk < n ? from + chunk : n;
+	uint32_t from = threadIdx.x * chunk < n ? threadIdx.x * chunk : n,
+		 to = from + chunk < n ? from + chunk : n;
 	bool counted = o.cost[(size_t)lane * o.batch + unit].counted;
 	double most = -INFINITY, loss = 0, mean = o.inverse[lane], each[CHUNK];
 
@@ -179,7 +180,8 @@ static __global__ void drawn_gradient(struct rows rows, struct sampled_args o, c
 #pragma unroll
 		for (uint32_t q = 0; q < CHUNK; q++)
 			if (from + q < to) {
-				uint32_t row = (uint32_t)key[from + q]; /* once a draw: no other thread has it */
+				uint32_t row =
+					(uint32_t)key[from + q]; /* once a draw: no other thread has it */
 
 				inverse += each[q];
 				ds[row] -= (float)(a * mean * (1 - share(s[row], most) * inverse));
@@ -194,20 +196,13 @@ void sampled_run(struct cuda_backend *b, uint64_t step, uint32_t lane0, uint32_t
 {
 	uint32_t perms = b->o.objective == TRAIN_RLOO ? b->o.perms : 1;
 	size_t keys = power_of_two(b->rows.most) * sizeof(uint64_t);
-	struct sampled_args o = {b->o.seed,
-				 step,
-				 lane0,
-				 b->o.batch,
-				 perms,
-				 b->o.reward,
-				 b->o.weighting,
-				 b->o.objective,
-				 b->set_units,
-				 b->u + (size_t)lane0 * b->set_units,
-				 b->cost,
-				 b->inverse};
+	struct sampled_args o = {
+		b->o.seed,   step,           lane0,          b->o.batch,   perms,
+		b->o.reward, b->o.weighting, b->o.objective, b->set_units, b->u + (size_t)lane0 * b->set_units,
+		b->cost,     b->inverse};
 
 	LAUNCH(b, drawn_rewards, dim3(b->rows.units, perms, lanes), keys, b->rows, o, b->s, b->reward);
 	LAUNCH(b, advantages, dim3(lanes), 0, b->rows.units, o, b->reward);
-	LAUNCH(b, drawn_gradient, dim3(b->rows.units, lanes), keys, b->rows, o, b->s, b->reward, b->ds, b->unit_loss);
+	LAUNCH(b, drawn_gradient, dim3(b->rows.units, lanes), keys, b->rows, o, b->s, b->reward, b->ds,
+	       b->unit_loss);
 }

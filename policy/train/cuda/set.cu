@@ -19,7 +19,8 @@ static struct loader *acquire(struct cuda_backend *b)
 					return &l;
 				}
 		}
-		std::this_thread::yield(); /* more threads than loaders: a copy takes well under a millisecond */
+		std::this_thread::yield(); /* more threads than loaders: a copy takes well under a millisecond
+					    */
 	}
 }
 
@@ -60,7 +61,8 @@ static int outside(struct cuda_backend *b, const char *what, uint32_t lane, uint
 {
 	std::lock_guard<std::mutex> hold(b->lock);
 
-	snprintf(b->error, sizeof(b->error), "lane %u, %s %u: there are %u and %u", lane, what, at, b->o.lanes, limit);
+	snprintf(b->error, sizeof(b->error), "lane %u, %s %u: there are %u and %u", lane, what, at, b->o.lanes,
+		 limit);
 	return -EINVAL;
 }
 

@@ -93,8 +93,8 @@ static __global__ void sum_embedded(struct net net, struct rows rows, const floa
 }
 
 /* grad[dst + knot * knot_ld + column * column_ld]. grid (knots * columns / BLOCK, lanes) */
-static __global__ void sum_knots(struct net net, struct buckets by, const float *part, uint32_t columns, float *grad,
-				 uint32_t knot_ld, uint32_t column_ld)
+static __global__ void sum_knots(struct net net, struct buckets by, const float *part, uint32_t columns,
+				 float *grad, uint32_t knot_ld, uint32_t column_ld)
 {
 	uint32_t i = blockIdx.x * BLOCK + threadIdx.x, lane = blockIdx.y, knot = i / columns, c = i % columns;
 	float sum = 0;
@@ -113,15 +113,15 @@ static __global__ void sum_knots(struct net net, struct buckets by, const float 
 static void knots_gradient(struct cuda_backend *b, const struct buckets *by, uint32_t columns, float *grad,
 			   uint32_t knot_ld, uint32_t column_ld, uint32_t lanes)
 {
-	LAUNCH(b, sum_knots, dim3((by->knots * columns + BLOCK - 1) / BLOCK, lanes), 0, b->net, *by, b->part, columns,
-	       grad, knot_ld, column_ld);
+	LAUNCH(b, sum_knots, dim3((by->knots * columns + BLOCK - 1) / BLOCK, lanes), 0, b->net, *by, b->part,
+	       columns, grad, knot_ld, column_ld);
 }
 
 static void table_gradient(struct cuda_backend *b, const struct buckets *by, const float *frac, uint32_t tables,
 			   float *grad, uint32_t lanes)
 {
-	LAUNCH(b, sum_tables, dim3((by->items + WARPS - 1) / WARPS, lanes), 0, b->rows, *by, frac, b->ds, b->f1, tables,
-	       b->part);
+	LAUNCH(b, sum_tables, dim3((by->items + WARPS - 1) / WARPS, lanes), 0, b->rows, *by, frac, b->ds, b->f1,
+	       tables, b->part);
 	knots_gradient(b, by, tables, grad, 1, by->knots, lanes);
 }
 
@@ -133,7 +133,8 @@ void tables_gradient(struct cuda_backend *b, float *grad, uint32_t lanes)
 		table_gradient(b, &b->rows.dist, b->rows.dist_frac, 1, grad + n->off[POSITION_DIST], lanes);
 		table_gradient(b, &b->rows.pos, b->rows.pos_frac, 1, grad + n->off[POSITION_INDEX], lanes);
 	} else if (n->dist_knots > 0) {
-		table_gradient(b, &b->rows.dist, b->rows.dist_frac, n->dist_tables, grad + n->off[KVP_DIST], lanes);
+		table_gradient(b, &b->rows.dist, b->rows.dist_frac, n->dist_tables, grad + n->off[KVP_DIST],
+			       lanes);
 	}
 }
 
