@@ -63,7 +63,8 @@ CUDA_LIBS ?= -lcublas
 
 DAEMON_BIN := $(if $(wildcard daemon/main.c),$(BUILD)/kvtierd)
 CTL_BIN    := $(if $(CTL),$(BUILD)/kvtierctl)
-CUDA_SO    := $(if $(and $(CUDA),$(NVCC)),$(BUILD)/kvtier-train-cuda.so)
+CUDA_HAS   := $(if $(and $(CUDA),$(NVCC)),$(shell printf '\043include <cublas_v2.h>\n' | $(NVCC) $(NVCCFLAGS) -x cu -E - >/dev/null 2>&1 && echo yes))
+CUDA_SO    := $(if $(CUDA_HAS),$(BUILD)/kvtier-train-cuda.so)
 LAB_SO     := $(if $(LAB),$(BUILD)/libkvtier-lab.so)
 TOOL_BINS  := $(patsubst policy/tools/%.c,$(BUILD)/%,$(TOOLS))
 UNIT_BINS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(UNIT))
