@@ -140,6 +140,50 @@ static void distance_table(FILE *f, const struct report *r, const struct slice *
 	fputc('\n', f);
 }
 
+/* How many lanes each heuristic was chosen for. */
+static void chosen_line(FILE *f, const struct report *r)
+{
+	uint32_t lanes[RIVALS_MAX] = {0};
+	const char *comma = "";
+
+	for (uint32_t l = 0; l < r->table->lanes; l++)
+		lanes[r->chosen[l]]++;
+	fprintf(f, "Best heuristic, chosen per lane on the validation traces (lanes):");
+	for (uint32_t p = 0; p < r->rivals->n; p++) {
+		if (!lanes[p])
+			continue;
+		fprintf(f, "%s %s (%u)", comma, r->rivals->r[p].name, lanes[p]);
+		comma = ",";
+	}
+	fprintf(f, ".\n\n");
+}
+
+static void introduction(FILE *f, const struct report *r, const struct slice *s)
+{
+	fprintf(f, "# Trace evaluation of %s\n\n`%s`\n\n", r->set->shape.model, r->command);
+	fprintf(f,
+		"%u traces of %u source documents, %u cuts, %u lanes, %u policies. The first %u and the last "
+		"%u rows "
+		"of a prompt are kept by everybody and left out of every figure. Intervals: 95 %%, %u paired "
+		"bootstrap "
+		"resamples of source documents. Main: %u source documents, %u cuts, without domains and "
+		"document "
+		"lengths that validation does not have. Evicted utility is the group's mean; budgets that "
+		"leave fewer "
+		"than %u rows are left out. Lanes lowest: among the heuristics / with position-only and "
+		"q-filters too; "
+		"in brackets where the interval of the distance to the best of them excludes 0.\n\n",
+		r->set->docs, r->set->clusters, r->set->items, r->table->lanes, r->rivals->n, PROTECT_FIRST,
+		PROTECT_LAST, r->resamples, s->clusters, s->items, LEAST_KEPT);
+	if (r->error_queries)
+		fprintf(f, "Output errors: %u future queries of a cut, evenly spread; not of branches.\n\n",
+			r->error_queries);
+	if (r->chosen)
+		chosen_line(f, r);
+	else
+		fprintf(f, "No validation traces: no best heuristic was chosen and no gap is given.\n\n");
+}
+
 int report_markdown(const struct report *r, struct report_data *d)
 {
 	const struct slice *s = &d->slice[d->main];
@@ -148,24 +192,9 @@ int report_markdown(const struct report *r, struct report_data *d)
 
 	if (!f)
 		return -EIO;
-	fprintf(f, "# Trace evaluation of %s\n\n`%s`\n\n", r->set->shape.model, r->command);
-	fprintf(f,
-		"%u traces of %u source documents, %u cuts, %u lanes, %u policies; protected: first %u and "
-		"last %u "
-		"rows of a prompt. Intervals: 95 %%, %u paired bootstrap resamples of source documents. Main: "
-		"%u "
-		"documents, %u cuts (not the held-out domain, prompts to 4,096 rows). Lanes lowest: among the "
-		"heuristics / "
-		"with position-only and q-filters too; in brackets where the interval of the distance to the "
-		"best of them "
-		"excludes 0. Evicted utility is the group's mean; budgets that leave fewer than %u rows are "
-		"left out.\n\n",
-		r->set->docs, r->set->clusters, r->set->items, r->table->lanes, r->rivals->n, PROTECT_FIRST,
-		PROTECT_LAST, r->resamples, s->clusters, s->items, LEAST_KEPT);
+	introduction(f, r, s);
 	fprintf(f, "## Policies (%s)\n\n", s->name);
 	policies_table(f, r, d, s, d->wins[d->main]);
-	if (d->best < 0)
-		fprintf(f, "No validation traces: no best heuristic was chosen and no gap is given.\n\n");
 	fprintf(f, "## Learned policies by slice\n\n");
 	for (uint32_t p = 0; p < r->rivals->n; p++)
 		if (r->rivals->r[p].role == RIVAL_LEARNED)

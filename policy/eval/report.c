@@ -6,7 +6,7 @@
 #include "policy/eval/report.h"
 #include "shm/util.h"
 
-#define FIXED_SLICES 10u
+#define FIXED_SLICES 11u
 
 FILE *report_open(const struct report *r, const char *name)
 {
@@ -62,6 +62,7 @@ static int make_slices(struct report_data *d, const struct report *r)
 		{.kind = SLICE_MAIN},
 		{.kind = SLICE_ALL},
 		{.kind = SLICE_HELD_OUT},
+		{.kind = SLICE_LONG},
 		{.kind = SLICE_BEFORE},
 		{.kind = SLICE_AFTER},
 		{.kind = SLICE_LENGTH, .from = 0, .to = 1024},

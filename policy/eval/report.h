@@ -21,6 +21,7 @@ struct report {
 	uint64_t seed;
 	const char *out;     /* directory */
 	const char *command; /* for the summary */
+	uint32_t error_queries;
 	char *err;
 	size_t errsize;
 };
@@ -41,6 +42,7 @@ enum slice_kind {
 	SLICE_ALL,
 	SLICE_MAIN,
 	SLICE_HELD_OUT,
+	SLICE_LONG,
 	SLICE_BEFORE,
 	SLICE_AFTER,
 	SLICE_LENGTH,

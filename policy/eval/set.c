@@ -203,9 +203,11 @@ void eval_set_close(struct eval_set *s)
 void eval_set_mark_held_out(struct eval_set *s, const struct eval_set *seen)
 {
 	for (uint32_t i = 0; i < s->items; i++) {
-		const char *name = s->domain[s->doc[s->item[i].doc].domain];
+		const struct eval_doc *d = &s->doc[s->item[i].doc];
+		const char *name = s->domain[d->domain];
 
-		s->item[i].held_out = true;
+		s->item[i].long_doc = d->trace->h.rows > MAX(seen->max_rows, EVAL_MAIN_ROWS);
+		s->item[i].held_out = !s->item[i].long_doc;
 		for (uint32_t k = 0; k < seen->domains; k++)
 			if (strcmp(seen->domain[k], name) == 0)
 				s->item[i].held_out = false;

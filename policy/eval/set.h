@@ -21,7 +21,8 @@ struct eval_item {
 	uint32_t doc, cut;
 	uint32_t prompt, queries, flags; /* as in struct trace_cut */
 	bool attainable;                 /* four other cuts have its context and prompt */
-	bool held_out;                   /* of a domain that the validation split does not have */
+	bool long_doc;                   /* of a document longer than validation's, and than 4,096 rows */
+	bool held_out;                   /* of a domain that validation does not have, unless long_doc */
 };
 
 struct eval_set {
@@ -44,7 +45,8 @@ int eval_set_open(struct eval_set *ret, const char *dir, enum trace_split split,
 /* -EINVAL when a trace has no queries. */
 int eval_set_need_q(const struct eval_set *s, char *err, size_t errsize);
 void eval_set_close(struct eval_set *s);
-/* Mark the items of domains that `seen` does not have. */
+#define EVAL_MAIN_ROWS 4096u
+/* Find long_doc and held_out by the validation set. */
 void eval_set_mark_held_out(struct eval_set *s, const struct eval_set *seen);
 
 /* Values of every (item, lane, policy, metric); NaN where there is none. */

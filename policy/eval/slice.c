@@ -6,17 +6,17 @@
 #include "policy/eval/report.h"
 #include "shm/util.h"
 
-#define MAIN_ROWS 4096u /* longer prompts are held-out lengths */
-
 static bool inside(const struct report *r, const struct slice_def *d, const struct eval_item *it)
 {
 	if (d->attainable && !it->attainable)
 		return false;
 	switch (d->kind) {
 	case SLICE_MAIN:
-		return !it->held_out && it->prompt <= MAIN_ROWS;
+		return !it->held_out && !it->long_doc && it->prompt <= EVAL_MAIN_ROWS;
 	case SLICE_HELD_OUT:
 		return it->held_out;
+	case SLICE_LONG:
+		return it->long_doc;
 	case SLICE_BEFORE:
 		return it->flags & TRACE_CUT_BEFORE;
 	case SLICE_AFTER:
@@ -32,8 +32,8 @@ static bool inside(const struct report *r, const struct slice_def *d, const stru
 
 static void name_slice(const struct report *r, const struct slice_def *d, char *name, size_t size)
 {
-	static const char *const names[] = {"all", "main", "held-out-domain", "before-question",
-					    "after-question"};
+	static const char *const names[] = {
+		"all", "main", "held-out-domain", "held-out-length", "before-question", "after-question"};
 
 	if (d->kind == SLICE_DOMAIN)
 		snprintf(name, size, "domain-%s", r->set->domain[d->domain]);
