@@ -101,7 +101,8 @@ class Capture:
         umax, umean = [], []
         with torch.inference_mode():
             for i in range(0, self.layers, step):
-                a = torch.matmul(q[i:i + step].float() * self.dim**-0.5, k[i:i + step, :, None].float().mT)
+                part = q[i:i + step].float().flatten(2, 3) * self.dim**-0.5  # the group's queries below each other
+                a = torch.matmul(part, k[i:i + step].float().mT).unflatten(2, (self.group, n))
                 a[..., prompt:].masked_fill_(future, float("-inf"))
                 a = torch.softmax(a, -1)[..., :prompt]
                 umax.append(a.amax(2).sum(2))

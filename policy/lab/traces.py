@@ -209,7 +209,7 @@ def run(model, todo, out, threads, stop_after=0.0, batch=12):
     took = max(time.monotonic() - begin, 1e-9)
     tokens = sum(len(s["tokens"]) for s in todo[:done])
     print(f"traces: {done} written in {took:.1f} s, {done / took:.1f} documents/s, {tokens / took:.0f} tokens/s, "
-          f"{writers.bytes / 1e9:.2f} GB; {len(todo) - done} left", flush=True)
+          f"{writers.bytes / 1e9:.2f} GB; {len(todo) - done} left", file=sys.stderr, flush=True)
     return len(todo) - done
 
 
