@@ -7,7 +7,7 @@
     slope         predicted against real kept attention per lane         valid documents
     tasks         tasks that the full cache solves                       valid items
     sensitivity   which of them adaptive budgets use, per policy         valid items
-    recall        share of the budget kept, and how queries compare      valid items
+    recall        share of the budget kept, rows that come with a hit    valid items
 """
 import sys
 import time
@@ -28,7 +28,7 @@ SOLVED = 0.7                      # accuracy of the full cache that a task needs
 ITEMS = 60                        # per task, at most
 CUTS = 2                          # per document
 TUNE_BUDGETS = (0.05, 0.1, 0.2)   # for the choice of sensitivity
-SHARES, NORMS = (0.5, 0.6, 0.7, 0.8), ("mass", "logit")
+SHARES = 0.4, 0.5, 0.6, 0.7, 0.8   # of the device's rows that are kept, the rest recalled
 
 
 def cuts(args, split):
@@ -133,7 +133,7 @@ def full_accuracy(lab):
 
 
 def tune(lab):
-    """Sensitivity by accuracy over TUNE_BUDGETS, recall's share and norm by the two-stage arm's, on valid items."""
+    """Sensitivity by accuracy over TUNE_BUDGETS, recall's share and near by the two-stage arm's, on valid items."""
     names = [n for n in (*lab.c_names, "best") if "maps-" + n.replace(":", "-") in lab.found]
     base = "kvp" if "kvp" in lab.c_names else "best"
     sums, back = {}, {}
@@ -147,15 +147,16 @@ def tune(lab):
             key = label.partition("@")[0]
             sums[key] = sums.get(key, 0) + sum(hits)
         for share in SHARES:
-            for norm in NORMS:
-                hits = recall.measure_item(lab, item, ready, share, norm, base, ("two-stage",))["hits"]["two-stage"]
-                back[share, norm] = back.get((share, norm), 0) + sum(hits)
+            arms = tuple(f"two-stage+near{i}" for i in range(len(recall.NEARS)))
+            r = recall.measure_item(lab, item, ready, share, None, recall.NORM, base, arms)
+            for i, arm in enumerate(arms):
+                back[share, i] = back.get((share, i), 0) + sum(r["hits"][arm])
     chosen = {n: max(variants.KINDS, key=lambda kind: sums[f"{n}+adaptive:{kind}"]) for n in names}
     save_found(lab.args.out, "sensitivity", chosen)
     save_found(lab.args.out, "sensitivity-tried", sums)
-    share, norm = max(back, key=back.get)
-    save_found(lab.args.out, "recall", {"kept_share": share, "norm": norm,
-                                        "tried": {f"{s:g} {n}": v for (s, n), v in back.items()}})
+    share, i = max(back, key=back.get)
+    tried = [{"kept_share": s, "near": recall.NEARS[j], "right": n} for (s, j), n in back.items()]
+    save_found(lab.args.out, "recall", {"kept_share": share, "near": recall.NEARS[i], "tried": tried})
 
 
 @torch.no_grad()

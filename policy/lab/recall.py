@@ -6,6 +6,10 @@ same policy and, layer by layer in one pass, search the demoted rows with the tu
 by what is missing below) and bring in the rest of B before the layer attends. `clean` searches exactly with
 the queries that the full cache would have given: what contamination costs. `seen` is snapkv that saw the
 question and kept B rows. `full` keeps everything.
+
+A question's queries find the row that answers, not the rows that continue it, which the answer's own queries
+will want. Arms with "+near" therefore bring in what lies around a hit (search.spread); centroid and min/max
+do so by nature, in whole blocks.
 """
 import torch
 
@@ -19,15 +23,17 @@ from record import drive
 
 SEARCHES = {"centroid": search.centroid, "minmax": search.minmax, "exact": search.exact,
             "two-stage": search.two_stage, "clean": search.exact}
-ARMS = ("drop-only", "random", *SEARCHES)
-KEPT_SHARE, NORM = 0.7, "mass"
+ARMS = ("drop-only", "random", "centroid", "minmax", "exact", "exact+near", "two-stage", "two-stage+near", "clean",
+        "clean+near")
+KEPT_SHARE, NEAR, NORM = 0.6, (4, 12), "mass"
+NEARS = ((0, 0), (2, 6), (4, 12), (8, 24), (4, 28))  # rows before and after a hit, to choose from: "+near0" ...
 
 
 class Recalling:
     """rows() of all arms and questions of one item: variant = arm * N + question."""
 
-    def __init__(self, net, cache, scores, held, kept, norm, lengths, clean, truth, generator, arms=ARMS):
-        self.net, self.cache, self.norm, self.arms, self.clean = net, cache, norm, arms, clean
+    def __init__(self, net, cache, scores, held, kept, near, norm, lengths, clean, truth, generator, arms=ARMS):
+        self.net, self.cache, self.norm, self.arms, self.clean, self.near = net, cache, norm, arms, clean, near
         self.n = len(lengths)
         self.lengths = torch.tensor(lengths, device=net.device)
         self.want = held - kept
@@ -44,7 +50,7 @@ class Recalling:
             if arm == "drop-only":
                 index.append(self.dropped[layer].expand(self.n, -1, -1))
                 continue
-            own = self.clean[layer] if arm == "clean" else q[a * self.n:(a + 1) * self.n, 0]
+            own = self.clean[layer] if arm.startswith("clean") else q[a * self.n:(a + 1) * self.n, 0]
             best = self.best(arm, layer, own)
             back = demoted.expand(self.n, -1, -1).gather(2, best)
             self.note(a, layer, back)
@@ -63,7 +69,10 @@ class Recalling:
             k = self.cache.k[layer]
             on_device = k[one, self.kept[layer]].repeat(self.n, 1, 1)
             resident = (picked @ on_device.transpose(1, 2)).logsumexp(-1)
-            score = SEARCHES[arm](picked, k[one, demoted].repeat(self.n, 1, 1), self.want, resident, self.norm)
+            name, _, near = arm.partition("+near")
+            score = SEARCHES[name](picked, k[one, demoted].repeat(self.n, 1, 1), self.want, resident, self.norm)
+            if name != arm:
+                score = search.spread(score, NEARS[int(near)] if near else self.near)
         order = score.sort(dim=-1, descending=True, stable=True).indices[:, :self.want]
         return order.view(self.n, h, -1)
 
@@ -106,7 +115,7 @@ def seen(net, cache, asked, captured, i, held):
     return later.right(net, net.extend(later.tokens, grown.k.shape[2], compact.Held(grown, mask[None])))[0][0]
 
 
-def measure_item(lab, item, ready, share, norm, base, arms=ARMS):
+def measure_item(lab, item, ready, share, near, norm, base, arms=ARMS):
     net, args = lab.net, lab.args
     cache, scores = ready
     p = cache.k.shape[2]
@@ -116,7 +125,7 @@ def measure_item(lab, item, ready, share, norm, base, arms=ARMS):
     n, captured = len(asked.pairs), []
     full = asked.right(net, net.extend(asked.tokens, p, compact.Whole(cache), 1, captured))[0]
     generator = torch.Generator().manual_seed(item["seed"])
-    rows = Recalling(net, cache, scores[base], held, kept, norm, [len(q) for q, _ in asked.pairs],
+    rows = Recalling(net, cache, scores[base], held, kept, near, norm, [len(q) for q, _ in asked.pairs],
                      [c[0][0] for c in captured], true_attention(net, cache, asked, captured), generator, arms)
     tokens = torch.tensor(asked.tokens).repeat(len(arms), 1)[:, None]
     hidden = net.extend(tokens, p, rows).view(len(arms), n, tokens.shape[-1], -1)
@@ -126,7 +135,7 @@ def measure_item(lab, item, ready, share, norm, base, arms=ARMS):
         hits["seen"] = [seen(net, cache, asked, captured, i, held) for i in range(n)]
     lanes = net.layers * net.heads
     return {"id": item["id"], "task": item["task"], "source": item["source"], "length": p, "base": base,
-            "held": held, "kept": kept, "norm": norm, "hits": hits,
+            "held": held, "kept": kept, "near": near, "norm": norm, "hits": hits,
             "mass": {a: rows.mass[j].tolist() for j, a in enumerate(arms) if a != "drop-only"},
             "cost": {a: [lanes * x for x in search.cost(a, p - kept, held - kept, net.dim)] for a in arms
                      if a != "drop-only"}}
@@ -135,11 +144,11 @@ def measure_item(lab, item, ready, share, norm, base, arms=ARMS):
 def run(lab):
     args, tuned = lab.args, lab.found.get("recall", {})
     share = args.kept_share or tuned.get("kept_share", KEPT_SHARE)
-    norm = args.norm or tuned.get("norm", NORM)
+    near = [int(x) for x in args.near.split(",")] if args.near else tuned.get("near", NEAR)
     base = lab.wanted[0]
 
     @torch.no_grad()
     def measure(item, ready):
-        return measure_item(lab, item, ready, share, norm, base)
+        return measure_item(lab, item, ready, share, near, args.norm or NORM, base)
 
     return drive(lab, "recall", items.build(lab), accuracy.prefilled(lab), measure)

@@ -188,9 +188,9 @@ def adaptive(records):
 
 def recall(records):
     first = records[0]
-    arms = [a for a in ("full", "drop-only", "random", "centroid", "minmax", "exact", "two-stage", "seen", "clean")
-            if a in first["hits"]]
-    table = Table("recall", f"Recall, base {first['base']}, equal peak rows",
+    arms = ["full", "seen"] + [a for a in first["hits"] if a not in ("full", "seen")]
+    table = Table("recall", f"Recall, base {first['base']}, equal peak rows, {first['kept'] / first['held']:.0%} of them kept, "
+                  f"{first['near'][0]} rows before and {first['near'][1]} after a hit with it (+near)",
                   ["tasks", "arm", "accuracy", "of full", "low", "high", "loss recovered", "low ", "high ", "questions"])
     for group in ("all", *GROUPS, *sorted({r["task"] for r in records})):
         part = [r for r in records if group == "all" or r["task"] in GROUPS.get(group, (group,))]

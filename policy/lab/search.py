@@ -107,7 +107,7 @@ def minmax(q, k, want, resident, norm):
 
 def cost(arm, demoted, want, dim, size=2):
     """Bytes a lane's search reads: (summaries, keys), and bytes it brings in."""
-    groups = math.ceil(demoted / GROUP)
+    groups, arm = math.ceil(demoted / GROUP), arm.partition("+")[0]
     if arm == "two-stage":
         probe = min(groups, max(math.ceil(groups * PROBE), math.ceil(4 * want / GROUP)))
         reads = groups * (dim + 8), probe * GROUP * dim * size

@@ -248,6 +248,9 @@ def check_search():
     assert got.isfinite().nonzero()[:, 0].tolist() == rows
     close(got[rows], s, 1e-4)
     close(search.exact(q, k, want, on, "logit")[0], (q[0] @ k[0].T).max(0).values, 1e-4)
+    one = torch.full((1, 30), float("-inf")).index_fill(1, torch.tensor([10]), 5.0)
+    near = search.spread(one, (2, 6))[0]
+    assert (near == 5).nonzero()[:, 0].tolist() == list(range(8, 17)), "2 rows before a hit and 6 after it"
     for arm in (search.minmax, search.centroid):
         got = arm(q, k, want, on, "mass")[0]
         assert got.shape == (n,) and (got[:16] == got[0]).all() and got.max() == 0
@@ -260,7 +263,7 @@ def recalling(held, kept, arms=recall.ARMS):
     full = NET.extend(asked.tokens, P, compact.Whole(PROMPT), 1, captured)
     truth = recall.true_attention(NET, PROMPT, asked, captured)
     scores = torch.rand(LAYERS, KV, P, generator=torch.Generator().manual_seed(1))
-    rows = recall.Recalling(NET, PROMPT, scores, held, kept, "mass", [5, 2], [c[0][0] for c in captured], truth,
+    rows = recall.Recalling(NET, PROMPT, scores, held, kept, (2, 6), "mass", [5, 2], [c[0][0] for c in captured], truth,
                             torch.Generator().manual_seed(2), arms)
     tokens = torch.tensor(asked.tokens).repeat(len(arms), 1)[:, None]
     return rows, NET.extend(tokens, P, rows).view(len(arms), 2, tokens.shape[-1], -1), scores, full[0], asked
