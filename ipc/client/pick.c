@@ -3,19 +3,24 @@
 #include <string.h>
 #include "ipc/client/client.h"
 
-#define SUMS 8 /* independent sums, so that a compiler can keep them in one register */
+#define WIDE 8 /* floats at once, in whatever registers there are */
 
 static float distance(const float *a, const float *b, uint32_t dim)
 {
-	float sum[SUMS] = {0}, all = 0;
+	float x __attribute__((vector_size(WIDE * sizeof(float)))),
+		y __attribute__((vector_size(WIDE * sizeof(float))));
+	float sum __attribute__((vector_size(WIDE * sizeof(float)))) = {0}, all = 0;
 	uint32_t d = 0;
 
-	for (; d + SUMS <= dim; d += SUMS)
-		for (uint32_t i = 0; i < SUMS; i++)
-			sum[i] += (a[d + i] - b[d + i]) * (a[d + i] - b[d + i]);
+	for (; d + WIDE <= dim; d += WIDE) {
+		memcpy(&x, a + d, sizeof(x));
+		memcpy(&y, b + d, sizeof(y));
+		x -= y;
+		sum += x * x;
+	}
 	for (; d < dim; d++)
 		all += (a[d] - b[d]) * (a[d] - b[d]);
-	for (uint32_t i = 0; i < SUMS; i++)
+	for (uint32_t i = 0; i < WIDE; i++)
 		all += sum[i];
 	return all;
 }
