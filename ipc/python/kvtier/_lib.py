@@ -13,6 +13,7 @@ EPHEMERAL, LEASED = 0, 1
 BUDGET_UNIFORM, BUDGET_PER_LAYER, BUDGET_PER_LANE = range(3)
 GRANULARITY = {"head": 0, "token": 1, "block": 2}
 DTYPE = {"opaque": 0, "float32": 1, "float16": 2, "bfloat16": 3}
+RECALL_LOGITS, RECALL_NO_RESIDENT = 1, 2
 ROPE = {None: 0, "half": 1, "interleaved": 2}
 
 LOG_FN = c.CFUNCTYPE(None, c.c_void_p, c.c_int, c.c_char_p)
@@ -104,6 +105,19 @@ class TraceCut(c.Structure):
     _fields_ = [(n, c.c_uint32) for n in ("prompt", "queries", "context", "flags")]
 
 
+class RecallOpts(c.Structure):
+    _fields_ = [("size", c.c_size_t), ("group", c.c_uint32), ("dtype", c.c_uint32), ("token_stride", c.c_uint64),
+                ("head_stride", c.c_uint64), ("scale", c.c_float)] + \
+               [(n, c.c_uint32) for n in ("rows", "probe", "flags", "timeout_ms", "window_rows")] + \
+               [(n, c.c_uint64) for n in ("k_off", "v_off", "k_head_stride", "v_head_stride")] + \
+               [(n, c.c_uint32) for n in ("k_row_stride", "v_row_stride")]
+
+
+class Recalled(c.Structure):
+    _fields_ = [("size", c.c_size_t), ("counts", c.POINTER(c.c_uint32)), ("positions", c.POINTER(c.c_uint32))] + \
+               [(n, c.c_uint64) for n in ("searched", "skipped", "missed", "daemon_ns")]
+
+
 def sized(cls, **values):
     """An option struct with its size set and the rest zero."""
     s = cls(**values)
@@ -146,6 +160,9 @@ _PROTOTYPES = {
     "seq_close": (None, [P]),
     "seq_drop": (INT, [P]),
     "seq_info": (INT, [P, c.POINTER(SeqInfo)]),
+    "seq_recall": (INT, [P, U32, P, U32, c.POINTER(RecallOpts), c.POINTER(Recalled)]),
+    "seq_recall_prepare": (INT, [P]),
+    "seq_recall_end": (INT, [P]),
     "seq_resident": (INT, [P, U32, c.POINTER(U32), U32]),
     "seq_rows": (U32, [P]),
     "plan_request": (INT, [P, c.POINTER(Budget), c.POINTER(U64)]),

@@ -4,15 +4,22 @@ import ctypes as c
 import secrets
 import weakref
 
-from ._lib import (ALL_LAYERS, BUDGET_UNIFORM, DTYPE, EPHEMERAL, GRANULARITY, LEASED, PLAN_READY, ROPE, ROWS_ALL,
-                   TIERS, Budget, LayerDesc, Layout, ModelDesc, OpenOpts, Plan, SeqInfo, SeqOpts, Stats, check, lib,
-                   sized)
+from ._lib import (ALL_LAYERS, BUDGET_PER_LANE, BUDGET_UNIFORM, DTYPE, EPHEMERAL, GRANULARITY, LEASED, PLAN_READY,
+                   ROPE, ROWS_ALL, TIERS, Budget, LayerDesc, Layout, ModelDesc, OpenOpts, Plan, Recalled, RecallOpts,
+                   SeqInfo, SeqOpts, Stats, check, lib, sized)
 
 
 def budget(device=ROWS_ALL, dram=0, nvme=0, policy=None, slack=0, manual=False):
-    """Rows per lane that each tier may hold; rows past the sum are dropped."""
-    return sized(Budget, kind=BUDGET_UNIFORM, device_rows=device, dram_rows=dram, nvme_rows=nvme, slack_rows=slack,
-                 manual=int(manual), policy=policy.encode() if policy else None)
+    """Rows per lane that each tier may hold; rows past the sum are dropped. device: one number, or one per lane
+    (for sequences opened with equal_lanes=False)."""
+    b = sized(Budget, kind=BUDGET_UNIFORM, dram_rows=dram, nvme_rows=nvme, slack_rows=slack, manual=int(manual),
+              policy=policy.encode() if policy else None)
+    if isinstance(device, int):
+        b.device_rows = device
+    else:
+        b.kind, b.table_n = BUDGET_PER_LANE, len(device)
+        b.device_table = (c.c_uint32 * len(device))(*device)
+    return b
 
 
 class _Link:
@@ -176,6 +183,34 @@ class Sequence:
         out = (c.c_uint32 * n)()
         check(lib.seq_resident(self.ptr, lane, out, n), "seq_resident")
         return list(out)
+
+    def resident_count(self, lane):
+        """How many rows of the lane are in the device tier."""
+        return check(lib.seq_resident(self.ptr, lane, None, 0), "seq_resident")
+
+    def recall(self, layer, queries, tokens, rows, window, group=1, dtype="float32", token_stride=0, head_stride=0,
+               scale=0.0, probe=0, flags=0, timeout_ms=0):
+        """The rows in DRAM that this layer's queries (an address, after RoPE) attend to most, copied to `window`: a
+        Layout whose offsets and strides say where row 0 of head 0 goes and whose cap says how many rows there is
+        room for. Returns (counts, positions, Recalled): ctypes arrays of [heads] and of [heads x rows]."""
+        heads = self.model.heads
+        counts, positions = (c.c_uint32 * heads)(), (c.c_uint32 * (heads * rows))()
+        o = sized(RecallOpts, group=group, dtype=DTYPE[dtype], token_stride=token_stride, head_stride=head_stride,
+                  scale=scale, rows=rows, probe=probe, flags=flags, timeout_ms=timeout_ms, window_rows=window.cap,
+                  k_off=window.k_off, v_off=window.v_off, k_head_stride=window.k_head_stride,
+                  v_head_stride=window.v_head_stride, k_row_stride=window.k_row_stride,
+                  v_row_stride=window.v_row_stride)
+        ret = sized(Recalled, counts=counts, positions=positions)
+        check(lib.seq_recall(self.ptr, layer, queries, tokens, c.byref(o), c.byref(ret)), "seq_recall")
+        return counts, positions, ret
+
+    def recall_prepare(self):
+        """Recalls will come: have summaries made for them in the background."""
+        check(lib.seq_recall_prepare(self.ptr), "seq_recall_prepare")
+
+    def recall_end(self):
+        """Wait until the daemon touches no window of this sequence."""
+        check(lib.seq_recall_end(self.ptr), "seq_recall_end")
 
     def request(self, b=None):
         """Ask for a plan (with a new sticky budget if given); returns the id from which plans reflect it."""
