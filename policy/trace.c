@@ -144,7 +144,7 @@ static int read_cuts(struct trace *t, char *err, size_t errsize)
 	for (uint32_t i = 0; r == 0 && i < t->h.cuts; i++)
 		if (trace_check_cut(&t->h, &t->cut[i], i, why, sizeof(why)) < 0)
 			r = trace_refuse(t, err, errsize, "offset %llu: %s",
-					 (unsigned long long)(c->off + i * sizeof(*t->cut)), why);
+					 (unsigned long long)c->off + i * sizeof(*t->cut), why);
 	return r;
 }
 

@@ -89,10 +89,10 @@ static void multiply(struct scratch *s, const float *q, uint32_t n, uint32_t see
 /* Attention of one query over the rows below `seen`; those of the prompt join the group's maximum and sum. */
 static void attend(const struct scratch *s, float *logits, uint32_t seen, float *most, float *sum)
 {
-	float scale = 1.0f / sqrtf((float)s->dim), top = logits[0], part;
+	float scale = 1.0f / sqrtf((float)s->dim), top = -INFINITY, part;
 	double all = 0;
 
-	for (uint32_t j = 1; j < seen; j++)
+	for (uint32_t j = 0; j < seen; j++)
 		top = MAX(top, logits[j]);
 	for (uint32_t j = 0; j < seen; j++) {
 		logits[j] = expf((logits[j] - top) * scale);

@@ -15,6 +15,7 @@
 
 struct trace_writer {
 	int fd;
+	bool made; /* tmp is there */
 	char *path, *tmp;
 	struct trace_header h;
 	struct trace_cut *cut;     /* [h.cuts] */
@@ -93,7 +94,8 @@ static int open_file(struct trace_writer *w, const char *path)
 		return -ENOMEM;
 	}
 	w->fd = mkostemp(w->tmp, O_CLOEXEC);
-	return w->fd < 0 ? -errno : 0;
+	w->made = w->fd >= 0;
+	return w->made ? 0 : -errno;
 }
 
 static int check(const char *path, const struct trace_header *h, const struct trace_cut *cuts, char *err,
@@ -187,6 +189,8 @@ static int complete(struct trace_writer *w, int sync)
 		r = write_at(w->fd, h, sizeof(*h), 0);
 	if (r == 0 && sync && fsync(w->fd) < 0)
 		r = -errno;
+	if (r == 0 && close(TAKE_FD(w->fd)) < 0) /* where NFS tells of a full disk */
+		r = -errno;
 	if (r == 0 && rename(w->tmp, w->path) < 0)
 		r = -errno;
 	return r;
@@ -196,10 +200,8 @@ int trace_writer_finish(struct trace_writer *w, int sync)
 {
 	int r = w->failed ? w->failed : complete(w, sync);
 
-	if (r == 0) { /* nothing is left to remove */
-		free(w->tmp);
-		w->tmp = NULL;
-	}
+	if (r == 0)
+		w->made = false;
 	trace_writer_abort(w);
 	return r;
 }
@@ -208,7 +210,7 @@ void trace_writer_abort(struct trace_writer *w)
 {
 	if (!w)
 		return;
-	if (w->tmp && w->fd >= 0)
+	if (w->made)
 		unlink(w->tmp);
 	close_fdp(&w->fd);
 	free(w->path);
