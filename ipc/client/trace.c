@@ -83,7 +83,6 @@ int kvtier_trace_open(const struct kvtier_trace_opts *opts, struct kvtier_trace 
 	pthread_mutex_init(&t->lock, NULL);
 	pthread_cond_init(&t->cond, NULL);
 	STAILQ_INIT(&t->queue);
-	STAILQ_INIT(&t->trash);
 	if (getrandom(&t->random, sizeof(t->random), GRND_NONBLOCK) < 0)
 		t->random = now_ns();
 	r = take_opts(t, &o, dir);
@@ -100,7 +99,6 @@ int kvtier_trace_open(const struct kvtier_trace_opts *opts, struct kvtier_trace 
 
 void trace_put(struct kvtier_trace *t)
 {
-	struct trace_mem *m;
 	bool last;
 
 	pthread_mutex_lock(&t->lock);
@@ -108,10 +106,8 @@ void trace_put(struct kvtier_trace *t)
 	pthread_mutex_unlock(&t->lock);
 	if (!last)
 		return;
-	while ((m = STAILQ_FIRST(&t->trash))) {
-		STAILQ_REMOVE_HEAD(&t->trash, entry);
-		trace_mem_free(t, m);
-	}
+	while (trace_pool_shrink(t))
+		;
 	pthread_cond_destroy(&t->cond);
 	pthread_mutex_destroy(&t->lock);
 	free(t);

@@ -25,6 +25,12 @@ struct trace_mem {
 	uint64_t held; /* bytes of the buffer */
 };
 
+/* At the beginning of a block in the pool. */
+struct trace_block {
+	struct trace_block *next;
+	uint64_t bytes;
+};
+
 struct kvtier_trace_seq {
 	struct kvtier_trace *t;
 	STAILQ_ENTRY(kvtier_trace_seq) entry;
@@ -51,7 +57,9 @@ struct kvtier_trace {
 	pthread_mutex_t lock; /* the rest; never held across I/O */
 	pthread_cond_t cond;  /* work came, or was done, or the end */
 	STAILQ_HEAD(, kvtier_trace_seq) queue;
-	STAILQ_HEAD(, trace_mem) trash;
+	struct trace_block
+		*pool;   /* blocks that no sequence has now; stay mapped, for pages cost more than copies */
+	uint64_t pooled; /* their bytes; with `buffered` at most buffer_bytes */
 	bool stop, busy;
 	uint32_t refs; /* handle, thread, sequences */
 	uint32_t pick; /* which of the current every_n sequences */
@@ -64,8 +72,10 @@ int trace_text(char *dst, size_t size, const char *src, const char *what);
 /* Where rows [row, ...) of a plane are in their block. Planes of a layer: K heads, V heads, query heads. */
 char *trace_seq_at(const struct kvtier_trace_seq *s, uint32_t layer, uint32_t kind, uint32_t head,
 		   uint32_t row);
-/* Unmap, and give the buffer its bytes back; milliseconds. NULL is fine. */
+/* Blocks back to the pool. NULL is fine. */
 void trace_mem_free(struct kvtier_trace *t, struct trace_mem *m);
+/* Unmap the first block of the pool; lock held, or nobody left. false: there is none. */
+bool trace_pool_shrink(struct kvtier_trace *t);
 /* Frees s and its rows, and the recorder with the last reference. */
 void trace_seq_free(struct kvtier_trace_seq *s);
 void trace_put(struct kvtier_trace *t);

@@ -121,13 +121,32 @@ int kvtier_trace_begin(struct kvtier_trace *t, const struct kvtier_trace_model *
 	return 0;
 }
 
+bool trace_pool_shrink(struct kvtier_trace *t)
+{
+	struct trace_block *b = t->pool;
+
+	if (!b)
+		return false;
+	t->pool = b->next;
+	t->pooled -= b->bytes;
+	munmap(b, b->bytes);
+	return true;
+}
+
 void trace_mem_free(struct kvtier_trace *t, struct trace_mem *m)
 {
 	if (!m)
 		return;
-	for (uint32_t i = 0; i < m->n_blocks; i++)
-		munmap(m->block[i], m->block_bytes);
+	pthread_mutex_lock(&t->lock);
+	for (uint32_t i = 0; i < m->n_blocks; i++) {
+		struct trace_block *b = (void *)m->block[i];
+
+		*b = (struct trace_block){.next = t->pool, .bytes = m->block_bytes};
+		t->pool = b;
+		t->pooled += b->bytes;
+	}
 	atomic_fetch_sub(&t->buffered, m->held);
+	pthread_mutex_unlock(&t->lock);
 	free(m->block);
 	free(m->tokens);
 	free(m);
@@ -142,18 +161,11 @@ void trace_seq_free(struct kvtier_trace_seq *s)
 	trace_put(t);
 }
 
-/* Its memory is for others as soon as the thread has unmapped it, which takes longer than a runtime should
- * wait. */
+/* Its memory is for others at once. */
 static int drop(struct kvtier_trace_seq *s)
 {
-	struct trace_mem *m = TAKE_PTR(s->mem);
-	struct kvtier_trace *t = s->t;
-
-	atomic_fetch_add(&t->dropped, 1);
-	pthread_mutex_lock(&t->lock);
-	STAILQ_INSERT_TAIL(&t->trash, m, entry);
-	pthread_cond_broadcast(&t->cond);
-	pthread_mutex_unlock(&t->lock);
+	atomic_fetch_add(&s->t->dropped, 1);
+	trace_mem_free(s->t, TAKE_PTR(s->mem));
 	return KVT_AGAIN;
 }
 
@@ -167,6 +179,31 @@ static bool reserve(struct kvtier_trace_seq *s, uint64_t bytes)
 	}
 	s->mem->held += bytes;
 	return true;
+}
+
+/* A block that is reserved: one of the pool's, or new memory, for which blocks of other sizes make room. */
+static void *take_block(struct kvtier_trace *t, uint64_t bytes)
+{
+	struct trace_block **at, *b;
+	void *p;
+
+	pthread_mutex_lock(&t->lock);
+	for (at = &t->pool; (b = *at) && b->bytes != bytes;)
+		at = &b->next;
+	if (b) {
+		*at = b->next;
+		t->pooled -= bytes;
+	}
+	while (!b && t->pooled + atomic_load(&t->buffered) > t->buffer_bytes && trace_pool_shrink(t))
+		;
+	pthread_mutex_unlock(&t->lock);
+	if (b)
+		return b;
+	p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (p == MAP_FAILED)
+		return NULL;
+	madvise(p, bytes, MADV_HUGEPAGE);
+	return p;
 }
 
 /* Blocks for rows below `rows`. */
@@ -187,8 +224,8 @@ static bool grow(struct kvtier_trace_seq *s, uint32_t rows)
 
 		if (!reserve(s, m->block_bytes))
 			return false;
-		p = mmap(NULL, m->block_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-		if (p == MAP_FAILED)
+		p = take_block(s->t, m->block_bytes);
+		if (!p)
 			return false;
 		m->block[m->n_blocks++] = p;
 	}

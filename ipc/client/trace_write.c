@@ -6,6 +6,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <syslog.h>
 #include <time.h>
@@ -153,28 +154,14 @@ static bool record(struct kvtier_trace *t, struct kvtier_trace_seq *s)
 	return r == 0;
 }
 
-static void empty_trash(struct kvtier_trace *t)
-{
-	struct trace_mem *m;
-
-	while ((m = STAILQ_FIRST(&t->trash))) {
-		STAILQ_REMOVE_HEAD(&t->trash, entry);
-		pthread_mutex_unlock(&t->lock);
-		trace_mem_free(t, m);
-		pthread_mutex_lock(&t->lock);
-	}
-}
-
 void *trace_thread(void *arg)
 {
 	struct kvtier_trace *t = arg;
 	struct kvtier_trace_seq *s;
 
+	setpriority(PRIO_PROCESS, (id_t)gettid(), 10); /* of this thread alone: the runtime goes first */
 	pthread_mutex_lock(&t->lock);
-	for (;;) {
-		empty_trash(t);
-		if (t->stop)
-			break;
+	while (!t->stop) {
 		s = STAILQ_FIRST(&t->queue);
 		if (!s) {
 			pthread_cond_wait(&t->cond, &t->lock);

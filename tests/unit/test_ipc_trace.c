@@ -488,6 +488,30 @@ static void test_buffer_full(void **state)
 	kvtier_trace_close(t);
 }
 
+/* Memory that was used stays for the next sequence; a model of another shape takes its place. */
+static void test_two_models(void **state)
+{
+	struct kvtier_trace *t = RECORDER(.buffer_bytes = 256 * L * H * (KD + VD + G * KD) * 4 + 8192);
+	struct kvtier_trace_model m = model();
+	float x[16] = {0};
+	struct kvtier_trace_span r = {.size = sizeof(r), .n = 1, .k = x, .v = x, .q = x};
+
+	for (int i = 0; i < 6; i++) {
+		struct kvtier_trace_seq *s;
+
+		m.layers = i % 2 ? 1 : L;
+		m.heads = i % 2 ? 3 : H;
+		assert_int_equal(kvtier_trace_begin(t, &m, NULL, &s), 0);
+		for (r.layer = 0; r.layer < m.layers; r.layer++)
+			assert_int_equal(kvtier_trace_rows(s, &r), 0);
+		assert_int_equal(kvtier_trace_end(s, NULL, 0), 0);
+		assert_int_equal(kvtier_trace_flush(t, 10000), 0);
+		settle(t);
+	}
+	assert_int_equal(stats(t).recorded, 6);
+	kvtier_trace_close(t);
+}
+
 /* Nothing below returns late when no write ever does: the alarm would end the test. */
 static void test_disk_hangs(void **state)
 {
@@ -723,6 +747,7 @@ int main(void)
 		TEST(test_disk_errors),
 		TEST(test_folder_bound),
 		TEST(test_folder_gone),
+		TEST(test_two_models),
 		TEST(test_threads),
 		cmocka_unit_test_setup_teardown(test_full_file_system, each, unmounted),
 	};
