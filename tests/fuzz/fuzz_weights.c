@@ -4,7 +4,7 @@
  * a read leave the file, and nothing that it refuses may go without a reason.
  *
  * No mutation finds a SHA-256 by itself. So an input is either a file as it is
- * (first byte 0 modulo 4), or patches to a valid file of kind 1 to 3, sealed
+ * (first byte 0 modulo 5), or patches to a valid one of four shapes, sealed
  * again before it is parsed: byte 1 cuts that many bytes off, then every four
  * bytes are a 16-bit place (the upper half of them means the header) and a
  * 16-bit value to put there.
@@ -37,6 +37,23 @@ static const struct weights_header shapes[] = {
 	 .pos_rows = 8,
 	 .pos_dim = 1},
 	{.name = "m", .layers = 2, .heads = 2, .k_dim = 8, .kind = WEIGHTS_QFILTER},
+	{.name = "m",
+	 .layers = 1,
+	 .heads = 2,
+	 .k_dim = 16,
+	 .v_dim = 16,
+	 .rope_type = WEIGHTS_ROPE_HALF,
+	 .rope_theta = 10000,
+	 .keys = WEIGHTS_KEYS_UNROTATED,
+	 .kind = WEIGHTS_KVP,
+	 .proj = 32,
+	 .pos_kind = WEIGHTS_POS_LOG2,
+	 .pos_rows = 3,
+	 .pos_dim = 16,
+	 .hidden = 32,
+	 .rank = 2,
+	 .dist_rows = 5,
+	 .octave = 2},
 };
 
 /* Every tensor's first and last byte, and the calibration's: the sanitizer watches. */
@@ -50,7 +67,7 @@ static unsigned touch(const struct weights *w)
 			size_t bytes =
 				(size_t)w->layout.tensor[t].rows * w->layout.tensor[t].cols * w->layout.elem;
 
-			sum += p[0] + p[bytes - 1];
+			sum += bytes ? p[0] + p[bytes - 1] : 0;
 		}
 	if (w->h.calib_size)
 		sum += w->image[w->h.calib_off] + w->image[w->h.calib_off + w->h.calib_size - 1];
@@ -100,8 +117,8 @@ static void parse_patched(const struct weights_header *shape, const uint8_t *dat
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	if (size > 0 && data[0] % 4 > 0)
-		parse_patched(&shapes[data[0] % 4 - 1], data + 1, size - 1);
+	if (size > 0 && data[0] % 5 > 0)
+		parse_patched(&shapes[data[0] % 5 - 1], data + 1, size - 1);
 	else
 		parse(data + (size > 0), size - (size > 0));
 	return 0;

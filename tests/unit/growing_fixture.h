@@ -119,8 +119,14 @@ static inline void row(uint32_t lane, uint32_t pos, float k[DIM], float v[DIM])
 	uint32_t x = lane * 7919 + pos * 104729 + 1;
 
 	for (uint32_t i = 0; i < 2 * DIM; i++) {
+		float f;
+
 		x = x * 1664525 + 1013904223;
-		(i < DIM ? k : v - DIM)[i] = ((float)(x >> 8) / (1 << 23) - 1.0f) * (i < DIM ? 3 : 1);
+		f = (float)(x >> 8) / (1 << 23) - 1.0f;
+		if (i < DIM)
+			k[i] = 3 * f;
+		else
+			v[i - DIM] = f;
 	}
 }
 

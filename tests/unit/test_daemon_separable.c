@@ -174,6 +174,62 @@ static void new_weights_rank_the_rows_that_are_there(void **state)
 	finish(&f);
 }
 
+/* Damage to a file, or a file that is not for this model; what the daemon's refusal has to name. */
+enum damage { CUT, FLIPPED, OTHER_MODEL, NOT_FINITE, CONTRADICTION, DAMAGES };
+
+static void write_damaged(const char *path, enum damage d)
+{
+	static const char *const says[DAMAGES] = {"total_size", "digest", "name: grown", "dist[3]: not finite",
+						  "octave: 0"};
+	struct weights_header h = shape(WEIGHTS_KVP, 2);
+	_cleanup_free_ uint8_t *image = make_image(h, 0, 21);
+	struct weights_header *in = (struct weights_header *)image;
+	struct policy_cfg cfg = {.layers = LAYERS,
+				 .heads = HEADS,
+				 .k_dim = DIM,
+				 .v_dim = DIM,
+				 .dtype = ROW_F32,
+				 .weights = path,
+				 .model = "growing"};
+	struct policy *p = NULL;
+	char err[512] = "";
+
+	if (d == OTHER_MODEL)
+		memcpy(in->name, "grown\0\0", 8);
+	if (d == NOT_FINITE)
+		((uint16_t *)weights_image_at(image, 1, KVP_DIST))[3] = 0x7fc0;
+	if (d == CONTRADICTION)
+		in->octave = 0;
+	weights_image_seal(image, image_size(image));
+	if (d == FLIPPED)
+		image[image_size(image) - 200] ^= 4;
+	assert_int_equal(weights_image_write(image, path), 0);
+	if (d == CUT)
+		assert_int_equal(truncate(path, (off_t)image_size(image) - 64), 0);
+	assert_true(policy_kvp_ops.init(&p, &cfg, err, sizeof(err)) < 0);
+	if (!strstr(err, path) || !strstr(err, says[d]))
+		fail_msg("'%s' does not name the file and '%s'", err, says[d]);
+}
+
+static void damaged_files_are_refused_and_the_fallback_runs(void **state)
+{
+	for (int d = 0; d < DAMAGES; d++) {
+		struct fixture f;
+		struct rt_seq q;
+
+		prepare(&f);
+		write_damaged(f.file, (enum damage)d);
+		start(&f);
+		open_seq(&f, &q, 3);
+		append(&q, 300);
+		plan(&q, "kvp", NULL);
+		assert_string_equal(rt_info(&q).policy, "streaming");
+		assert_int_equal(rt_resident(&q, 0, NULL), BUDGET);
+		rt_seq_free(&q, false);
+		finish(&f);
+	}
+}
+
 /* The budget of the index is two per cent of the bytes of K and V: here, of rows of 256 bytes. */
 static void coefficients_fit_the_index(void **state)
 {
@@ -195,6 +251,7 @@ int main(void)
 		cmocka_unit_test(growing_sequences_keep_what_the_formula_ranks_first),
 		cmocka_unit_test(forks_and_changes_of_policy_keep_rows_ranked),
 		cmocka_unit_test(new_weights_rank_the_rows_that_are_there),
+		cmocka_unit_test(damaged_files_are_refused_and_the_fallback_runs),
 		cmocka_unit_test(coefficients_fit_the_index),
 	};
 

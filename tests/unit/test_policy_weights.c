@@ -389,7 +389,7 @@ static void files_for_others_are_refused(void **state)
 		{no_file, "weights: none"},
 		{unknown_isa, "isa: mmx, must be"},
 	};
-	struct weights_header h = shape_narrow();
+	struct weights_header h = shape_narrow_trained();
 
 	save_random(h, 1);
 	for (size_t i = 0; i < ARRAY_SIZE(misfits); i++) {
