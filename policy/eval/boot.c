@@ -39,7 +39,7 @@ static void times(const struct boot *b, const float *x, uint32_t columns, float 
 int boot_means(const struct boot *b, const float *x, uint32_t columns, float *point, float *mean)
 {
 	size_t n = (size_t)b->clusters * columns, out = (size_t)b->resamples * columns;
-	_cleanup_free_ float *value = malloc(n * sizeof(*value)), *there = malloc(n * sizeof(*there));
+	_cleanup_free_ float *value = calloc(n, sizeof(*value)), *there = calloc(n, sizeof(*there));
 	_cleanup_free_ float *count = malloc(out * sizeof(*count));
 
 	if (!value || !there || !count)
