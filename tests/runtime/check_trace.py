@@ -79,7 +79,8 @@ def reference(model, ids):
         h.remove()
     n = ids.shape[1]
     cos, sin = model.model.rotary_emb(seen[0], torch.arange(n)[None])
-    q = [apply_rotary_pos_emb(seen[i].view(1, n, HEADS, DIM).transpose(1, 2), torch.zeros(1, KV, n, DIM), cos, sin)[0][0]
+    none = torch.zeros(1, KV, n, DIM)
+    q = [apply_rotary_pos_emb(seen[i].view(1, n, HEADS, DIM).transpose(1, 2), none, cos, sin)[0][0]
          for i in range(LAYERS)]
     return (torch.stack([x.keys[0] for x in cache.layers]), torch.stack([x.values[0] for x in cache.layers]),
             torch.stack(q))
