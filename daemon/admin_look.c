@@ -104,6 +104,8 @@ static json_t *status_all(const struct core_stat *s)
 	set_num(misses, "nospace", s->miss_nospace);
 	json_object_set_new(o, "misses", misses);
 	set_num(o, "rows_dropped", s->rows_dropped);
+	set_num(o, "recalls", s->recalls);
+	set_num(o, "rows_recalled", s->rows_recalled);
 	set_num(o, "direct_demotions", s->direct_demotions);
 	set_num(o, "hangups_protocol", s->hangups_protocol);
 	set_num(o, "admin_mutations", s->admin_mutations);

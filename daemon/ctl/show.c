@@ -147,6 +147,8 @@ static void show_counters(const json_t *j)
 	       fmt_count(num(misses, "io")), fmt_count(num(misses, "stale")),
 	       fmt_count(num(misses, "nospace")));
 	printf("dropped    %s rows\n", fmt_count(num(j, "rows_dropped")));
+	printf("recalled   %s rows by %s searches\n", fmt_count(num(j, "rows_recalled")),
+	       fmt_count(num(j, "recalls")));
 	printf("memory     index %s, staging %s, plans %s\n", fmt_bytes(num(j, "index_bytes")),
 	       fmt_bytes(num(j, "staging_bytes")), fmt_bytes(num(j, "plan_bytes")));
 	printf("loop       longest slice %s, %s direct demotions, %s clients cut off\n",

@@ -58,6 +58,12 @@ static void read_request(const struct wire_hdr *h)
 		const struct wire_plan_request *v = m;
 
 		touch(wire_plan_table(v), v->budget.table_n * sizeof(uint32_t));
+	} else if (h->type == W_RECALL && ((const struct wire_recall *)m)->op == W_RECALL_FIND) {
+		const struct wire_recall *v = m;
+
+		must(v->rows <= v->window.cap && v->heads * v->rows * sizeof(uint32_t) < WIRE_MAX);
+		touch(wire_recall_queries(v),
+		      (size_t)v->heads * v->per_head * v->dim * wire_dtype_bytes(v->dtype));
 	} else if (h->type == W_ADMIN) {
 		const char *argv[WIRE_MAX_ARGS + 1];
 		uint32_t n = wire_admin_argv(m, argv, WIRE_MAX_ARGS + 1);
@@ -66,6 +72,17 @@ static void read_request(const struct wire_hdr *h)
 		for (uint32_t i = 0; i < n; i++)
 			touch(argv[i], strlen(argv[i]) + 1);
 	}
+}
+
+static void read_reply(const struct wire_reply *r)
+{
+	const struct wire_recall_reply *v = (const void *)r;
+
+	touch(r->text, strlen(r->text));
+	if (r->status || r->hdr.type != (W_RECALL | W_REPLY))
+		return;
+	touch(wire_recall_counts(v), v->heads * sizeof(uint32_t));
+	touch(wire_recall_positions(v), v->rows * sizeof(uint32_t));
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -98,7 +115,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		if (!reply)
 			read_request(h);
 		else
-			touch(((struct wire_reply *)copy)->text, strlen(((struct wire_reply *)copy)->text));
+			read_reply(copy);
 	}
 	free(copy);
 	return 0;

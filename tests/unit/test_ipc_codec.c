@@ -161,6 +161,36 @@ static size_t make_fetch(void)
 	return sizeof(*m);
 }
 
+static size_t make_recall(void)
+{
+	struct wire_recall *m = (void *)buf;
+	size_t len = wire_recall_len(3 * 4, 64, 2);
+
+	wire_init(&m->hdr, W_RECALL, len, 7);
+	m->seq = 5;
+	m->layer = 2;
+	m->epoch = 1;
+	m->rows = 32;
+	m->heads = 3;
+	m->per_head = 4;
+	m->dim = 64;
+	m->dtype = KVT_DTYPE_F16;
+	m->probe = 250;
+	m->scale = 0.125f;
+	m->window.cap = 64;
+	return len;
+}
+
+static size_t make_recall_end(void)
+{
+	struct wire_recall *m = (void *)buf;
+
+	wire_init(&m->hdr, W_RECALL, sizeof(*m), 7);
+	m->seq = 5;
+	m->op = W_RECALL_END;
+	return sizeof(*m);
+}
+
 static size_t make_admin(void)
 {
 	static const char argv[] = "budget\0"
@@ -271,6 +301,19 @@ static size_t make_fetch_reply(void)
 	return sizeof(struct wire_plan_reply);
 }
 
+static size_t make_recall_reply(void)
+{
+	struct wire_recall_reply *r = (void *)buf;
+
+	wire_reply_init(&r->r, request(W_RECALL), wire_recall_reply_len(3, 5), 0, NULL);
+	r->heads = 3;
+	r->rows = 5;
+	wire_recall_counts(r)[0] = 2;
+	wire_recall_counts(r)[2] = 3;
+	wire_recall_positions(r)[4] = 77;
+	return r->r.hdr.len;
+}
+
 static size_t make_admin_reply(void)
 {
 	wire_reply_init((void *)buf, request(W_ADMIN), sizeof(struct wire_admin_reply), 0, NULL);
@@ -306,6 +349,8 @@ static const struct {
 	{"seq-info", make_seq_info, false},
 	{"plan-request", make_plan_request, false},
 	{"fetch", make_fetch, false},
+	{"recall", make_recall, false},
+	{"recall", make_recall_end, false},
 	{"admin", make_admin, false},
 	{"hello reply", make_hello_reply, true},
 	{"model reply", make_model_reply, true},
@@ -316,6 +361,7 @@ static const struct {
 	{"seq-info reply", make_info_reply, true},
 	{"plan-request reply", make_plan_reply, true},
 	{"fetch reply", make_fetch_reply, true},
+	{"recall reply", make_recall_reply, true},
 	{"admin reply", make_admin_reply, true},
 	{"seq-close reply", make_bare_reply, true},
 	{"hello reply", make_refusal, true},
@@ -511,6 +557,38 @@ static const struct mutation mutations[] = {
 	M(make_fetch, wire_fetch, n, 0, KVT_E_INVAL),
 	M(make_fetch, wire_fetch, n, WIRE_MAX_ROWS, KVT_E_INVAL),
 	M(make_fetch, wire_fetch, n, UINT32_MAX - 5, KVT_E_INVAL),
+	M(make_recall, wire_recall, seq, 0, KVT_E_INVAL),
+	M(make_recall, wire_recall, op, 3, KVT_E_INVAL),
+	{make_recall, "recall", offsetof(struct wire_recall, op), 4, W_RECALL_END, KVT_E_PROTO},
+	M(make_recall, wire_recall, layer, WIRE_MAX_LAYERS, KVT_E_INVAL),
+	M(make_recall, wire_recall, rows, 0, KVT_E_INVAL),
+	M(make_recall, wire_recall, rows, 65, KVT_E_INVAL),
+	M(make_recall, wire_recall, heads, 0, KVT_E_INVAL),
+	M(make_recall, wire_recall, heads, 257, KVT_E_INVAL),
+	M(make_recall, wire_recall, heads, 4, KVT_E_PROTO),
+	M(make_recall, wire_recall, per_head, 0, KVT_E_INVAL),
+	M(make_recall, wire_recall, per_head, WIRE_MAX_QUERIES + 1, KVT_E_INVAL),
+	{make_recall, "heads", offsetof(struct wire_recall, per_head), 4, 5, KVT_E_PROTO},
+	M(make_recall, wire_recall, dim, 0, KVT_E_INVAL),
+	M(make_recall, wire_recall, dim, WIRE_MAX_HEAD_DIM + 1, KVT_E_INVAL),
+	{make_recall, "heads", offsetof(struct wire_recall, dim), 4, 32, KVT_E_PROTO},
+	M(make_recall, wire_recall, dtype, KVT_DTYPE_OPAQUE, KVT_E_INVAL),
+	{make_recall, "heads", offsetof(struct wire_recall, dtype), 4, KVT_DTYPE_F32, KVT_E_PROTO},
+	M(make_recall, wire_recall, probe, 1001, KVT_E_INVAL),
+	M(make_recall, wire_recall, flags, KVT_RECALL_FLAGS + 1, KVT_E_INVAL),
+	M(make_recall, wire_recall, scale, NAN_BITS, KVT_E_INVAL),
+	M(make_recall, wire_recall, scale, MINUS_ONE_BITS, KVT_E_INVAL),
+	M(make_recall, wire_recall, pad, 1, KVT_E_PROTO),
+	M(make_recall, wire_recall, window.cap, 0, KVT_E_INVAL),
+	M(make_recall, wire_recall, window.cap, WIRE_MAX_ROWS + 1, KVT_E_INVAL),
+	M(make_recall, wire_recall, window.stage, 1, KVT_E_PROTO),
+	M(make_recall, wire_recall, window.score_off, 64, KVT_E_PROTO),
+	M(make_recall_reply, wire_recall_reply, heads, 257, KVT_E_INVAL),
+	M(make_recall_reply, wire_recall_reply, heads, 4, KVT_E_PROTO),
+	{make_recall_reply, "heads", offsetof(struct wire_recall_reply, rows), 4, 4, KVT_E_PROTO},
+	{make_recall_reply, "heads", offsetof(struct wire_recall_reply, rows), 4, UINT32_MAX, KVT_E_PROTO},
+	{make_recall_reply, "rows", sizeof(struct wire_recall_reply), 4, 3, KVT_E_PROTO},
+	{make_recall_reply, "position", sizeof(struct wire_recall_reply) + 12, 4, WIRE_MAX_ROWS, KVT_E_INVAL},
 	M(make_admin, wire_admin, argc, 2, KVT_E_PROTO),
 	M(make_admin, wire_admin, argc, 4, KVT_E_PROTO),
 	M(make_admin, wire_admin, argc, 0, KVT_E_INVAL),
