@@ -5,6 +5,8 @@ Not seen: the context is compressed, then each question is asked of it. Seen: co
 last token are compressed together, then that token and the answer follow. An answer is right when every one
 of its tokens is the most likely one after the gold tokens before it, which is when greedy decoding gives it.
 """
+from typing import NamedTuple
+
 import torch
 
 import compact
@@ -59,50 +61,61 @@ def utility_of(net, cache, asked, captured, questions):
     return total
 
 
-def measure_item(lab, item, ready, shares, uniform=True, adapt=(), oracle=True):
-    """One record. ready: (cache, scores) of the context."""
-    net, args = lab.net, lab.args
-    cache, scores = ready
-    p = cache.k.shape[2]
-    asked = Asked(item["questions"], net.device)
-    captured = []
-    full = asked.right(net, net.extend(asked.tokens, p, compact.Whole(cache), 1, captured))[0]
-    record = {"id": item["id"], "task": item["task"], "source": item["source"], "length": p, "full": full}
-    if oracle and lab.keeps("oracle"):
-        scores = {**scores, "oracle": utility_of(net, cache, asked, captured, range(len(full)))}
+class Ready(NamedTuple):
+    """An item prefilled: its context's cache and scores, its questions under the full cache, and with them seen."""
+    cache: compact.Cache
+    scores: dict
+    asked: Asked
+    full: list      # is each question right with the full cache
+    captured: list  # (q, k, v) of the questions per layer, full cache
+    seen: list      # (cache of context and question, scores), for the first questions
+
+
+def ready(lab, item, seen=0):
+    net = lab.net
+    items.fill(lab, item)
+    cache = net.prefill(item["context"], queries=True)[0]
+    asked, captured = Asked(item["questions"], net.device), []
+    full = asked.right(net, net.extend(asked.tokens, cache.k.shape[2], compact.Whole(cache), 1, captured))[0]
+    grown = [with_question(net, cache, asked, captured, i) for i in range(min(seen, len(full)))]
+    return Ready(cache, lab.scores(cache), asked, full, captured,
+                 [(g, lab.scores(g, nonce=1 + i)) for i, g in enumerate(grown)])
+
+
+def prepared(lab, seen=0):
+    """ready() for drive()."""
+    @torch.no_grad()
+    def prepare(item):
+        return ready(lab, item, seen)
+    return prepare
+
+
+def measure_item(lab, item, r, shares, uniform=True, adapt=(), oracle=True):
+    """One record of an item that is Ready."""
+    net, p = lab.net, r.cache.k.shape[2]
+    oracle = oracle and lab.keeps("oracle")
+    scores = dict(r.scores)
+    if oracle:
+        scores["oracle"] = utility_of(net, r.cache, r.asked, r.captured, range(len(r.full)))
     masks = variants.build(lab, scores, shares, uniform, adapt)
-    record["rows"], record["bytes"] = variants.rows(masks), variants.bytes_of(lab, masks)
     hits = {}
-    for names, hidden in variants.run(lab, cache, masks, asked.tokens, p):
-        hits.update(zip(names, asked.right(net, hidden)))
-    record["unseen"] = {n: hits[n] for n in masks}
-    seen = {n: [] for n in masks}
-    for i in range(min(args.seen, len(full))):
+    for names, hidden in variants.run(lab, r.cache, masks, r.asked.tokens, p):
+        hits.update(zip(names, r.asked.right(net, hidden)))
+    seen = {n: [] for n in masks} if r.seen else {}
+    for i, (grown, more) in enumerate(r.seen):
         question, answer = item["questions"][i]
-        grown = with_question(net, cache, asked, captured, i)
-        start = grown.k.shape[2]
-        later = Asked([(question[-1:], answer)], net.device)
-        more = lab.scores(grown, nonce=1 + i)
-        if "oracle" in scores:
+        start, later = grown.k.shape[2], Asked([(question[-1:], answer)], net.device)
+        if oracle:
             own = []
             net.extend(later.tokens, start, compact.Whole(grown), 1, own)
-            more["oracle"] = utility_of(net, grown, later, own, [0])
+            more = {**more, "oracle": utility_of(net, grown, later, own, [0])}
         for names, hidden in variants.run(lab, grown, variants.build(lab, more, shares, uniform, adapt), later.tokens,
                                           start):
             for name, hit in zip(names, later.right(net, hidden)):
                 seen[name] += hit
-    record["seen"] = seen if args.seen else {}
-    return record
-
-
-def prefilled(lab):
-    """The function that prefills an item's context and scores its rows."""
-    @torch.no_grad()
-    def prepare(item):
-        items.fill(lab, item)
-        cache = lab.net.prefill(item["context"], queries=True)[0]
-        return cache, lab.scores(cache)
-    return prepare
+    return {"id": item["id"], "task": item["task"], "source": item["source"], "length": p, "full": r.full,
+            "rows": variants.rows(masks), "bytes": variants.bytes_of(lab, masks),
+            "unseen": {n: hits[n] for n in masks}, "seen": seen}
 
 
 def run(lab):
@@ -110,7 +123,7 @@ def run(lab):
     shares = [float(b) for b in args.budgets.split(",")] if args.budgets else BUDGETS
 
     @torch.no_grad()
-    def measure(item, ready):
-        return measure_item(lab, item, ready, shares)
+    def measure(item, r):
+        return measure_item(lab, item, r, shares)
 
-    return drive(lab, "accuracy", items.build(lab), prefilled(lab), measure)
+    return drive(lab, "accuracy", items.build(lab), prepared(lab, args.seen), measure)

@@ -12,7 +12,7 @@ def run(lab):
     shares = [float(b) for b in args.budgets.split(",")] if args.budgets else accuracy.BUDGETS
 
     @torch.no_grad()
-    def measure(item, ready):
-        return accuracy.measure_item(lab, item, ready, shares, adapt=lab.wanted, oracle=False)
+    def measure(item, r):
+        return accuracy.measure_item(lab, item, r, shares, adapt=lab.wanted, oracle=False)
 
-    return drive(lab, "adaptive", items.build(lab), accuracy.prefilled(lab), measure)
+    return drive(lab, "adaptive", items.build(lab), accuracy.prepared(lab, args.seen), measure)

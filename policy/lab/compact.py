@@ -198,7 +198,8 @@ def chunks(masks, per_row, limit):
     widest = widest.tolist()
     take = []
     for i in order:
-        if take and widest[i] * per_row * (len(take) + 1) > limit:
+        if take and (widest[i] * per_row * (len(take) + 1) > limit or
+                     len(take) >= 8 and widest[i] > 1.4 * widest[take[0]]):  # padding costs more than a pass
             yield take
             take = []
         take.append(i)

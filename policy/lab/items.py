@@ -10,6 +10,7 @@ import tasks
 from record import read_samples
 
 SHORTEST, LONGEST = 1000, 4000
+ONE = ("needle", "passkey")  # tasks with one question to a context
 
 
 def names():
@@ -48,7 +49,7 @@ def filler(lab, split):
 
 
 def build(lab, split=None, n=None, which=None):
-    """n items of every task that counts: --tasks, or those that prepare kept; the tasks take turns."""
+    """Items of n questions of every task that counts: --tasks, or those that prepare kept; the tasks take turns."""
     args = lab.args
     split, n = split or args.split, n or args.n
     which = which or (args.tasks.split(",") if args.tasks else lab.found.get("tasks", {}).get("kept") or names())
@@ -56,6 +57,8 @@ def build(lab, split=None, n=None, which=None):
     docs, out = filler(lab, split).docs, []
     for i in range(n):
         for task in which:
+            if i * (1 if task in ONE else tasks.QUESTIONS) >= n:
+                continue
             rng = random.Random(f"{args.seed}/{split}/{task}/{i}")
             doc = rng.randrange(len(docs))
             out.append({"id": f"{task}/{i}", "task": task, "split": split, "doc": doc, "source": docs[doc][0],

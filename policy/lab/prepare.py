@@ -25,7 +25,7 @@ import variants
 from record import ahead, load_found, read_samples, save_found
 
 SOLVED = 0.7                      # accuracy of the full cache that a task needs
-ITEMS = 60                        # per task, at most
+QUESTIONS = 120                   # per task, at most
 CUTS = 2                          # per document
 TUNE_BUDGETS = (0.05, 0.1, 0.2)   # for the choice of sensitivity
 SHARES = 0.4, 0.5, 0.6, 0.7, 0.8   # of the device's rows that are kept, the rest recalled
@@ -121,7 +121,7 @@ def measure_slope(lab):
 
 def full_accuracy(lab):
     right, asked = {}, {}
-    for item in items.build(lab, "valid", min(ITEMS, lab.args.n), items.names()):
+    for item in items.build(lab, "valid", min(QUESTIONS, lab.args.n), items.names()):
         a = accuracy.Asked(items.fill(lab, item)["questions"], lab.net.device)
         cache = lab.net.prefill(item["context"])[0]
         hidden = lab.net.extend(a.tokens, cache.k.shape[2], compact.Whole(cache))
@@ -137,11 +137,9 @@ def tune(lab):
     names = [n for n in (*lab.c_names, "best") if "maps-" + n.replace(":", "-") in lab.found]
     base = "kvp" if "kvp" in lab.c_names else "best"
     sums, back = {}, {}
-    every = items.build(lab, "valid", min(ITEMS, lab.args.n))
-    lab.args.seen = 0
-    for item, ready in ahead(every, accuracy.prefilled(lab)):
-        cache, scores = ready
-        few = cache, {n: scores[n] for n in names}
+    every = items.build(lab, "valid", min(QUESTIONS, lab.args.n))
+    for item, ready in ahead(every, accuracy.prepared(lab)):
+        few = ready._replace(scores={n: ready.scores[n] for n in names})
         r = accuracy.measure_item(lab, item, few, TUNE_BUDGETS, uniform=False, adapt=names, oracle=False)
         for label, hits in r["unseen"].items():
             key = label.partition("@")[0]

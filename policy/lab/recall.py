@@ -25,8 +25,8 @@ SEARCHES = {"centroid": search.centroid, "minmax": search.minmax, "exact": searc
             "two-stage": search.two_stage, "clean": search.exact}
 ARMS = ("drop-only", "random", "centroid", "minmax", "exact", "exact+near", "two-stage", "two-stage+near", "clean",
         "clean+near")
-KEPT_SHARE, NEAR, NORM = 0.6, (4, 12), "mass"
-NEARS = ((0, 0), (2, 6), (4, 12), (8, 24), (4, 28))  # rows before and after a hit, to choose from: "+near0" ...
+KEPT_SHARE, NEAR, NORM = 0.6, (8, 24), "mass"
+NEARS = ((0, 0), (4, 12), (8, 24), (16, 16), (16, 48))  # rows before and after a hit, to choose from: "+near0" ...
 
 
 class Recalling:
@@ -115,22 +115,20 @@ def seen(net, cache, asked, captured, i, held):
     return later.right(net, net.extend(later.tokens, grown.k.shape[2], compact.Held(grown, mask[None])))[0][0]
 
 
-def measure_item(lab, item, ready, share, near, norm, base, arms=ARMS):
+def measure_item(lab, item, r, share, near, norm, base, arms=ARMS):
+    """One record of an item that is accuracy.Ready."""
     net, args = lab.net, lab.args
-    cache, scores = ready
+    cache, asked, captured, n = r.cache, r.asked, r.captured, len(r.full)
     p = cache.k.shape[2]
     held = budgets.rows_of(args.device_budget, p)
     kept = max(budgets.FIRST + budgets.LAST, round(share * held))
-    asked = accuracy.Asked(item["questions"], net.device)
-    n, captured = len(asked.pairs), []
-    full = asked.right(net, net.extend(asked.tokens, p, compact.Whole(cache), 1, captured))[0]
     generator = torch.Generator().manual_seed(item["seed"])
-    rows = Recalling(net, cache, scores[base], held, kept, near, norm, [len(q) for q, _ in asked.pairs],
+    rows = Recalling(net, cache, r.scores[base], held, kept, near, norm, [len(q) for q, _ in asked.pairs],
                      [c[0][0] for c in captured], true_attention(net, cache, asked, captured), generator, arms)
     tokens = torch.tensor(asked.tokens).repeat(len(arms), 1)[:, None]
     hidden = net.extend(tokens, p, rows).view(len(arms), n, tokens.shape[-1], -1)
     hits = dict(zip(arms, asked.right(net, hidden)))
-    hits["full"] = full
+    hits["full"] = r.full
     if arms is ARMS:
         hits["seen"] = [seen(net, cache, asked, captured, i, held) for i in range(n)]
     lanes = net.layers * net.heads
@@ -148,7 +146,7 @@ def run(lab):
     base = lab.wanted[0]
 
     @torch.no_grad()
-    def measure(item, ready):
-        return measure_item(lab, item, ready, share, near, args.norm or NORM, base)
+    def measure(item, r):
+        return measure_item(lab, item, r, share, near, args.norm or NORM, base)
 
-    return drive(lab, "recall", items.build(lab), accuracy.prefilled(lab), measure)
+    return drive(lab, "recall", items.build(lab), accuracy.prepared(lab), measure)
