@@ -26,6 +26,7 @@ struct head {
 struct field {
 	const char *name;
 	uint64_t value; /* floats by their bits */
+	bool real;
 };
 
 static uint64_t bits(float f)
@@ -44,40 +45,40 @@ static uint32_t describe(struct field *f, const struct run *r)
 	const struct train_opts *t = &o->t;
 	const struct weights_header *h = &t->shape;
 	const struct field all[] = {
-		{"doc-rows", o->s.doc_rows}, /* first: checkpoint_doc_rows() */
-		{"first lane", o->s.lane_first},
-		{"lanes", t->lanes},
-		{"objective", t->objective},
-		{"reward", t->reward},
-		{"weighting", t->weighting},
-		{"utility", o->s.utility},
-		{"net kind", h->kind},
-		{"k_dim", h->k_dim},
-		{"v_dim", h->v_dim},
-		{"proj", h->proj},
-		{"hidden", h->hidden},
-		{"rank", h->rank},
-		{"keys", h->keys},
-		{"position", h->pos_kind},
-		{"position rows", h->pos_rows},
-		{"position width", h->pos_dim},
-		{"distance", h->dist_rows},
-		{"octave", h->octave},
-		{"steps", o->steps},
-		{"batch", t->batch},
-		{"rows", t->rows},
-		{"perms", t->perms},
-		{"lr", bits(o->lr)},
-		{"lr-min", bits(o->lr_min)},
-		{"warmup", o->warmup},
-		{"validate", o->validate},
-		{"ema", bits(t->ema)},
-		{"ema-start", t->ema_start},
-		{"clip", bits(t->clip)},
-		{"weight-decay", bits(t->weight_decay)},
-		{"seed", t->seed},
-		{"limit", o->s.limit},
-		{"traces", r->set ? r->set->digest : 0},
+		{"doc-rows", o->s.doc_rows, false}, /* first: checkpoint_doc_rows() */
+		{"first lane", o->s.lane_first, false},
+		{"lanes", t->lanes, false},
+		{"objective", t->objective, false},
+		{"reward", t->reward, false},
+		{"weighting", t->weighting, false},
+		{"utility", o->s.utility, false},
+		{"net kind", h->kind, false},
+		{"k_dim", h->k_dim, false},
+		{"v_dim", h->v_dim, false},
+		{"proj", h->proj, false},
+		{"hidden", h->hidden, false},
+		{"rank", h->rank, false},
+		{"keys", h->keys, false},
+		{"position", h->pos_kind, false},
+		{"position rows", h->pos_rows, false},
+		{"position width", h->pos_dim, false},
+		{"distance", h->dist_rows, false},
+		{"octave", h->octave, false},
+		{"steps", o->steps, false},
+		{"batch", t->batch, false},
+		{"rows", t->rows, false},
+		{"perms", t->perms, false},
+		{"lr", bits(o->lr), true},
+		{"lr-min", bits(o->lr_min), true},
+		{"warmup", o->warmup, false},
+		{"validate", o->validate, false},
+		{"ema", bits(t->ema), true},
+		{"ema-start", t->ema_start, false},
+		{"clip", bits(t->clip), true},
+		{"weight-decay", bits(t->weight_decay), true},
+		{"seed", t->seed, false},
+		{"limit", o->s.limit, false},
+		{"traces", r->set ? r->set->digest : 0, false},
 	};
 
 	static_assert(ARRAY_SIZE(all) <= MAX_FIELDS, "room");
@@ -207,10 +208,23 @@ static int verify(struct run *r, int fd, struct head *h)
 	return lseek(fd, sizeof(*h), SEEK_SET) < 0 ? -errno : 0;
 }
 
+static void name_value(char *to, size_t size, const struct field *f)
+{
+	uint32_t word = (uint32_t)f->value;
+	float real;
+
+	memcpy(&real, &word, sizeof(real));
+	if (f->real)
+		snprintf(to, size, "%g", (double)real);
+	else
+		snprintf(to, size, "%llu", (unsigned long long)f->value);
+}
+
 static int compare(struct run *r, struct stream *s, uint32_t fields)
 {
 	struct field f[MAX_FIELDS];
 	uint64_t values[MAX_FIELDS];
+	char was[32], is[32];
 	uint32_t n = describe(f, r);
 
 	if (fields != n)
@@ -219,9 +233,11 @@ static int compare(struct run *r, struct stream *s, uint32_t fields)
 	for (uint32_t i = 0; i < n && !s->error; i++) {
 		if (values[i] == f[i].value)
 			continue;
+		name_value(was, sizeof(was), &(struct field){f[i].name, values[i], f[i].real});
+		name_value(is, sizeof(is), &f[i]);
 		snprintf(r->error, sizeof(r->error),
-			 "checkpoint %s: of a run with another value of %s; remove it or use --resume no",
-			 r->o.checkpoint, f[i].name);
+			 "checkpoint %s: %s: %s, this run has %s; remove it or use --resume no",
+			 r->o.checkpoint, f[i].name, was, is);
 		return -EINVAL;
 	}
 	return s->error;

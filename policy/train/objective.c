@@ -7,8 +7,7 @@
 #include <math.h>
 #include <string.h>
 
-#define BUDGET_LOW 0.02
-#define BUDGET_HIGH 0.5
+#define BUDGET_SOFT 0.02
 #define RATIO_MOST 200.0
 
 int objective_scratch_new(struct objective_scratch **ret, uint32_t rows)
@@ -50,21 +49,16 @@ void objective_scratch_free(struct objective_scratch *x)
 
 double objective_weight(uint32_t weighting, double rank, uint32_t n)
 {
-	double w;
-
 	if (weighting == TRAIN_UNIFORM)
 		return rank;
-	w = log(rank / (BUDGET_LOW * n)) / log(BUDGET_HIGH / BUDGET_LOW);
-	return w < 0 ? 0 : MIN(w, 1.0);
+	return log1p(rank / (BUDGET_SOFT * n)) / log1p(1 / BUDGET_SOFT);
 }
 
 double objective_weight_slope(uint32_t weighting, double rank, uint32_t n)
 {
 	if (weighting == TRAIN_UNIFORM)
 		return 1;
-	if (rank <= BUDGET_LOW * n || rank >= BUDGET_HIGH * n)
-		return 0;
-	return 1 / (rank * log(BUDGET_HIGH / BUDGET_LOW));
+	return 1 / ((rank + BUDGET_SOFT * n) * log1p(1 / BUDGET_SOFT));
 }
 
 /* Order of the bits of a float, upside down: ascending keys are descending floats. */

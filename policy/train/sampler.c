@@ -69,11 +69,11 @@ static void shuffle(struct sampler *p, uint64_t epoch)
 static void draw_rows(struct sampler *p, uint32_t slot, uint32_t unit, uint64_t step)
 {
 	uint32_t have = p->set->unit[unit].rows, want = MIN(have, p->rows), n = 0;
-	uint32_t *row = p->row + (size_t)slot * p->rows;
+	uint32_t *row = p->row + (size_t)slot * p->rows, salt = p->set->unit[unit].salt;
 
 	for (uint32_t i = 0; n < want; i++)
 		if (have == want ||
-		    train_hash(p->seed ^ SALT_ROWS, step, unit, 0, 0, i) % (have - i) < want - n)
+		    train_hash(p->seed ^ SALT_ROWS, step, salt, 0, 0, i) % (have - i) < want - n)
 			row[n++] = i;
 	p->unit[slot] = unit;
 	p->n[slot] = n;

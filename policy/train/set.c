@@ -59,11 +59,21 @@ static int check_chunks(const struct trace *t, const struct set_opts *o, char *e
 	return 0;
 }
 
+/* By the file's name alone: what is drawn from a document depends neither on its folder nor on its neighbours.
+ */
+static uint32_t salt_of(const char *path)
+{
+	const char *name = strrchr(path, '/');
+
+	name = name ? name + 1 : path;
+	return crc32c(0, name, strlen(name));
+}
+
 /* Rows of [first, end) without replacement, `most` of them, ascending (Knuth's algorithm S). */
 static int choose_rows(struct set_doc *d, uint32_t first, uint32_t end, uint32_t most, uint64_t seed)
 {
 	uint32_t have = end > first ? end - first : 0, want = MIN(have, most);
-	uint32_t salt = crc32c(0, d->path, strlen(d->path));
+	uint32_t salt = salt_of(d->path);
 
 	d->pos = calloc(want + 1, sizeof(*d->pos));
 	if (!d->pos)
@@ -133,8 +143,13 @@ static int add_doc(struct set *s, const char *path, char *err, size_t errsize)
 		uint32_t rows = rows_below(d, last);
 
 		if (rows >= MIN_UNIT_ROWS)
-			s->unit[s->units++] = (struct set_unit){s->docs - 1,       c,    d->split, prompt,
-								t->cut[c].queries, rows, NULL};
+			s->unit[s->units++] = (struct set_unit){.doc = s->docs - 1,
+								.cut = c,
+								.split = d->split,
+								.prompt = prompt,
+								.queries = t->cut[c].queries,
+								.rows = rows,
+								.salt = salt_of(path) + c};
 	}
 	s->digest = train_mix(s->digest ^ t->h.crc);
 	s->digest = train_mix(s->digest ^ crc32c(0, d->pos, d->stored * sizeof(*d->pos)));

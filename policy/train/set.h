@@ -38,6 +38,7 @@ struct set_unit {
 	uint32_t doc, cut;
 	uint32_t split, prompt, queries;
 	uint32_t rows; /* stored rows that a ranking may contain: not of the protected first and last */
+	uint32_t salt; /* of the rows drawn from it: by the document's file name and the cut */
 	float *mean;   /* [lanes][rows] UMEAN / queries, when kept */
 };
 

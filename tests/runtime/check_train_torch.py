@@ -22,7 +22,7 @@ TABLE, LOG2 = 1, 2
 EXACT, RLOO, RLOO_BATCH, MSE = range(4)
 REGRET, RATIO = range(2)
 UNIFORM, LOG_UNIFORM = range(2)
-LOW, HIGH = 0.02, 0.5
+LOW = 0.02
 
 NETS = {
     "narrow": dict(kind=KVP, k_dim=64, v_dim=64, proj=128, hidden=128, rank=2, pos_kind=LOG2, pos_rows=33,
@@ -127,7 +127,7 @@ def forward(net, p, k, v, pos, prompt):
 def weight(rank, n, weighting):
     if weighting == UNIFORM:
         return rank
-    return (torch.log(rank / (LOW * n)) / math.log(HIGH / LOW)).clamp(0, 1)
+    return torch.log1p(rank / (LOW * n)) / math.log1p(1 / LOW)
 
 
 class Costs:

@@ -2,7 +2,7 @@
 /* The CPU backend: gradients of every tensor, learning, determinism, lanes that keep to themselves. */
 #include "tests/unit/train_fixture.h"
 
-#include "policy/kvp.h"
+#include "policy/learned.h"
 
 static struct weights_header shapes(uint32_t i)
 {
@@ -319,33 +319,50 @@ static void test_clip(void **state)
 
 /* The network of the trainer is the network of the daemon: its scalar reference on the same (rounded) weights.
  */
-static void test_like_the_policy(void **state)
+static void check_like_the_policy(uint32_t shape)
 {
 	enum { ROWS = 64 };
-	struct weights_header h = shapes(2);
+	struct weights_header h = shapes(shape);
 	uint16_t k[ROWS * 32], v[ROWS * 48];
 	float score[ROWS], want[ROWS], *p;
-	uint8_t *image;
+	char err[256], path[] = "/tmp/kvtier-test.XXXXXX";
+	struct policy_cfg cfg = {.layers = 1,
+				 .heads = 1,
+				 .k_dim = 32,
+				 .v_dim = 48,
+				 .dtype = ROW_F16,
+				 .weights = path,
+				 .isa = "ref",
+				 .model = "made"};
 	uint32_t pos[ROWS];
-	struct weights *w;
+	struct policy_batch b = {
+		.n = ROWS, .k = k, .v = v, .k_stride = 64, .v_stride = 96, .pos = pos, .total = 500};
+	const struct policy_ops *ops = policy_find(h.kind == WEIGHTS_KVP ? "kvp" : "position");
+	struct policy *policy;
+	uint8_t *image;
 	struct net_work *act;
 	struct net n;
-	char err[256];
 
 	assert_int_equal(net_init(&n, &h, err, sizeof(err)), 0);
 	assert_int_equal(net_work_new(&act, &n, ROWS), 0);
 	p = params_new(&n, 0.3f);
 	assert_int_equal(weights_image_new(&image, &h, 0, err, sizeof(err)), 0);
-	for (uint32_t t = 0; t < n.layout.count; t++)
-		for (size_t i = 0; i < (size_t)n.layout.tensor[t].rows * n.layout.tensor[t].cols; i++) {
-			uint16_t *at = weights_image_at(image, 0, t);
+	for (size_t i = 0; i < n.params; i++) {
+		void *lane = weights_image_at(image, 0, 0);
 
-			at[i] = float_bf16(p[n.at[t] + i]);
-			p[n.at[t] + i] = bf16_float(at[i]);
+		if (n.layout.elem == 4) {
+			((float *)lane)[i] = p[i];
+			continue;
 		}
+		((uint16_t *)lane)[i] = float_bf16(p[i]);
+		p[i] = bf16_float(((uint16_t *)lane)[i]);
+	}
 	weights_image_seal(image, ((struct weights_header *)image)->total_size);
-	if (weights_parse(&w, image, ((struct weights_header *)image)->total_size, err, sizeof(err)) != 0)
+	close(mkstemp(path));
+	assert_int_equal(weights_image_write(image, path), 0);
+	if (ops->init(&policy, &cfg, err, sizeof(err)) != 0)
 		fail_msg("%s", err);
+	unlink(path);
 	for (uint32_t i = 0; i < ROWS * 32; i++) {
 		k[i] = made_half(train_hash(1, 1, 1, i, 0, 0));
 		act->k[i] = half_value(k[i]);
@@ -357,15 +374,21 @@ static void test_like_the_policy(void **state)
 	for (uint32_t i = 0; i < ROWS; i++)
 		pos[i] = 5 * i;
 	net_forward(&n, act, p, ROWS, pos, 500, score);
-	struct policy_batch b = {
-		.n = ROWS, .k = k, .v = v, .k_stride = 64, .v_stride = 96, .pos = pos, .total = 500};
-	assert_int_equal(kvp_ref_score(w, ROW_F16, &b, want), 0);
+	assert_int_equal(ops->score(policy, &b, want), 0);
 	for (uint32_t i = 0; i < ROWS; i++)
-		assert_true(fabsf(score[i] - want[i]) < 1e-4f);
-	weights_free(w);
+		if (fabsf(score[i] - want[i]) > 1e-4f)
+			fail_msg("shape %u row %u: %g, the policy says %g", shape, i, (double)score[i],
+				 (double)want[i]);
+	ops->free(policy);
 	free(image);
 	free(p);
 	net_work_free(act);
+}
+
+static void test_like_the_policy(void **state)
+{
+	for (uint32_t shape = 0; shape < SHAPES; shape++)
+		check_like_the_policy(shape);
 }
 
 static void test_refusals(void **state)

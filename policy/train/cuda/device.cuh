@@ -94,12 +94,9 @@ static __host__ __device__ inline uint32_t power_of_two(uint32_t n)
 /* Budget weighting of a rank, 1 ... n. */
 static __device__ inline double weight_of(uint32_t weighting, double rank, uint32_t n)
 {
-	double w;
-
 	if (weighting == TRAIN_UNIFORM)
 		return rank;
-	w = log(rank / (0.02 * n)) / log(0.5 / 0.02);
-	return w < 0 ? 0 : w > 1 ? 1 : w;
+	return log1p(rank / (0.02 * n)) / log1p(1 / 0.02);
 }
 
 static __device__ inline double regret_of(const struct unit_cost *c, double cost)

@@ -161,9 +161,7 @@ static __device__ inline float weight_slope(uint32_t weighting, float rank, uint
 {
 	if (weighting == TRAIN_UNIFORM)
 		return 1;
-	if (rank <= 0.02f * n || rank >= 0.5f * n)
-		return 0;
-	return 1 / (rank * 3.2188758f); /* log(hi / lo) */
+	return 1 / ((rank + 0.02f * n) * 3.9318256f); /* log(1 + 1 / 0.02) */
 }
 
 /* shared: float2[n]. ds in rows of [lane][padded]. grid (units, lanes) */
