@@ -44,7 +44,7 @@ enum train_which { TRAIN_PARAMS = 0, TRAIN_EMA = 1, TRAIN_M = 2, TRAIN_V = 3 };
  *    log-uniform   W(r) = log(1 + r / (lo n)) / log(1 + 1 / lo), lo = 0.02
  * (the utility evicted, averaged over budgets b with that density: for log-uniform 1 / (b + lo n). A logarithm
  * clamped between two budgets would leave the exact objective without a gradient where it starts: with equal
- * scores all expected ranks are in the middle, where the clamp is flat). C* sorts by u, C_rand = mean W * sum u.
+ * scores all expected ranks are in the middle, where the clamp is flat). C* sorts by u, C_rand = mean W sum u.
  *    regret = (C - C*) / (C_rand - C*)     ratio = C / max(C*, 1e-8), reward -min(ratio, 200)
  * A unit whose C_rand - C* is below 1e-6 of C_rand, or sum u below 1e-6 per row and query, teaches nothing: its
  * gradient is zero and it is not counted.
