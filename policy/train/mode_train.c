@@ -100,7 +100,17 @@ static struct summary summarise(const struct run *r, const struct train_score *s
 static void print_json(const struct run *r, const struct summary *s, const struct train_score *score,
 		       const struct fit_slopes *slopes)
 {
-	printf("{\"model\":\"%s\",\"device\":\"%s\",\"steps\":%llu,\"seconds\":%.1f,\"params\":%zu,"
+	static const char *const objectives[] = {"exact", "rloo", "rloo-batch", "mse"};
+	static const char *const utilities[] = {"max", "mean", "value"};
+	const struct train_opts *t = &r->o.t;
+
+	printf("{\"kind\":\"%s\",\"objective\":\"%s\",\"reward\":\"%s\",\"weighting\":\"%s\",\"utility\":\"%"
+	       "s\","
+	       "\"seed\":%llu,\"batch\":%u,\"rows\":%u,",
+	       weights_kind_name(t->shape.kind), objectives[t->objective], t->reward ? "ratio" : "regret",
+	       t->weighting ? "log" : "uniform", utilities[r->o.s.utility], (unsigned long long)t->seed,
+	       t->batch, t->rows);
+	printf("\"model\":\"%s\",\"device\":\"%s\",\"steps\":%llu,\"seconds\":%.1f,\"params\":%zu,"
 	       "\"doc_rows\":%u,\"docs\":%u,\"units\":%u,\"regret\":%.6f,\"ratio\":%.6f,\"regret_unrounded\":%."
 	       "6f,"
 	       "\"regret_worst\":%.6f",
@@ -180,10 +190,16 @@ int mode_train(struct options *o)
 	if (x != 0)
 		return x;
 	x = run_open(&r, &o->run);
-	if (x == 0 && r.step > 0 && !o->run.quiet) {
-		progress_break(r.progress);
-		fprintf(stderr, "kvtier-train: going on at step %llu of %s\n", (unsigned long long)r.step,
-			o->run.checkpoint);
+	progress_break(r.progress);
+	if (x == 0 && !o->run.quiet) {
+		fprintf(stderr,
+			"kvtier-train: %u lanes on %s, %u documents of up to %u rows, %u units, %zu "
+			"parameters\n",
+			r.o.t.lanes, r.backend->ops->name, r.set->docs, r.o.s.doc_rows, r.set->units,
+			r.net.params);
+		if (r.step > 0)
+			fprintf(stderr, "kvtier-train: going on at step %llu of %s\n",
+				(unsigned long long)r.step, o->run.checkpoint);
 	}
 	if (x == 0)
 		x = run_train(&r);
