@@ -36,7 +36,7 @@ def uniform(scores, rows, window=0):
 
 
 def heads(scores, rows, window=0):
-    """Budgets shared by the heads of a layer (the form of Ada-KV): each keeps HEAD_FLOOR of uniform, the rest by score."""
+    """Budgets shared by the heads of a layer (as in Ada-KV): HEAD_FLOOR of uniform each, the rest by score."""
     layers, h, p = scores.shape
     floor = max(FIRST + LAST, math.ceil(HEAD_FLOOR * rows))
     window = min(window, floor)
@@ -58,6 +58,6 @@ def spread(value, scores, rows):
 
 
 def allocated(mask, dim, size=2):
-    """Bytes of the 4 KiB pages that hold the rows of mask [.., L, H, P]: a K and a V plane per lane, rows of dim * size."""
+    """Bytes of the pages that hold the rows of mask [.., L, H, P]: a K and a V plane per lane, rows of dim * size."""
     pages = (mask.sum(-1) * dim * size + PAGE - 1) // PAGE
     return (2 * PAGE * pages).flatten(-2).sum(-1)

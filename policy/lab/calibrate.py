@@ -115,7 +115,7 @@ def knock(net, cache, scores, tokens, start, mean_utility, limit):
 
 
 def sensitivity(kl, lost):
-    """Per lane, from sums over samples: KL per unit of attention, half of it the layer's own mean (few samples are noisy)."""
+    """Per lane, from sums over samples: KL per unit of attention, half of it the layer's mean (samples are few)."""
     lane = kl / lost.clamp_min(1e-9)
     layer = (kl.sum(1, keepdim=True) / lost.sum(1, keepdim=True).clamp_min(1e-9)).expand_as(lane)
     return ((lane + layer) / 2).clamp_min(1e-9)

@@ -68,12 +68,16 @@ def build(lab, split=None, n=None, which=None):
 
 def fill(lab, item):
     """Add context and questions: token ids."""
-    rng = random.Random(item["seed"])
-    hay = filler(lab, item["split"]).haystack(item["doc"], item["length"])
-    try:
-        made = tasks.build(item["task"], item["length"], rng, hay, lab.tok)
-    except ValueError:  # this filler does not do (too few long paragraphs): any of the split
-        made = tasks.build(item["task"], item["length"], rng, tasks.Haystack([d for _, d in lab.filler[item["split"]].docs]),
-                           lab.tok)
+    rng, length = random.Random(item["seed"]), item["length"]
+    every = filler(lab, item["split"])
+    hay = every.haystack(item["doc"], length)
+    while True:
+        try:
+            made = tasks.build(item["task"], length, rng, hay, lab.tok)
+            break
+        except ValueError:  # this text does not do (too few long paragraphs): any of the split, then more of it
+            if length > 2 * LONGEST:
+                raise
+            hay, length = tasks.Haystack([d for _, d in every.docs]), length + 250
     item["context"], item["questions"] = made["context"], [(list(q), list(a)) for q, a in made["questions"]]
     return item

@@ -189,9 +189,10 @@ def adaptive(records):
 def recall(records):
     first = records[0]
     arms = ["full", "seen"] + [a for a in first["hits"] if a not in ("full", "seen")]
-    table = Table("recall", f"Recall, base {first['base']}, equal peak rows, {first['kept'] / first['held']:.0%} of them kept, "
-                  f"{first['near'][0]} rows before and {first['near'][1]} after a hit with it (+near)",
-                  ["tasks", "arm", "accuracy", "of full", "low", "high", "loss recovered", "low ", "high ", "questions"])
+    table = Table("recall", f"Recall, base {first['base']}, equal peak rows, {first['kept'] / first['held']:.0%} of "
+                  f"them kept, +near: {first['near'][0]} rows before and {first['near'][1]} after a hit",
+                  ["tasks", "arm", "accuracy", "of full", "low", "high", "loss recovered", "low ", "high ",
+                   "questions"])
     for group in ("all", *GROUPS, *sorted({r["task"] for r in records})):
         part = [r for r in records if group == "all" or r["task"] in GROUPS.get(group, (group,))]
         if not part:
@@ -229,7 +230,8 @@ def plot(folder, table):
     path = os.path.join(folder, table.name + ".gp")
     with open(path, "w") as f:
         f.write(f"set datafile separator ','\nset terminal svg size 900,560 background 'white'\n"
-                f"set output '{table.name}.svg'\nset title '{title}'\nset xlabel 'rows kept (%)'\nset ylabel '{label}'\n"
+                f"set output '{table.name}.svg'\nset title '{title}'\n"
+                f"set xlabel 'rows kept (%)'\nset ylabel '{label}'\n"
                 f"set logscale x\nset xtics (5,10,20,25,30,50)\nset key outside right\nset grid\nplot \\\n"
                 + ", \\\n".join(lines) + "\n")
     if shutil.which("gnuplot"):
