@@ -41,6 +41,9 @@ class Capture:
     def attend(self, module, query, key, value, scaling):
         layer, (n, _, rows, _) = module.layer_idx, query.shape
         self.q[:, layer], self.k[:, layer], self.v[:, layer] = query, key, value
+        dtype = query.dtype
+        if query.is_cuda:  # as stored; float32 has no fast kernel
+            query, key, value = query.half(), key.half(), value.half()
         if self.prefix is None:
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         else:
@@ -49,7 +52,7 @@ class Capture:
             before = key.shape[2] - rows
             mask = torch.ones(rows, before + rows, dtype=torch.bool, device=self.device).tril(before)
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2).contiguous()
+        return out.transpose(1, 2).to(dtype).contiguous()
 
     def _run(self, ids, first):
         def room(heads):
@@ -90,7 +93,7 @@ class Capture:
             out.append(self.utility(q, keys))
         return out
 
-    def utility(self, q, k):
+    def utility(self, q, k):  # float16 values: their products are exact in TF32 too
         """q [layers, heads, group, F, dim]: the queries of the last F rows of k [layers, heads, P + F, dim].
         (umax, umean), float32 [layers, heads, P]: attention that each of the first P rows gets from them, summed
         over queries, the largest or the mean of its query group."""

@@ -193,21 +193,27 @@ def build(task, length, rng, haystack, tok):
 
 
 def solve(model, made, device, limit=QUESTIONS):
-    """Per question, whether every answer token is the argmax; contexts of equal length, one forward pass for all."""
+    """Per question, whether every answer token is the argmax. Contexts of equal length: one pass over all of them, then
+    one over the first question of each, and so on, on the contexts' cache."""
     import torch
 
-    rows = [(m["context"], q, a) for m in made for q, a in m["questions"][:limit]]
-    width = max(len(c) + len(q) + len(a) for c, q, a in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, (c, q, a) in enumerate(rows):
-        ids[i, :len(c) + len(q) + len(a)] = torch.tensor(c + q + a)
+    right = []
     with torch.inference_mode():
-        hidden = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        right = []
-        for i, (c, q, a) in enumerate(rows):
-            at = len(c) + len(q) - 1
-            best = model.lm_head(hidden[i, at:at + len(a)]).argmax(-1).tolist()
-            right.append(best == a)
+        contexts = torch.tensor([m["context"] for m in made], device=device)
+        cache = model.model(input_ids=contexts, use_cache=True).past_key_values
+        for j in range(limit):
+            rows = [m["questions"][j] if j < len(m["questions"]) else None for m in made]
+            width = max((len(q) + len(a) for q, a in filter(None, rows)), default=0)
+            if not width:
+                break
+            ids = torch.zeros(len(rows), width, dtype=torch.long)
+            for i, (q, a) in ((i, r) for i, r in enumerate(rows) if r):
+                ids[i, :len(q) + len(a)] = torch.tensor(q + a)
+            hidden = model.model(input_ids=ids.to(device), past_key_values=cache, use_cache=True).last_hidden_state
+            cache.crop(-width)
+            for i, (q, a) in ((i, r) for i, r in enumerate(rows) if r):
+                at = len(q) - 1
+                right.append(model.lm_head(hidden[i, at:at + len(a)]).argmax(-1).tolist() == a)
     return right
 
 
@@ -217,7 +223,7 @@ def check(model, tok, haystack, device, tasks, lengths, n, seed, questions):
         for task in tasks:
             rng, start = random.Random(f"{seed}/{task}/{length}"), time.monotonic()
             made = [build(task, length, rng, haystack, tok) for _ in range(n)]
-            size = max(1, (16384 if device == "cuda" else 4096) // length // max(1, min(questions, QUESTIONS)))
+            size = max(1, (65536 if device == "cuda" else 2048) // length)
             right = [r for i in range(0, n, size) for r in solve(model, made[i:i + size], device, questions)]
             rates[task, length] = sum(right) / len(right)
             print(f"{task:14} {length:6} tokens  {rates[task, length]:6.1%} of {len(right)} questions right  "

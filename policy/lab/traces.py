@@ -219,7 +219,7 @@ def main():
     p.add_argument("--out", default="build/traces")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--dtype", default=None, choices=("float32", "float16", "bfloat16"),
-                   help="of the weights (default float32 on the CPU, float16 on CUDA)")
+                   help="of the weights (default float32; attention is computed in float16 on CUDA)")
     p.add_argument("--splits", default="train,valid,calib,test")
     p.add_argument("--domains", default="", help="only these, comma-separated")
     p.add_argument("--limit", type=int, default=0, help="at most N samples per split")
@@ -234,7 +234,6 @@ def main():
     todo = [s for x in splits for s in [s for s in every if s["split"] == x][:args.limit or None]]
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.matmul.allow_tf32 = True  # products of float16 values are exact in it
     model, _ = lab_model.load(args.device, getattr(torch, args.dtype) if args.dtype else None)
     left = run(model, todo, out, args.threads or (8 if args.device == "cuda" else 1), args.stop_after)
     sys.exit(STOPPED if left else 0)
