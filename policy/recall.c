@@ -161,11 +161,9 @@ static void bound_groups(struct search *s)
 			const struct recall_sum *sum = s->run[s->id[from + i] / 4].sum;
 			uint32_t g = s->id[from + i] % 4;
 			const int8_t *c = (const int8_t *)(sum->v + 2 * (size_t)sum->groups) + (size_t)g * dim;
-			float step = sum->v[g], *x = s->tile + (size_t)i * dim;
 
 			radius[i] = sum->v[sum->groups + g];
-			for (uint32_t d = 0; d < dim; d++)
-				x[d] = (float)c[d] * step;
+			s->kern->centre(s->tile + (size_t)i * dim, c, dim, sum->v[g]);
 		}
 		bound_tile(s, from, n, radius);
 	}
@@ -223,7 +221,10 @@ static const float *rows_at(struct search *s, const void *src, uint32_t n)
 {
 	if (s->q->dtype == ROW_F32 && (uintptr_t)src % sizeof(float) == 0)
 		return src;
-	s->rows->load(s->tile, src, s->width, s->q->dim, n, s->q->dtype);
+	if (s->q->dtype == ROW_F32)
+		memcpy(s->tile, src, n * s->width);
+	else
+		s->kern->widen(s->tile, src, (size_t)n * s->q->dim, s->q->dtype);
 	return s->tile;
 }
 

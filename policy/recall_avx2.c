@@ -2,11 +2,42 @@
 /* Recall arithmetic in AVX2: two registers hold a block of queries, four rows are multiplied at once. */
 #include <immintrin.h>
 #include <math.h>
+#include "policy/learned.h"
 #include "policy/recall_kern.h"
 #include "shm/util.h"
 
 #define ROWS 4
 #define HALF 8
+
+static void widen(float *x, const void *src, size_t n, enum row_dtype dtype)
+{
+	const uint16_t *h = src;
+	size_t i = 0;
+
+	for (; i + HALF <= n; i += HALF) {
+		__m128i v = _mm_loadu_si128((const __m128i *)(h + i));
+		__m256 wide = dtype == ROW_F16
+				      ? _mm256_cvtph_ps(v)
+				      : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+
+		_mm256_storeu_ps(x + i, wide);
+	}
+	for (; i < n; i++)
+		x[i] = row_element(src, i, dtype);
+}
+
+static void centre(float *x, const int8_t *c, uint32_t n, float step)
+{
+	uint32_t i = 0;
+
+	for (; i + HALF <= n; i += HALF) {
+		__m256i v = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(c + i)));
+
+		_mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_cvtepi32_ps(v), _mm256_set1_ps(step)));
+	}
+	for (; i < n; i++)
+		x[i] = (float)c[i] * step;
+}
 
 static inline __m256 or_never(__m256 v)
 {
@@ -115,5 +146,10 @@ static void best(const float *l, uint32_t n, const float *base, float *score)
 	}
 }
 
-const struct recall_kern recall_avx2 = {
-	.isa = "avx2", .logits = logits, .max = max, .sumexp = sumexp, .best = best};
+const struct recall_kern recall_avx2 = {.isa = "avx2",
+					.widen = widen,
+					.centre = centre,
+					.logits = logits,
+					.max = max,
+					.sumexp = sumexp,
+					.best = best};

@@ -7,6 +7,37 @@
 
 #define ROWS 8
 
+static inline __m512 widen16(__m256i half, enum row_dtype dtype)
+{
+	if (dtype == ROW_F16)
+		return _mm512_cvtph_ps(half);
+	return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+static void widen(float *x, const void *src, size_t n, enum row_dtype dtype)
+{
+	const uint16_t *h = src;
+	size_t i = 0;
+
+	for (; i + 16 <= n; i += 16)
+		_mm512_storeu_ps(x + i, widen16(_mm256_loadu_si256((const __m256i *)(h + i)), dtype));
+	if (i < n) {
+		__mmask16 rest = (__mmask16)((1u << (n - i)) - 1);
+
+		_mm512_mask_storeu_ps(x + i, rest, widen16(_mm256_maskz_loadu_epi16(rest, h + i), dtype));
+	}
+}
+
+static void centre(float *x, const int8_t *c, uint32_t n, float step)
+{
+	for (uint32_t i = 0; i < n; i += 16) {
+		__mmask16 rest = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+		__m512i v = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(rest, c + i));
+
+		_mm512_mask_storeu_ps(x + i, rest, _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(step)));
+	}
+}
+
 static inline __m512 or_never(__m512 v)
 {
 	__m512 big = _mm512_abs_ps(v);
@@ -90,5 +121,10 @@ static void best(const float *l, uint32_t n, const float *base, float *score)
 	}
 }
 
-const struct recall_kern recall_avx512 = {
-	.isa = "avx512", .logits = logits, .max = max, .sumexp = sumexp, .best = best};
+const struct recall_kern recall_avx512 = {.isa = "avx512",
+					  .widen = widen,
+					  .centre = centre,
+					  .logits = logits,
+					  .max = max,
+					  .sumexp = sumexp,
+					  .best = best};

@@ -10,6 +10,9 @@
 
 struct recall_kern {
 	const char *isa;
+	/* n packed elements as floats: of dtype F16 or BF16; int8, times step. */
+	void (*widen)(float *x, const void *src, size_t n, enum row_dtype dtype);
+	void (*centre)(float *x, const int8_t *c, uint32_t n, float step);
 	/*
 	 * out[i][lane] = x_i . q_lane for rows x [n][dim] and qt [dim][RECALL_LANES]; -inf where that is not
 	 * finite.

@@ -3,8 +3,21 @@
 #include <math.h>
 #include <string.h>
 #include "policy/cpu.h"
+#include "policy/learned.h"
 #include "policy/recall_kern.h"
 #include "shm/util.h"
+
+static void widen(float *x, const void *src, size_t n, enum row_dtype dtype)
+{
+	for (size_t i = 0; i < n; i++)
+		x[i] = row_element(src, i, dtype);
+}
+
+static void centre(float *x, const int8_t *c, uint32_t n, float step)
+{
+	for (uint32_t i = 0; i < n; i++)
+		x[i] = (float)c[i] * step;
+}
 
 static void logits(const float *x, uint32_t dim, uint32_t n, const float *qt, float *out)
 {
@@ -40,8 +53,13 @@ static void best(const float *l, uint32_t n, const float *base, float *score)
 			score[i] = MAX(score[i], l[j] - base[j]);
 }
 
-const struct recall_kern recall_ref = {
-	.isa = "ref", .logits = logits, .max = max, .sumexp = sumexp, .best = best};
+const struct recall_kern recall_ref = {.isa = "ref",
+				       .widen = widen,
+				       .centre = centre,
+				       .logits = logits,
+				       .max = max,
+				       .sumexp = sumexp,
+				       .best = best};
 
 static bool cpu_has_avx512(void)
 {
