@@ -19,7 +19,7 @@ def ratio(clusters, top, bottom, seed=0, draws=DRAWS):
     Clustered bootstrap: clusters are drawn with replacement, percentile interval.
     """
     t, b = by_cluster(clusters, top, bottom)
-    if b.sum() == 0:
+    if b.sum() <= 0:  # nothing to be a share of
         return math.nan, math.nan, math.nan, math.nan
     pick = np.random.default_rng(seed).multinomial(len(t), np.full(len(t), 1 / len(t)), draws)
     bottoms = pick @ b

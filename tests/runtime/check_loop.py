@@ -311,6 +311,8 @@ def check_seen():
 def check_stats():
     assert abs(stats.mcnemar([1] * 6 + [0] * 2, [0] * 6 + [1] * 2)[2] - 2 * sum(math.comb(8, i) for i in range(3)) / 256) < 1e-12
     assert stats.holm([0.01, 0.04, 0.03]).tolist() == [0.03, 0.06, 0.06]
+    assert all(math.isnan(x) for x in stats.share(["a", "b"], [1, 2], [-1, 0])), "no loss: no share of it"
+    assert stats.share(["a", "b"], [1, 2], [2, 4])[:2] == (0.5, 0.5)
     rng = np.random.default_rng(3)
     cover = 0
     for i in range(100):
