@@ -456,7 +456,8 @@ static const struct {
 	{W_FETCH, false, "fetch", "fetch reply", sizeof(struct wire_fetch), sizeof(struct wire_plan_reply)},
 	{W_REGION_IMPORT, false, "region-import", "region-import reply", sizeof(struct wire_region),
 	 sizeof(struct wire_region_reply)},
-	{W_RECALL, true, "recall", "recall reply", sizeof(struct wire_recall), sizeof(struct wire_recall_reply)},
+	{W_RECALL, true, "recall", "recall reply", sizeof(struct wire_recall),
+	 sizeof(struct wire_recall_reply)},
 	{W_ADMIN, true, "admin", "admin reply", sizeof(struct wire_admin), sizeof(struct wire_admin_reply)},
 };
 

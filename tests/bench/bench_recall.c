@@ -15,6 +15,7 @@
 #include <math.h>
 #include "policy/recall.h"
 #include "policy/recall_kern.h"
+#include "policy/train/set.h"
 #include "tests/unit/core_harness.h"
 
 #define LAYERS 30u
@@ -132,7 +133,7 @@ static void put_rows(struct setup *s, uint32_t lane)
 		void *kr = rt_row(&s->q, lane, i, false), *vr = rt_row(&s->q, lane, i, true);
 
 		for (uint32_t d = 0; d < DIM; d++) {
-			_Float16 h = (_Float16)k[i * DIM + d];
+			uint16_t h = float_half(k[i * DIM + d]);
 
 			memcpy((char *)kr + d * s->elem, s->elem == 2 ? (const void *)&h : &k[i * DIM + d],
 			       s->elem);

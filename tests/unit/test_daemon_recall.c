@@ -15,7 +15,9 @@
 #include "daemon/internal.h"
 #include "ipc/client/client.h"
 #include "ipc/codec.h"
+#include "policy/learned.h"
 #include "policy/recall.h"
+#include "policy/train/set.h"
 
 #define LAYERS 2u
 #define HEADS 3u
@@ -57,7 +59,7 @@ static void write_row(const struct fixture *f, void *dst, uint32_t lane, uint32_
 {
 	for (uint32_t i = 0; i < DIM; i++) {
 		float x = element(lane, pos, i, v);
-		_Float16 h = (_Float16)x;
+		uint16_t h = float_half(x);
 
 		if (f->half)
 			memcpy((char *)dst + i * 2, &h, 2);
@@ -261,7 +263,8 @@ static void expected(struct fixture *f, uint32_t lane, const float *q, uint32_t 
 
 				for (uint32_t d = 0; d < DIM; d++)
 					s += (double)q[((t * HEADS + h) * GROUP + g) * DIM + d] *
-					     (f->half ? (double)(_Float16)element(lane, p, d, false)
+					     (f->half ? (double)half_float(
+								float_half(element(lane, p, d, false)))
 						      : (double)element(lane, p, d, false));
 				score[p] = fmax(score[p], s);
 			}

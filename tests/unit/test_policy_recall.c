@@ -15,6 +15,7 @@
 #include "policy/learned.h"
 #include "policy/recall.h"
 #include "policy/recall_kern.h"
+#include "policy/train/set.h"
 #include "shm/util.h"
 
 static const char *const isas[] = {"ref", "avx2", "avx512"};
@@ -45,13 +46,12 @@ static uint16_t to_bf16(float f)
 
 static void put(void *k, size_t i, enum row_dtype t, float f)
 {
-	_Float16 h = (_Float16)f;
-	uint16_t b = to_bf16(f);
+	uint16_t h = float_half(f), b = to_bf16(f);
 
 	if (t == ROW_F32)
 		memcpy((char *)k + i * 4, &f, 4);
 	else
-		memcpy((char *)k + i * 2, t == ROW_F16 ? (void *)&h : (void *)&b, 2);
+		memcpy((char *)k + i * 2, t == ROW_F16 ? &h : &b, 2);
 }
 
 /* ---- a lane of pages ------------------------------------------------------------------------ */
