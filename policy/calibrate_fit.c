@@ -89,9 +89,9 @@ static bool falls_in(const float *edge, uint32_t n, uint32_t b, uint32_t x)
 int calibrate_fit(float *table, const struct calibrate_shape *s, uint32_t lane, float sensitivity,
 		  struct calibrate_point *points, size_t count)
 {
-	_cleanup_free_ struct calibrate_point *some = malloc((count + 1) * sizeof(*some));
-	_cleanup_free_ struct pool *stack = malloc((count + 1) * sizeof(*stack));
-	_cleanup_free_ double *fitted = malloc((count + 1) * sizeof(*fitted));
+	_cleanup_free_ struct calibrate_point *some = calloc(count + 1, sizeof(*some));
+	_cleanup_free_ struct pool *stack = calloc(count + 1, sizeof(*stack));
+	_cleanup_free_ double *fitted = calloc(count + 1, sizeof(*fitted));
 	float *out = table + calibrate_head(s) + lane * calibrate_stride(s);
 
 	if (!some || !stack || !fitted)
