@@ -58,7 +58,7 @@ static const char usage[] =
 	"  --checkpoint FILE      state of the run (default: OUT.part); removed when OUT is written\n"
 	"  --every SECONDS        between checkpoints (default 60)\n"
 	"  --resume auto|no       go on from the checkpoint when there is one (default auto)\n"
-	"  --stop-after SECONDS   write a checkpoint and exit with 75\n"
+	"  --stop-after SECONDS   write a checkpoint so long after the start and exit with 75\n"
 	"  --csv FILE             regret of every lane at every validation\n"
 	"  --json                 summary as JSON on stdout\n"
 	"  --quiet                no progress on stderr\n"

@@ -137,6 +137,7 @@ int run_open(struct run *r, const struct run_opts *o)
 
 	memset(r, 0, sizeof(*r));
 	r->o = *o;
+	r->opened = now_ns();
 	r->progress = progress_new(o->quiet);
 	x = run_device(&ops, o->device, r->error, sizeof(r->error));
 	if (x == 0)
@@ -277,9 +278,10 @@ int run_train(struct run *r)
 	if (r->validations)
 		p.valid = mean_of(r->curve + (r->validations - 1) * r->o.t.lanes, r->o.t.lanes);
 	while (x == 0 && r->step < r->o.steps) {
-		double here = (double)(now_ns() - p.began) / 1e9;
+		double here = (double)(now_ns() - r->opened) / 1e9;
+		bool late = r->o.stop_after > 0 && here >= r->o.stop_after && r->step > p.first_step;
 
-		if (run_stop || (r->o.stop_after > 0 && here >= r->o.stop_after)) {
+		if (run_stop || late) {
 			x = save(r, &p);
 			progress_break(r->progress);
 			return x < 0 ? x : RUN_STOPPED;

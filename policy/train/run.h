@@ -37,7 +37,8 @@ struct run {
 	uint64_t *best_step; /* [lanes] */
 	float *curve;        /* [validations][lanes] regret */
 	uint64_t validations;
-	double seconds; /* of training, over all parts of the run */
+	double seconds;  /* of training, over all parts of the run */
+	uint64_t opened; /* ns, when run_open() began */
 	char error[320];
 };
 
