@@ -3,8 +3,12 @@
 
 Every layer's K and V are views of one shared region, [heads, slots, head_dim]. Plans are carried out
 between forward passes: each KV head keeps its own tokens, all heads the same number of them (stock
-attention needs that), and the pages of evicted rows go back to the kernel. RoPE is already in the keys, so
-a kept row keeps its position; masks are built from the number of slots, positions from the number seen.
+attention needs that; attn_implementation="kvtier" does not), and the pages of evicted rows go back to the kernel. RoPE
+is already in the keys, so a kept row keeps its position; masks are built from the number of slots, positions from the
+number seen.
+
+A new turn's queries may bring demoted rows back for that turn (recall_rows, see KvtierCache): they lie before the first
+slot, and no plan knows of them.
 """
 import ctypes
 
@@ -145,9 +149,10 @@ class KvtierCache(Cache):
     auto          apply READY plans by itself when a forward pass begins
     resume        take over a leased sequence by key and secret
     recall_rows   rows per head that a question may bring back for its turn; they are part of the device budget, so
-                  plans keep that many less. By itself with attn_implementation="kvtier" (see kvtier.attention), else
-                  by recall_two_pass()
-    recall_min    steps of at least so many tokens are questions and recall
+                  plans keep that many less (a budget below it is refused). By itself with
+                  attn_implementation="kvtier" (see kvtier.attention), else by recall_two_pass(). They stay until the
+                  next question or end_turn(). The method of that name is something else: it promotes by position
+    recall_min    steps of at least so many tokens are questions and recall; shorter ones go on with what is there
     recall_args   more for Sequence.recall(): probe, flags, timeout_ms
     equal_lanes   False: heads may hold different numbers of rows; needs attn_implementation="kvtier"
     """
@@ -294,7 +299,7 @@ class KvtierCache(Cache):
         return self._reach(self.seq.request(self._within(b)), timeout_ms)
 
     def recall_rows(self, pos, n, timeout_ms=60000):
-        """Bring rows [pos, pos + n) back within the budget."""
+        """Bring rows [pos, pos + n) back within the budget, by a plan. Not the recall of queries: see `ask`."""
         return self._reach(self.seq.fetch(pos, n), timeout_ms)
 
     def truncate(self, n):
