@@ -68,7 +68,8 @@ static int hunt_add(struct hunt *u, struct page *p, const void *k, const uint32_
 		u->cap = cap;
 	}
 	u->page[u->n] = p;
-	u->run[u->n] = (struct recall_run){.k = k, .sum = p->sum, .rows = p->rows};
+	u->run[u->n] = (struct recall_run){
+		.k = k, .sum = p->sum, .pos = p->pos, .first = p->first, .span = p->span, .rows = p->rows};
 	memcpy(u->run[u->n++].alive, alive, PAGE_ROWS / 8);
 	return 0;
 }
@@ -127,8 +128,11 @@ int hunt_begin(struct recall *k, struct hunt *u)
 				     .norm = k->m.flags & KVT_RECALL_LOGITS ? RECALL_LOGIT : RECALL_MASS,
 				     .probe = k->m.probe ? k->m.probe : RECALL_PROBE,
 				     .want = k->m.rows,
+				     .before = k->m.before,
+				     .after = k->m.after,
 				     .q = k->q + (size_t)h * k->m.per_head * k->m.dim};
-	if (!(k->m.flags & KVT_RECALL_FLAGS) && s->cut == ROWS_ALL && s->ix.resident[u->lane] + extra) {
+	if (!(k->m.flags & (KVT_RECALL_LOGITS | KVT_RECALL_NO_RESIDENT)) && s->cut == ROWS_ALL &&
+	    s->ix.resident[u->lane] + extra) {
 		seq_lane(s, u->lane, &own);
 		u->q.resident_n = s->ix.resident[u->lane] + extra;
 		u->q.resident_stride = own.k_stride;
@@ -144,22 +148,6 @@ int hunt_begin(struct recall *k, struct hunt *u)
 
 /* ---- one lane: any thread -------------------------------------------------------------------------- */
 
-static uint32_t position(const struct page *p, uint32_t row)
-{
-	for (uint32_t w = 0;; w++) {
-		uint32_t n = (uint32_t)__builtin_popcountll(p->pos[w]);
-		uint64_t b = p->pos[w];
-
-		if (row >= n) {
-			row -= n;
-			continue;
-		}
-		while (row--)
-			b &= b - 1;
-		return p->first + w * 64 + (uint32_t)__builtin_ctzll(b);
-	}
-}
-
 static int by_position(const void *a, const void *b)
 {
 	const struct row *x = a, *y = b;
@@ -167,23 +155,18 @@ static int by_position(const void *a, const void *b)
 	return x->pos < y->pos ? -1 : x->pos > y->pos;
 }
 
-/* Hits as positions, ascending, each once: two pages may hold a row. */
+/* Hits in ascending position: pages interleave. */
 static void sort_hits(struct hunt *u, uint32_t n)
 {
 	bool sorted = true;
 
 	for (uint32_t i = 0; i < n; i++) {
-		u->found[i] = (struct row){.pos = position(u->page[u->hit[i].run], u->hit[i].row),
-					   .run = u->hit[i].run,
-					   .row = u->hit[i].row};
+		u->found[i] = (struct row){.pos = u->hit[i].pos, .run = u->hit[i].run, .row = u->hit[i].row};
 		sorted &= !i || u->found[i].pos > u->found[i - 1].pos;
 	}
 	if (!sorted)
 		qsort(u->found, n, sizeof(*u->found), by_position);
-	u->count = 0;
-	for (uint32_t i = 0; i < n; i++)
-		if (!u->count || u->found[i].pos != u->found[u->count - 1].pos)
-			u->found[u->count++] = u->found[i];
+	u->count = n;
 }
 
 static void copy_rows(struct hunt *u, uint32_t k_bytes, uint32_t v_bytes)
@@ -219,7 +202,7 @@ void hunt_scatter(struct hunt *u)
 void hunt_run(struct job *j, struct worker_ctx *w)
 {
 	struct hunt *u = container_of(j, struct hunt, job);
-	void *scratch = worker_scratch(w, recall_scratch(&u->q, u->n));
+	void *scratch = worker_scratch(w, recall_scratch(&u->q, u->run, u->n));
 	struct recall_seen seen;
 	int n = scratch ? recall_search(&u->q, u->run, u->n, scratch, u->hit, &seen) : -ENOMEM;
 

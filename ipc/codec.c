@@ -250,6 +250,8 @@ static void check_find(struct check *c, const struct wire_recall *m)
 	range(c, "layer", m->layer, 0, WIRE_MAX_LAYERS - 1);
 	range(c, "probe", m->probe, 0, 1000);
 	range(c, "flags", m->flags, 0, KVT_RECALL_FLAGS);
+	range(c, "before", m->before, 0, WIRE_MAX_NEAR);
+	range(c, "after", m->after, 0, WIRE_MAX_NEAR);
 	if (!isfinite(m->scale) || m->scale < 0)
 		fail(c, KVT_E_INVAL, "scale: %g, must be finite and not negative", (double)m->scale);
 	reserved(c, "window.stage", m->window.stage);
@@ -260,7 +262,6 @@ static void check_recall(struct check *c, const struct wire_recall *m)
 {
 	range(c, "op", m->op, 0, W_RECALL_END);
 	not_zero(c, "seq", m->seq);
-	reserved(c, "pad", m->pad);
 	if (c->rc)
 		return;
 	if (m->op == W_RECALL_FIND)

@@ -366,7 +366,8 @@ KVT_PUBLIC int kvtier_fetch(struct kvtier_seq *s, uint32_t pos, uint32_t n, uint
 enum {
 	KVT_RECALL_LOGITS = 1,      /* rank by q.k alone, not by the share of attention that q.k means */
 	KVT_RECALL_NO_RESIDENT = 2, /* leave the rows on the device out of that share: cheaper */
-	KVT_RECALL_FLAGS = 3,
+	KVT_RECALL_ALONE = 4,       /* nothing comes along with a hit: before and after are really 0 */
+	KVT_RECALL_FLAGS = 7,
 };
 
 struct kvtier_recall_opts {
@@ -386,6 +387,9 @@ struct kvtier_recall_opts {
 	uint32_t window_rows;
 	uint64_t k_off, v_off, k_head_stride, v_head_stride;
 	uint32_t k_row_stride, v_row_stride;
+	/* Demoted rows right before and behind a row that answers, which the answer's own queries will want: they
+	 * score as it does. At most 1024 each; 0, 0: 8 and 24, unless flags say KVT_RECALL_ALONE. */
+	uint32_t before, after;
 };
 
 struct kvtier_recalled {
@@ -414,7 +418,7 @@ struct kvtier_recalled {
 KVT_PUBLIC int kvtier_seq_recall(struct kvtier_seq *s, uint32_t layer, const void *queries, uint32_t n_queries,
 				 const struct kvtier_recall_opts *o, struct kvtier_recalled *ret);
 /*
- * Recalls will come: pages of this sequence get their summaries (0.9 % of K and V) in the background now, and
+ * Recalls will come: pages of this sequence get their summaries (0.95 % of K and V) in the background now, and
  * new ones as they are written, so that the first recall finds them made. Returns at once.
  */
 KVT_PUBLIC int kvtier_seq_recall_prepare(struct kvtier_seq *s);

@@ -26,6 +26,7 @@
 #define WIRE_MAX_REGION (UINT64_C(1) << 46)
 #define WIRE_MAX_PLAN_BYTES (UINT64_C(1) << 40)
 #define WIRE_MAX_JSON (UINT64_C(1) << 32)
+#define WIRE_MAX_NEAR 1024u   /* rows before a recalled one, or behind it, that come along */
 #define WIRE_MAX_QUERIES 512u /* of one KV head */
 
 enum wire_type {
@@ -222,9 +223,9 @@ struct wire_recall {
 	uint32_t probe;                /* permille of the groups scored exactly; 0: the daemon's default */
 	uint32_t flags;                /* KVT_RECALL_* */
 	float scale;                   /* 0: 1 / sqrt(dim) */
-	uint32_t pad;
-	struct wire_layout window; /* cap: rows it has room for; stage and score fields 0 */
-				   /* then: queries [heads][per_head][dim] */
+	uint16_t before, after;        /* rows around a hit that come along, up to WIRE_MAX_NEAR each */
+	struct wire_layout window;     /* cap: rows it has room for; stage and score fields 0 */
+				       /* then: queries [heads][per_head][dim] */
 };
 struct wire_recall_reply {
 	struct wire_reply r;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The search: bounds of all groups, the best of them row by row, the best rows. */
+/* The search: bounds of all groups, the best of them row by row, the best rows and what lies around them. */
 #include <math.h>
 #include <string.h>
 #include "policy/recall_kern.h"
@@ -27,7 +27,7 @@ struct search {
 	float *logit;   /* [blocks][probed * RECALL_GROUP][LANES] */
 	uint32_t *id;   /* [groups]: run * 4 + group */
 	uint32_t *best; /* [probed], then [want] */
-	uint32_t *at;   /* [n]: run * RECALL_RUN + row */
+	struct recall_near near;
 };
 
 static size_t take(size_t *used, size_t bytes)
@@ -46,12 +46,16 @@ static uint32_t probes(const struct recall_query *q, uint32_t groups)
 	return (uint32_t)MIN(MAX(share, rows), groups);
 }
 
-/* Lay the arrays out for so many groups; base NULL: only count. */
-static size_t lay_out(struct search *s, const struct recall_query *q, uint32_t groups, char *base)
+/* Lay the arrays out for so many groups and words of positions; returns their bytes. */
+static size_t lay_out(struct search *s, const struct recall_query *q, uint32_t groups, uint32_t words,
+		      char *base)
 {
 	size_t blocks = DIV_UP(q->n, LANES), lanes = blocks * LANES * sizeof(float), used = 0;
-	size_t probed = probes(q, groups), rows = probed * RECALL_GROUP;
+	size_t probed = probes(q, groups), rows = probed * RECALL_GROUP, all = (size_t)groups * RECALL_GROUP;
 
+	s->near.words = words;
+	s->near.before = q->before;
+	s->near.after = q->after;
 	s->blocks = (uint32_t)blocks;
 #define ARRAY(name, bytes) s->name = (void *)(base + take(&used, bytes))
 	ARRAY(qt, lanes * q->dim);
@@ -64,29 +68,43 @@ static size_t lay_out(struct search *s, const struct recall_query *q, uint32_t g
 	ARRAY(score, MAX(groups, rows) * sizeof(float));
 	ARRAY(logit, lanes * rows);
 	ARRAY(id, groups * sizeof(uint32_t));
-	ARRAY(best, MAX(probed, MIN(q->want, rows)) * sizeof(uint32_t));
-	ARRAY(at, rows * sizeof(uint32_t));
+	ARRAY(best, MAX(probed, MIN(q->want, all)) * sizeof(uint32_t));
+	ARRAY(near.lane, words * sizeof(uint64_t));
+	ARRAY(near.take, words * sizeof(uint64_t));
+	ARRAY(near.rank, words * sizeof(uint32_t));
+	ARRAY(near.score, (all + q->before + q->after) * sizeof(float));
 #undef ARRAY
 	return used;
 }
 
-size_t recall_scratch(const struct recall_query *q, uint32_t n_runs)
+static uint32_t count_groups(const struct recall_run *runs, uint32_t n_runs)
+{
+	uint32_t groups = 0;
+
+	for (uint32_t i = 0; i < n_runs; i++)
+		groups += runs[i].sum->groups;
+	return groups;
+}
+
+size_t recall_scratch(const struct recall_query *q, const struct recall_run *runs, uint32_t n_runs)
 {
 	struct search s;
 	static char none[64];
 
-	return lay_out(&s, q, MIN(n_runs, MAX_RUNS) * (RECALL_RUN / RECALL_GROUP), none) + 64;
+	n_runs = MIN(n_runs, MAX_RUNS);
+	return lay_out(&s, q, count_groups(runs, n_runs), near_words(runs, n_runs), none) + 64;
 }
 
 static int check(const struct recall_query *q, const struct recall_run *runs, uint32_t n_runs)
 {
 	if (!q->n || q->n > RECALL_MAX_QUERIES || !q->dim || q->dim > RECALL_MAX_DIM || !(q->scale > 0) ||
 	    !isfinite(q->scale) || q->dtype < ROW_F32 || q->dtype > ROW_BF16 || q->norm > RECALL_MASS ||
-	    !q->probe || q->probe > 1000 || n_runs > MAX_RUNS)
+	    !q->probe || q->probe > 1000 || q->before > RECALL_MAX_NEAR || q->after > RECALL_MAX_NEAR ||
+	    n_runs > MAX_RUNS)
 		return -EINVAL;
 	for (uint32_t i = 0; i < n_runs; i++)
 		if (!runs[i].rows || runs[i].rows > RECALL_RUN || runs[i].sum->dim != q->dim ||
-		    runs[i].sum->groups != recall_groups(runs[i].rows))
+		    runs[i].sum->groups != recall_groups(runs[i].rows) || !near_fits(&runs[i]))
 			return -EINVAL;
 	return 0;
 }
@@ -160,10 +178,9 @@ static void bound_groups(struct search *s)
 		for (uint32_t i = 0; i < n; i++) {
 			const struct recall_sum *sum = s->run[s->id[from + i] / 4].sum;
 			uint32_t g = s->id[from + i] % 4;
-			const int8_t *c = (const int8_t *)(sum->v + 2 * (size_t)sum->groups) + (size_t)g * dim;
 
 			radius[i] = sum->v[sum->groups + g];
-			s->kern->centre(s->tile + (size_t)i * dim, c, dim, sum->v[g]);
+			s->kern->centre(s->tile + (size_t)i * dim, recall_centre(sum, g), dim, sum->v[g]);
 		}
 		bound_tile(s, from, n, radius);
 	}
@@ -174,7 +191,7 @@ static void list_groups(struct search *s, uint32_t n_runs)
 	s->groups = 0;
 	for (uint32_t r = 0; r < n_runs; r++)
 		for (uint32_t g = 0; g < s->run[r].sum->groups; g++)
-			if (s->run[r].alive[g])
+			if (near_live(&s->run[r], g))
 				s->id[s->groups++] = r * 4 + g;
 }
 
@@ -194,7 +211,7 @@ static void choose_groups(struct search *s)
 	for (uint32_t b = 0; b < s->blocks; b++)
 		s->kern->best(s->bound + (size_t)b * s->groups * LANES, s->groups, s->top + b * LANES,
 			      s->score);
-	s->probed = recall_top(s->score, s->groups, s->probed, s->best);
+	s->probed = recall_top(s->kern, s->score, s->groups, s->probed, s->best);
 }
 
 /* ---- rows --------------------------------------------------------------------------------------- */
@@ -234,9 +251,9 @@ static void score_groups(struct search *s)
 
 	s->n = 0;
 	for (uint32_t i = 0; i < s->probed; i++) {
-		uint32_t id = s->id[s->best[i]], n = group_rows(s, id), alive = s->run[id / 4].alive[id % 4];
+		uint32_t id = s->id[s->best[i]], n = group_rows(s, id),
+			 alive = near_live(&s->run[id / 4], id % 4);
 		const float *x;
-		uint32_t kept = s->n;
 
 		if (i + 1 < s->probed) {
 			uint32_t next = s->id[s->best[i + 1]];
@@ -256,10 +273,7 @@ static void score_groups(struct search *s)
 				to += LANES;
 			}
 		}
-		for (uint32_t r = 0; r < n; r++)
-			if (alive >> r & 1)
-				s->at[kept++] = (id / 4) * RECALL_RUN + id % 4 * RECALL_GROUP + r;
-		s->n = kept;
+		s->n += (uint32_t)__builtin_popcount(alive);
 	}
 }
 
@@ -307,28 +321,32 @@ static void normalise(struct search *s)
 		s->base[j] = s->sum[j] > 0 ? s->top[j] + logf(s->sum[j]) : 0;
 }
 
-static int choose_rows(struct search *s, struct recall_hit *hits)
+static int choose_rows(struct search *s, uint32_t n_runs, struct recall_hit *hits)
 {
-	uint32_t stride = s->probed * RECALL_GROUP, n;
+	uint32_t stride = s->probed * RECALL_GROUP;
+	const float *score = s->score;
 
 	normalise(s);
 	close_lanes(s, s->base);
 	fill(s->score, s->n, -INFINITY);
 	for (uint32_t b = 0; b < s->blocks; b++)
 		s->kern->best(s->logit + (size_t)b * stride * LANES, s->n, s->base + b * LANES, s->score);
-	n = recall_top(s->score, s->n, MIN(s->q->want, s->n), s->best);
-	for (uint32_t i = 0; i < n; i++)
-		hits[i] = (struct recall_hit){.run = s->at[s->best[i]] / RECALL_RUN,
-					      .row = s->at[s->best[i]] % RECALL_RUN,
-					      .score = s->score[s->best[i]]};
-	return (int)n;
+	near_mark(&s->near, s->run, n_runs);
+	near_clear(&s->near);
+	for (uint32_t i = 0; i < s->probed; i++) {
+		uint32_t id = s->id[s->best[i]];
+
+		near_put(&s->near, &s->run[id / 4], id % 4, score);
+		score += __builtin_popcount(near_live(&s->run[id / 4], id % 4));
+	}
+	near_spread(&s->near, s->kern);
+	return near_best(&s->near, s->kern, s->run, n_runs, s->q->want, s->best, hits);
 }
 
 int recall_search(const struct recall_query *q, const struct recall_run *runs, uint32_t n_runs, void *scratch,
 		  struct recall_hit *hits, struct recall_seen *seen)
 {
 	struct search s = {.q = q, .run = runs, .rows = rows_kern(NULL)};
-	uint32_t groups = 0;
 	int r = check(q, runs, n_runs);
 
 	if (r < 0)
@@ -337,9 +355,8 @@ int recall_search(const struct recall_query *q, const struct recall_run *runs, u
 	if (!s.kern)
 		return -EINVAL;
 	s.width = (size_t)q->dim * (q->dtype == ROW_F32 ? 4 : 2);
-	for (uint32_t i = 0; i < n_runs; i++)
-		groups += runs[i].sum->groups;
-	lay_out(&s, q, groups, (char *)ALIGN_UP((uintptr_t)scratch, 64));
+	lay_out(&s, q, count_groups(runs, n_runs), near_words(runs, n_runs),
+		(char *)ALIGN_UP((uintptr_t)scratch, 64));
 	list_groups(&s, n_runs);
 	*seen = (struct recall_seen){.groups = s.groups};
 	if (!s.groups || !q->want)
@@ -347,7 +364,7 @@ int recall_search(const struct recall_query *q, const struct recall_run *runs, u
 	take_queries(&s);
 	choose_groups(&s);
 	score_groups(&s);
-	r = choose_rows(&s, hits);
+	r = choose_rows(&s, n_runs, hits);
 	seen->probed = s.probed;
 	seen->rows = s.n;
 	return r;

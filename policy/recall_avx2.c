@@ -146,10 +146,40 @@ static void best(const float *l, uint32_t n, const float *base, float *score)
 	}
 }
 
+static void pair(float *x, size_t n, size_t step)
+{
+	size_t i = 0;
+
+	for (; i + HALF <= n; i += HALF)
+		_mm256_storeu_ps(x + i, _mm256_max_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + step)));
+	for (; i < n; i++)
+		x[i] = MAX(x[i], x[i + step]);
+}
+
+static uint32_t above(const float *s, uint32_t n, float edge)
+{
+	__m256i count = _mm256_setzero_si256();
+	uint32_t i = 0, rest = 0, part[HALF];
+
+	for (; i + HALF <= n; i += HALF) {
+		__m256 more = _mm256_cmp_ps(_mm256_loadu_ps(s + i), _mm256_set1_ps(edge), _CMP_GT_OQ);
+
+		count = _mm256_sub_epi32(count, _mm256_castps_si256(more));
+	}
+	for (; i < n; i++)
+		rest += s[i] > edge;
+	_mm256_storeu_si256((__m256i *)part, count);
+	for (i = 0; i < HALF; i++)
+		rest += part[i];
+	return rest;
+}
+
 const struct recall_kern recall_avx2 = {.isa = "avx2",
 					.widen = widen,
 					.centre = centre,
 					.logits = logits,
 					.max = max,
 					.sumexp = sumexp,
-					.best = best};
+					.best = best,
+					.pair = pair,
+					.above = above};

@@ -121,10 +121,36 @@ static void best(const float *l, uint32_t n, const float *base, float *score)
 	}
 }
 
+static void pair(float *x, size_t n, size_t step)
+{
+	for (size_t i = 0; i < n; i += 16) {
+		__mmask16 rest = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+		__m512 a = _mm512_maskz_loadu_ps(rest, x + i), b = _mm512_maskz_loadu_ps(rest, x + i + step);
+
+		_mm512_mask_storeu_ps(x + i, rest, _mm512_max_ps(a, b));
+	}
+}
+
+static uint32_t above(const float *s, uint32_t n, float edge)
+{
+	__m512i count = _mm512_setzero_si512(), one = _mm512_set1_epi32(1);
+
+	for (uint32_t i = 0; i < n; i += 16) {
+		__mmask16 rest = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+		__m512 v = _mm512_maskz_loadu_ps(rest, s + i);
+
+		rest = _mm512_mask_cmp_ps_mask(rest, v, _mm512_set1_ps(edge), _CMP_GT_OQ);
+		count = _mm512_mask_add_epi32(count, rest, count, one);
+	}
+	return (uint32_t)_mm512_reduce_add_epi32(count);
+}
+
 const struct recall_kern recall_avx512 = {.isa = "avx512",
 					  .widen = widen,
 					  .centre = centre,
 					  .logits = logits,
 					  .max = max,
 					  .sumexp = sumexp,
-					  .best = best};
+					  .best = best,
+					  .pair = pair,
+					  .above = above};

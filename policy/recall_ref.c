@@ -53,13 +53,30 @@ static void best(const float *l, uint32_t n, const float *base, float *score)
 			score[i] = MAX(score[i], l[j] - base[j]);
 }
 
+static void pair(float *x, size_t n, size_t step)
+{
+	for (size_t i = 0; i < n; i++)
+		x[i] = MAX(x[i], x[i + step]);
+}
+
+static uint32_t above(const float *s, uint32_t n, float edge)
+{
+	uint32_t count = 0;
+
+	for (uint32_t i = 0; i < n; i++)
+		count += s[i] > edge;
+	return count;
+}
+
 const struct recall_kern recall_ref = {.isa = "ref",
 				       .widen = widen,
 				       .centre = centre,
 				       .logits = logits,
 				       .max = max,
 				       .sumexp = sumexp,
-				       .best = best};
+				       .best = best,
+				       .pair = pair,
+				       .above = above};
 
 static bool cpu_has_avx512(void)
 {
@@ -83,7 +100,7 @@ const struct recall_kern *recall_kern(const char *isa)
 	return !isa || strcmp(isa, "ref") == 0 ? &recall_ref : NULL;
 }
 
-/* Floats as integers of the same order; -inf is the least that is no NaN. */
+/* Floats as integers of the same order, and back. */
 static uint32_t ordered(float f)
 {
 	uint32_t u;
@@ -92,33 +109,42 @@ static uint32_t ordered(float f)
 	return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
-#define NEVER 0x007fffffu /* ordered(-INFINITY) */
-
-uint32_t recall_top(const float *s, uint32_t n, uint32_t k, uint32_t *idx)
+static float unordered(uint32_t u)
 {
-	uint32_t edge = 0, mask = 0, left = k, out = 0;
+	float f;
 
-	/* The k-th largest, a byte at a time: what equals it is taken from the front until k is full. */
-	for (int shift = 24; shift >= 0 && k; shift -= 8) {
-		uint32_t count[256] = {0}, b = 255;
+	u = u & 0x80000000u ? u & 0x7fffffffu : ~u;
+	memcpy(&f, &u, sizeof(f));
+	return f;
+}
 
-		for (uint32_t i = 0; i < n; i++) {
-			uint32_t u = ordered(s[i]);
+uint32_t recall_top(const struct recall_kern *kern, const float *s, uint32_t n, uint32_t k, uint32_t *idx)
+{
+	uint32_t lo = ordered(-INFINITY), hi = ordered(INFINITY), out = 0, left = 0;
+	float edge = -INFINITY;
 
-			if ((u & mask) == edge)
-				count[u >> shift & 255]++;
+	if (kern->above(s, n, edge) > k) {
+		uint32_t more = 0; /* above hi, fewer than k; above lo are at least k */
+
+		while (hi - lo > 1) {
+			uint32_t mid = lo + (hi - lo) / 2, count = kern->above(s, n, unordered(mid));
+
+			if (count < k) {
+				hi = mid;
+				more = count;
+			} else {
+				lo = mid;
+				if (count == k)
+					break;
+			}
 		}
-		for (; b && count[b] < left; b--)
-			left -= count[b];
-		edge |= b << shift;
-		mask |= 255u << shift;
+		edge = unordered(hi - lo > 1 ? lo : hi);
+		left = hi - lo > 1 ? 0 : k - more;
 	}
 	for (uint32_t i = 0; i < n && out < k; i++) {
-		uint32_t u = ordered(s[i]);
-
-		if (u <= NEVER || u < edge || (u == edge && !left))
+		if (!(s[i] >= edge) || (s[i] == edge && !left))
 			continue;
-		left -= u == edge;
+		left -= s[i] == edge;
 		idx[out++] = i;
 	}
 	return out;

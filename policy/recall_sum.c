@@ -7,7 +7,9 @@
 
 size_t recall_sum_bytes(uint32_t rows, uint32_t dim)
 {
-	return ALIGN_UP(sizeof(struct recall_sum) + recall_groups(rows) * (2 * sizeof(float) + dim), 8);
+	return ALIGN_UP(sizeof(struct recall_sum) +
+				recall_groups(rows) * (2 * sizeof(float) + sizeof(uint32_t) + dim),
+			8);
 }
 
 void recall_load(float *x, const void *src, size_t n, enum row_dtype dtype)
@@ -24,18 +26,20 @@ static bool finite_row(const float *x, uint32_t dim)
 	return isfinite(sum);
 }
 
-/* Rows that are not finite count for nothing; x keeps the others, packed. */
-static uint32_t keep_finite(float *x, uint32_t n, uint32_t dim)
+/* Rows that are not finite count for nothing; x keeps the others, packed, and *ret_good has their bits. */
+static uint32_t keep_finite(float *x, uint32_t n, uint32_t dim, uint32_t *ret_good)
 {
-	uint32_t kept = 0;
+	uint32_t kept = 0, good = 0;
 
 	for (uint32_t i = 0; i < n; i++) {
 		if (!finite_row(x + (size_t)i * dim, dim))
 			continue;
+		good |= 1u << i;
 		if (kept != i)
 			memcpy(x + (size_t)kept * dim, x + (size_t)i * dim, dim * sizeof(*x));
 		kept++;
 	}
+	*ret_good = good;
 	return kept;
 }
 
@@ -76,7 +80,8 @@ void recall_summarise(const void *k, uint32_t rows, uint32_t dim, enum row_dtype
 	const struct rows_kern *kern = rows_kern(NULL);
 	uint32_t groups = recall_groups(rows);
 	size_t width = (size_t)dim * (dtype == ROW_F32 ? 4 : 2);
-	int8_t *c = (int8_t *)(ret->v + 2 * (size_t)groups);
+	uint32_t *good = (uint32_t *)(ret->v + 2 * (size_t)groups);
+	int8_t *c = (int8_t *)(good + groups);
 	float x[RECALL_GROUP * RECALL_MAX_DIM];
 
 	ret->groups = (uint16_t)groups;
@@ -85,7 +90,7 @@ void recall_summarise(const void *k, uint32_t rows, uint32_t dim, enum row_dtype
 		uint32_t n = MIN(RECALL_GROUP, rows - g * RECALL_GROUP);
 
 		kern->load(x, (const char *)k + g * RECALL_GROUP * width, width, dim, n, dtype);
-		n = keep_finite(x, n, dim);
+		n = keep_finite(x, n, dim, &good[g]);
 		summarise(kern, x, n, dim, &ret->v[g], &ret->v[groups + g], c + (size_t)g * dim);
 	}
 }

@@ -7,6 +7,8 @@
 #define TOKENS 4u         /* per query head: the last and the three farthest */
 #define SPIN_NS 300000u   /* a layer's search takes less */
 #define MAX_TOKENS 65536u /* of one turn */
+#define BEFORE 8u         /* rows that come along with a hit, unless the caller says otherwise */
+#define AFTER 24u
 
 /* What a call is about: checked, defaults filled in. */
 struct find {
@@ -98,6 +100,17 @@ static int find_check(const struct kvtier_seq *s, struct find *f)
 		return err_set(KVT_E_MODEL, "model: opaque rows cannot be searched");
 	if (!o->rows || o->rows > o->window_rows)
 		return err_set(KVT_E_INVAL, "rows: %u, must be 1..window_rows %u", o->rows, o->window_rows);
+	if (o->before > WIRE_MAX_NEAR || o->after > WIRE_MAX_NEAR)
+		return err_set(KVT_E_INVAL, "%s: %u, must be at most %u",
+			       o->before > WIRE_MAX_NEAR ? "before" : "after", MAX(o->before, o->after),
+			       WIRE_MAX_NEAR);
+	if (o->flags & KVT_RECALL_ALONE && (o->before || o->after))
+		return err_set(KVT_E_INVAL, "before: %u, after: %u, must be 0 with KVT_RECALL_ALONE", o->before,
+			       o->after);
+	if (!(o->flags & KVT_RECALL_ALONE) && !o->before && !o->after) {
+		o->before = BEFORE;
+		o->after = AFTER;
+	}
 	f->heads = m->layer[f->layer].kv_heads;
 	f->dim = m->layer[f->layer].k_bytes / wire_dtype_bytes(m->dtype);
 	if (!o->group)
@@ -166,6 +179,8 @@ static int build(const struct kvtier_seq *s, const struct find *f, struct wire_r
 	m->probe = o->probe;
 	m->flags = o->flags;
 	m->scale = o->scale;
+	m->before = (uint16_t)o->before;
+	m->after = (uint16_t)o->after;
 	m->window = (struct wire_layout){.k_off = o->k_off,
 					 .v_off = o->v_off,
 					 .k_head_stride = o->k_head_stride,

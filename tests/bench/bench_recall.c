@@ -343,7 +343,8 @@ static void found(bool clustered)
 					  .want = WANT,
 					  .q = q};
 		struct recall_seen seen;
-		void *scratch = malloc(recall_scratch(&rq, runs));
+		uint64_t all[RECALL_RUN / 64] = {UINT64_MAX, UINT64_MAX};
+		void *scratch;
 		double got = 0, best = 0;
 
 		make_keys(k, ROWS, clustered);
@@ -353,10 +354,15 @@ static void found(bool clustered)
 			struct recall_sum *s = malloc(recall_sum_bytes(RECALL_RUN, DIM));
 
 			recall_summarise(k + (size_t)r * RECALL_RUN * DIM, RECALL_RUN, DIM, ROW_F32, s);
-			run[r] = (struct recall_run){
-				.k = k + (size_t)r * RECALL_RUN * DIM, .sum = s, .rows = RECALL_RUN};
+			run[r] = (struct recall_run){.k = k + (size_t)r * RECALL_RUN * DIM,
+						     .sum = s,
+						     .pos = all,
+						     .first = r * RECALL_RUN,
+						     .span = ARRAY_SIZE(all),
+						     .rows = RECALL_RUN};
 			memset(run[r].alive, 0xff, sizeof(run[r].alive));
 		}
+		scratch = malloc(recall_scratch(&rq, run, runs));
 		memset(mass, 0, ROWS * sizeof(*mass));
 		for (uint32_t j = 0; j < n; j++) {
 			double total = 0, *e = malloc(ROWS * sizeof(double));

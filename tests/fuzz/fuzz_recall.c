@@ -22,7 +22,7 @@ static void must(int ok)
 
 static void search(struct recall_query *q, const struct recall_run *run, uint32_t n)
 {
-	void *scratch = malloc(recall_scratch(q, n));
+	void *scratch = malloc(recall_scratch(q, run, n));
 	struct recall_hit *hit = malloc((q->want + 1) * sizeof(*hit));
 	struct recall_seen seen;
 	int got;
@@ -34,6 +34,8 @@ static void search(struct recall_query *q, const struct recall_run *run, uint32_
 		must(hit[i].run < n && hit[i].row < run[hit[i].run].rows && !isnan(hit[i].score));
 		must(run[hit[i].run].alive[hit[i].row / 32] >> hit[i].row % 32 & 1);
 		must(!i || hit[i].run > hit[i - 1].run || hit[i].row > hit[i - 1].row);
+		for (int k = 0; k < i; k++)
+			must(hit[k].pos != hit[i].pos);
 	}
 	free(scratch);
 	free(hit);
@@ -47,6 +49,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	uint32_t elem, runs = 0;
 	float *queries;
 	void *key[RUNS];
+	static uint64_t pos[RUNS][RECALL_RUN];
 
 	if (size < 16)
 		return 0;
@@ -56,7 +59,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 				  .dtype = (enum row_dtype)(1 + data[3] % 3),
 				  .norm = (enum recall_norm)(data[4] % 2),
 				  .probe = 1 + data[5] * 999u / 255,
-				  .want = data[6]};
+				  .want = data[6],
+				  .before = data[10] % 3 ? data[10] : data[10] * 4u,
+				  .after = data[11] % 3 ? data[11] : data[11] * 4u};
 	elem = q.dtype == ROW_F32 ? 4 : 2;
 	queries = malloc(q.n * q.dim * sizeof(float));
 	must(queries != NULL);
@@ -75,7 +80,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		for (size_t i = 0; i < (size_t)rows * q.dim * elem; i++)
 			k[i] = (char)data[(i * (runs + 1) + runs) % size];
 		recall_summarise(k, rows, q.dim, q.dtype, sum);
-		run[runs] = (struct recall_run){.k = k, .sum = sum, .rows = rows};
+		run[runs] = (struct recall_run){
+			.k = k, .sum = sum, .pos = pos[runs], .first = data[12 + runs], .rows = rows};
+		memset(pos[runs], 0, sizeof(pos[runs]));
+		for (uint32_t i = 0, at = 0; i < rows; i++, at += 1 + data[(i + 5 * runs) % size] % 63) {
+			pos[runs][at / 64] |= UINT64_C(1) << at % 64;
+			run[runs].span = at / 64 + 1;
+		}
 		for (uint32_t i = 0; i < rows; i++)
 			if (data[(i + runs) % size] & 1)
 				run[runs].alive[i / 32] |= 1u << i % 32;

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """Recall in a transformer: kept, recalled and own rows attended in one pass equal a full cache whose masks hide exactly
-the rows that are in neither; heads with different numbers of rows too; and what was recalled is what the queries want.
+the rows that are in neither; heads with different numbers of rows too; and what was recalled is what the queries want, and what policy/lab/search.py
+would have chosen.
 
 A Llama with random weights and sharpened queries, float32, a real kvtierd.
 """
@@ -10,7 +11,8 @@ import sys
 import time
 import traceback
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "ipc", "python"))
+for _parts in (("ipc", "python"), ("policy", "lab")):
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", *_parts))
 
 try:
     import torch
@@ -19,7 +21,9 @@ except ImportError as e:
     print(f"1..0 # SKIP {e.name} is not installed (make deps)")
     sys.exit(0)
 
+import search  # noqa: E402
 from kvtier import Client, Error, attention, budget  # noqa: E402
+from kvtier._lib import RECALL_ALONE, RECALL_LOGITS, RECALL_NO_RESIDENT  # noqa: E402
 from kvtier.daemon import PrivateDaemon  # noqa: E402
 from kvtier.hf import KvtierCache  # noqa: E402
 
@@ -159,7 +163,7 @@ def partial_recall_equals_masks(d, c):
 
 
 def recalled_rows_are_the_wanted_ones(d, c):
-    ours, ref = evicted(c, device=120, recall=24, recall_args={"probe": 1000})
+    ours, ref = evicted(c, device=120, recall=24, recall_args={"probe": 1000, "flags": RECALL_ALONE})
     q = MODEL(IDS[:, 400:404], past_key_values=ours)  # four tokens: all of them are selected
     holds(ours, recalled=False)
     kept = {layer: see[:, :400] for layer, see in SEE.items()}
@@ -178,6 +182,43 @@ def recalled_rows_are_the_wanted_ones(d, c):
             assert set(got.tolist()) <= set(out.tolist())
             better += share[got].sum().item() / share[best].sum().item()
     assert better / (LAYERS * KV) > 0.97, better / (LAYERS * KV)
+
+
+def the_labs_search_finds_the_same(d, c):
+    ours, ref = evicted(c, device=164, rows=900, recall=64)
+    keys, g, differ = [], HEADS // KV, 0
+    for layer in ref.layers:
+        keys.append(layer.keys[0].clone())
+    torch.manual_seed(5)
+    for tokens in (1, 3, 4, 30):
+        for flags, near in ((0, None), (0, (3, 0)), (0, (0, 40)), (RECALL_ALONE, (0, 0)), (RECALL_LOGITS, (8, 24)),
+                            (RECALL_NO_RESIDENT | RECALL_ALONE, (0, 0)), (RECALL_NO_RESIDENT, (16, 16))):
+            before, after = near or (0, 0)
+            for probe, find in ((0, search.two_stage), (1000, search.exact)):
+                for layer in ours.layers:
+                    k = keys[layer.index]
+                    q = 2 * torch.randn(1, HEADS, tokens, DIM) + k[:, 100 * tokens % 900].repeat_interleave(g, 0)[None, :, None]
+                    ours.recall_args = dict(flags=flags, probe=probe, before=before, after=after)
+                    ours._recall(layer, q, 64)
+                    picked = search.pick(q[0].view(KV, g, tokens, DIM), torch.full((KV,), tokens)).flatten(1, 2)
+                    picked = picked * DIM ** -0.5
+                    for h in range(KV):
+                        held = torch.tensor(ours.positions(layer.index, h))
+                        below = torch.ones(900, dtype=torch.bool).index_fill_(0, held, False).nonzero()[:, 0]
+                        on_device = (picked[h] @ k[h, held].T).logsumexp(-1)
+                        if flags & (RECALL_LOGITS | RECALL_NO_RESIDENT):
+                            on_device.fill_(float("-inf"))
+                        score = find(picked[h : h + 1], k[h : h + 1, below], 64, on_device[None],
+                                     "logit" if flags & RECALL_LOGITS else "mass")
+                        score = search.spread(score, near or (8, 24))[0]
+                        best = score.sort(descending=True, stable=True).indices[:64]
+                        want, got = set(below[best].tolist()), set(layer.recalled_at[h].tolist())
+                        assert len(got) == 64 and len(want) == 64
+                        for pos in want ^ got:  # only rows whose scores are equal but for rounding
+                            gap = (score[below == pos] - score[best[-1]]).abs().item()
+                            assert gap < 1e-4, (tokens, flags, near, probe, layer.index, h, pos, gap)
+                        differ += len(want ^ got)
+    assert differ <= 20, f"{differ} rows differ by rounding: too many to be that"
 
 
 def decode_keeps_what_its_turn_recalled(d, c):
@@ -301,7 +342,7 @@ def bad_input_is_one_line(d, c):
 
 
 TESTS = [without_recall_it_is_plain_attention, recalling_everything_equals_a_full_cache, partial_recall_equals_masks,
-         recalled_rows_are_the_wanted_ones, decode_keeps_what_its_turn_recalled, roll_back_forgets_later_rows,
+         recalled_rows_are_the_wanted_ones, the_labs_search_finds_the_same, decode_keeps_what_its_turn_recalled, roll_back_forgets_later_rows,
          heads_hold_different_numbers_of_rows, two_passes_without_a_hook, generate_with_recall,
          rows_only_on_nvme_are_counted, bad_input_is_one_line, a_dead_daemon_costs_quality_only]
 

@@ -304,7 +304,7 @@ static void finds_the_right_rows(bool half)
 		for (uint32_t rows = 1; rows <= WINDOW; rows *= 4) {
 			struct kvtier_recall_opts o = opts_of(&f, layer, rows);
 
-			o.flags = KVT_RECALL_LOGITS;
+			o.flags = KVT_RECALL_LOGITS | KVT_RECALL_ALONE;
 			assert_int_equal(ask(&f, layer, q, 4, &o, &a), rows);
 			assert_int_equal(a.r.searched, HEADS * 800);
 			assert_int_equal(a.r.skipped + a.r.missed, 0);
@@ -318,6 +318,59 @@ static void finds_the_right_rows(bool half)
 				assert_memory_equal(want, a.positions + h * rows, n * sizeof(*want));
 			}
 		}
+	finish(&f);
+}
+
+/* Rows around the best one come along, in order of position over what is demoted: the same as asking for it
+ * alone, and counting. */
+static void test_neighbours_come_along(void **state)
+{
+	static const uint32_t near[][3] = {
+		{0, 0, 33}, {2, 5, 8}, {0, 9, 10}, {40, 0, 41}}; /* the first: defaults */
+	static uint32_t res[MAX_ROWS], out[MAX_ROWS];
+	float q[4 * HEADS * GROUP * DIM];
+	struct fixture f;
+	struct answer one, a;
+
+	begin(&f, false, false);
+	append(&f, 700);
+	assert_int_equal(rt_plan(&f.q, 500, MAX_ROWS, 0, NULL), 0); /* twice, so that pages interleave */
+	append(&f, 200);
+	assert_int_equal(rt_plan(&f.q, 150, MAX_ROWS, 0, NULL), 0);
+	queries(q, 4, 9);
+	for (uint32_t i = 0; i < ARRAY_SIZE(near); i++) {
+		struct kvtier_recall_opts o = opts_of(&f, 1, 1);
+
+		o.flags = KVT_RECALL_ALONE;
+		assert_int_equal(ask(&f, 1, q, 4, &o, &one), 1);
+		o = opts_of(&f, 1, near[i][2]);
+		o.before = near[i][0];
+		o.after = near[i][1];
+		assert_true(ask(&f, 1, q, 4, &o, &a) > 0);
+		check_window(&f, 1, &a, near[i][2]);
+		for (uint32_t h = 0; h < HEADS; h++) {
+			uint32_t before = i ? near[i][0] : 8, after = i ? near[i][1] : 24, n = 0, hit = 0,
+				 k = 0;
+			int have = kvtier_seq_resident(f.q.s, HEADS + h, res, MAX_ROWS);
+
+			for (uint32_t p = 0; p < f.q.rows; p++) {
+				if (k < (uint32_t)have && res[k] == p)
+					k++;
+				else
+					out[n++] = p;
+			}
+			while (hit < n && out[hit] != one.positions[h])
+				hit++;
+			assert_true(hit < n && n == 750);
+			for (uint32_t j = hit > before ? hit - before : 0; j <= MIN(hit + after, n - 1); j++) {
+				bool found = false;
+
+				for (uint32_t c = 0; c < a.counts[h]; c++)
+					found |= a.positions[h * near[i][2] + c] == out[j];
+				assert_true(found);
+			}
+		}
+	}
 	finish(&f);
 }
 
@@ -683,6 +736,8 @@ static void test_hostile_messages(void **state)
 	REFUSED(KVT_E_INVAL, flags = 8);
 	REFUSED(KVT_E_INVAL, scale = NAN);
 	REFUSED(KVT_E_INVAL, scale = -1);
+	REFUSED(KVT_E_INVAL, before = WIRE_MAX_NEAR + 1);
+	REFUSED(KVT_E_INVAL, after = UINT16_MAX);
 	REFUSED(KVT_E_INVAL, op = 3);
 	REFUSED(KVT_E_INVAL, dtype = KVT_DTYPE_OPAQUE);
 	REFUSED(KVT_E_INVAL, window.k_off = UINT64_MAX - 64);
@@ -738,6 +793,9 @@ static void test_bad_arguments(void **state)
 	WRONG(KVT_E_INVAL, group = 1000);
 	WRONG(KVT_E_INVAL, size = 4);
 	WRONG(KVT_E_INVAL, flags = 16);
+	WRONG(KVT_E_INVAL, before = 1025);
+	WRONG(KVT_E_INVAL, after = UINT32_MAX);
+	WRONG(KVT_E_INVAL, after = (o.flags = KVT_RECALL_ALONE));
 	WRONG(KVT_E_INVAL, k_off = kvtier_region_bytes(f.q.r));
 	WRONG(KVT_E_INVAL, v_row_stride = 2);
 	o = opts_of(&f, 0, 8);
@@ -877,6 +935,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_finds_the_right_rows),
+		cmocka_unit_test(test_neighbours_come_along),
 		cmocka_unit_test(test_long_searches),
 		cmocka_unit_test(test_all_and_nothing),
 		cmocka_unit_test(test_beside_plans),

@@ -13,7 +13,7 @@ EPHEMERAL, LEASED = 0, 1
 BUDGET_UNIFORM, BUDGET_PER_LAYER, BUDGET_PER_LANE = range(3)
 GRANULARITY = {"head": 0, "token": 1, "block": 2}
 DTYPE = {"opaque": 0, "float32": 1, "float16": 2, "bfloat16": 3}
-RECALL_LOGITS, RECALL_NO_RESIDENT = 1, 2
+RECALL_LOGITS, RECALL_NO_RESIDENT, RECALL_ALONE = 1, 2, 4
 ROPE = {None: 0, "half": 1, "interleaved": 2}
 
 LOG_FN = c.CFUNCTYPE(None, c.c_void_p, c.c_int, c.c_char_p)
@@ -110,7 +110,7 @@ class RecallOpts(c.Structure):
                 ("head_stride", c.c_uint64), ("scale", c.c_float)] + \
                [(n, c.c_uint32) for n in ("rows", "probe", "flags", "timeout_ms", "window_rows")] + \
                [(n, c.c_uint64) for n in ("k_off", "v_off", "k_head_stride", "v_head_stride")] + \
-               [(n, c.c_uint32) for n in ("k_row_stride", "v_row_stride")]
+               [(n, c.c_uint32) for n in ("k_row_stride", "v_row_stride", "before", "after")]
 
 
 class Recalled(c.Structure):

@@ -189,15 +189,15 @@ class Sequence:
         return check(lib.seq_resident(self.ptr, lane, None, 0), "seq_resident")
 
     def recall(self, layer, queries, tokens, rows, window, group=1, dtype="float32", token_stride=0, head_stride=0,
-               scale=0.0, probe=0, flags=0, timeout_ms=0):
-        """The rows in DRAM that this layer's queries (an address, after RoPE) attend to most, copied to `window`: a
-        Layout whose offsets and strides say where row 0 of head 0 goes and whose cap says how many rows there is
-        room for. Returns (counts, positions, Recalled): ctypes arrays of [heads] and of [heads x rows]."""
+               scale=0.0, probe=0, flags=0, timeout_ms=0, before=0, after=0):
+        """The rows in DRAM that this layer's queries (an address, after RoPE) attend to most, and `before` and `after`
+        rows around each of them, copied to `window`: a Layout whose offsets and strides say where row 0 of head 0 goes
+        and whose cap says how many rows there is room for. Returns (counts, positions, Recalled): ctypes arrays of [heads] and of [heads x rows]."""
         heads = self.model.heads
         counts, positions = (c.c_uint32 * heads)(), (c.c_uint32 * (heads * rows))()
         o = sized(RecallOpts, group=group, dtype=DTYPE[dtype], token_stride=token_stride, head_stride=head_stride,
                   scale=scale, rows=rows, probe=probe, flags=flags, timeout_ms=timeout_ms, window_rows=window.cap,
-                  k_off=window.k_off, v_off=window.v_off, k_head_stride=window.k_head_stride,
+                  before=before, after=after, k_off=window.k_off, v_off=window.v_off, k_head_stride=window.k_head_stride,
                   v_head_stride=window.v_head_stride, k_row_stride=window.k_row_stride,
                   v_row_stride=window.v_row_stride)
         ret = sized(Recalled, counts=counts, positions=positions)

@@ -153,7 +153,7 @@ class KvtierCache(Cache):
                   attn_implementation="kvtier" (see kvtier.attention), else by recall_two_pass(). They stay until the
                   next question or end_turn(). The method of that name is something else: it promotes by position
     recall_min    steps of at least so many tokens are questions and recall; shorter ones go on with what is there
-    recall_args   more for Sequence.recall(): probe, flags, timeout_ms
+    recall_args   more for Sequence.recall(): before, after, probe, flags, timeout_ms
     equal_lanes   False: heads may hold different numbers of rows; needs attn_implementation="kvtier"
     """
 
