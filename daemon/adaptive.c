@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Adaptive device budgets of a plan: a uniform budget is a number of rows, and
- * which lanes hold them follows from what rows are worth. Everything below the
- * device tier, and every lane's own ranking, stays as it is.
+ * which lanes hold them follows from what rows are worth; share.c has the sequence's
+ * part where sequences share. Below the device tier, and in every lane's own
+ * ranking, all stays as it is, but for plans that promise to drop nothing.
  */
 #include <string.h>
 #include "daemon/internal.h"
 #include "policy/adaptive.h"
 #include "policy/decide.h"
+#include "policy/pool.h"
 #include "shm/util.h"
 
 #define CHUNK_ROWS 1024u
@@ -21,21 +23,28 @@ static bool lanes_alike(const struct model *m)
 	return true;
 }
 
-int adaptive_begin(struct plan *p)
+static bool may_differ(const struct plan *p)
 {
 	const struct seq *s = p->seq;
 	uint32_t most = 0;
 
-	if (!s->core->cfg.adaptive || !p->use->calibration || s->equal_lanes || p->saving ||
-	    s->granularity != KVT_GRAN_HEAD || (s->device_table && !s->budget_default) ||
-	    !lanes_alike(s->model))
-		return 0;
+	if (!s->core->cfg.adaptive || !p->use->calibration || s->equal_lanes || p->saving || p->stuck ||
+	    s->device_cap != ROWS_ALL || s->granularity != KVT_GRAN_HEAD ||
+	    (s->device_table && !s->budget_default) || !lanes_alike(s->model))
+		return false;
 	for (uint32_t l = 0; l < s->ix.lanes; l++)
 		most = MAX(most, p->budget[KVT_TIER_DEVICE][l]);
-	if (!most || most >= p->watermark)
-		return 0;
-	p->worth = malloc((size_t)s->ix.lanes * p->watermark * sizeof(*p->worth));
-	return p->worth ? 0 : -ENOMEM;
+	return most && most < p->watermark;
+}
+
+int adaptive_begin(struct plan *p)
+{
+	if (may_differ(p)) {
+		p->worth = malloc((size_t)p->seq->ix.lanes * p->watermark * sizeof(*p->worth));
+		if (!p->worth)
+			return -ENOMEM;
+	}
+	return share_begin(p);
 }
 
 /* Rows that rank before all scores: bits of word w. */
@@ -87,10 +96,25 @@ void adaptive_weigh(struct plan *p, uint32_t lane)
 	}
 }
 
+/* Nothing may be dropped: where a lane has less of the device, the tier below takes more of it. */
+static void make_up_below(struct plan *p, const struct adaptive_lane *lane)
+{
+	int t = p->budget[KVT_TIER_DRAM][0] ? KVT_TIER_DRAM : KVT_TIER_NVME;
+
+	for (uint32_t l = 0; l < p->seq->ix.lanes; l++) {
+		uint32_t device = p->budget[KVT_TIER_DEVICE][l], *below = &p->budget[t][l];
+
+		if (device < lane[l].uniform)
+			*below += MIN(lane[l].uniform - device, ROWS_ALL - *below);
+	}
+}
+
 int adaptive_divide(struct plan *p)
 {
 	const struct seq *s = p->seq;
 	_cleanup_free_ struct adaptive_lane *lane = NULL;
+	uint64_t total;
+	int r;
 
 	if (!p->worth)
 		return 0;
@@ -112,7 +136,16 @@ int adaptive_divide(struct plan *p)
 		for (uint32_t w = 0; w < p->words; w++)
 			a->forced += (uint32_t)__builtin_popcountll(alive_rows(p, l, w) & forced_rows(p, w));
 	}
-	return adaptive_budgets(lane, s->ix.lanes, ADAPTIVE_HYSTERESIS, p->budget[KVT_TIER_DEVICE]);
+	total = adaptive_uniform(lane, s->ix.lanes);
+	if (p->bid) {
+		adaptive_curve(lane, s->ix.lanes, p->bid->keep);
+		pool_choose(p->bid, ADAPTIVE_HYSTERESIS);
+		total = p->bid->rows;
+	}
+	r = adaptive_budgets(lane, s->ix.lanes, total, ADAPTIVE_HYSTERESIS, p->budget[KVT_TIER_DEVICE]);
+	if (!r && p->lossless)
+		make_up_below(p, lane);
+	return r;
 }
 
 void adaptive_done(struct plan *p)
@@ -120,8 +153,10 @@ void adaptive_done(struct plan *p)
 	struct seq *s = p->seq;
 	size_t bytes = s->ix.lanes * sizeof(*s->adaptive);
 
-	if (p->error || p->over || p->saving)
+	/* What sequences share is theirs by plans that somebody carries out. */
+	if (p->error || p->over || p->saving || (p->private_tables && s->share))
 		return;
+	share_decided(p);
 	if (!p->worth) {
 		free(s->adaptive);
 		s->adaptive = NULL;

@@ -202,6 +202,10 @@ static json_t *seq_json(const struct core_seq_stat *s)
 		set_num(o, "device_rows_least", s->device_least);
 		set_num(o, "device_rows_most", s->device_most);
 	}
+	if (s->shared) {
+		set_num(o, "device_rows_held", s->device_held);
+		set_num(o, "device_rows_brought", s->device_brought);
+	}
 	json_object_set_new(o, "tiers", tiers);
 	set_num(o, "rows_dropped", s->dropped_rows);
 	set_num(o, "rows_pinned", s->pinned_rows);

@@ -101,8 +101,12 @@ void budget_for(struct plan *p)
 		uint64_t total = device + asked;
 
 		device = MIN(device, s->device_cap);
-		if (p->lossless && !p->saving)
-			device = MAX(device, stay_behind(s, l, total, (uint64_t)want[1] + want[2]));
+		if (p->lossless && !p->saving) {
+			uint32_t stay = stay_behind(s, l, total, (uint64_t)want[1] + want[2]);
+
+			p->stuck |= stay > device;
+			device = MAX(device, stay);
+		}
 		if (s->layout)
 			device = MIN(device, s->layout[s->model->lane_layer[l]].cap);
 		p->budget[0][l] = device;

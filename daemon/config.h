@@ -23,6 +23,12 @@ struct config_tenant { /* [tenant NAME] */
 	uint64_t dram_bytes, nvme_bytes;        /* quota per lower tier; UINT64_MAX: none */
 };
 
+enum { /* between what rows of a uniform device budget move */
+	CONFIG_ADAPTIVE_NO,
+	CONFIG_ADAPTIVE_LANES,  /* lanes of a sequence */
+	CONFIG_ADAPTIVE_TENANT, /* and sequences of one user in a tenant, of the same model */
+};
+
 struct config_watermarks {
 	uint32_t min, low, high;
 }; /* permille of capacity that must be free */
@@ -55,7 +61,8 @@ struct config {
 	char fallback[32];           /* runs when the default cannot (no weight file for the model) */
 	char model_dir[CONFIG_PATH]; /* <model name>.kvp */
 	uint32_t protect_first, protect_last, hysteresis_permille, slack_rows;
-	bool adaptive; /* device budgets follow what rows are worth, where scores are calibrated */
+	uint32_t adaptive; /* CONFIG_ADAPTIVE_*: device budgets follow what rows are worth, where scores are
+			    * calibrated */
 	uint64_t seed;
 	/* [budget]: default shares of a sequence's rows, permille of the watermark; all zero: keep everything
 	 * on the device */

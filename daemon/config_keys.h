@@ -10,6 +10,7 @@
 enum key_type {
 	KEY_BOOL,    /* bool: yes, no */
 	KEY_OBSERVE, /* bool: publish, observe */
+	KEY_SPREAD,  /* uint32_t: no, lanes (or yes), tenant */
 	KEY_LEVEL,   /* uint32_t: emerg .. debug or 0..7 */
 	KEY_NODE,    /* int: interleave or a node number */
 	KEY_COUNT,   /* uint32_t or uint64_t by size */

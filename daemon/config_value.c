@@ -110,6 +110,13 @@ static int parse_bool(const char *text, uint64_t *ret)
 	return r;
 }
 
+static const char *const spreads[] = {"no", "lanes", "tenant"};
+
+static int parse_spread(const char *text, uint64_t *ret)
+{
+	return parse_word(text, spreads, ARRAY_SIZE(spreads), ret) ? parse_bool(text, ret) : 0;
+}
+
 static int parse_observe(const char *text, uint64_t *ret)
 {
 	static const char *const words[] = {"publish", "observe"};
@@ -129,6 +136,8 @@ static int parse_integer(const struct config_key *k, const char *text, uint64_t 
 	switch (k->type) {
 	case KEY_BOOL:
 		return parse_bool(text, ret);
+	case KEY_SPREAD:
+		return parse_spread(text, ret);
 	case KEY_OBSERVE:
 		return parse_observe(text, ret);
 	case KEY_LEVEL:
@@ -153,6 +162,9 @@ static void describe(const struct config_key *k, char *buf, size_t size)
 	switch (k->type) {
 	case KEY_BOOL:
 		snprintf(buf, size, "must be yes or no");
+		return;
+	case KEY_SPREAD:
+		snprintf(buf, size, "must be no, lanes or tenant");
 		return;
 	case KEY_OBSERVE:
 		snprintf(buf, size, "must be publish or observe");
@@ -277,6 +289,9 @@ void config_value_format(const struct config_key *k, const void *base, char *buf
 	switch (k->type) {
 	case KEY_BOOL:
 		snprintf(buf, size, "%s", v ? "yes" : "no");
+		break;
+	case KEY_SPREAD:
+		snprintf(buf, size, "%s", v < ARRAY_SIZE(spreads) ? spreads[v] : "tenant");
 		break;
 	case KEY_OBSERVE:
 		snprintf(buf, size, "%s", v ? "observe" : "publish");

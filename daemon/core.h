@@ -59,6 +59,8 @@ struct core_seq_stat {
 	uint32_t budget[KVT_TIERS]; /* lane 0 */
 	bool adaptive;              /* device budgets differ by lane, from least to most: */
 	uint32_t device_least, device_most;
+	bool shared; /* with other sequences: device rows of all lanes that it holds, and that it brought */
+	uint64_t device_held, device_brought;
 	uint64_t tier_rows[KVT_TIERS], tier_bytes[KVT_TIERS], dropped_rows;
 	uint64_t plans, plan_id, plan_ns_last, refaults, misses, index_bytes, pinned_rows;
 	const char *plan_state;

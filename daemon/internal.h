@@ -34,6 +34,8 @@ struct client;
 struct seq;
 struct plan;
 struct policy_use;
+struct pool_bid;
+struct share;
 
 /* A configured tenant. Who it is on pages and disk: tenant_hash(), which adds the UID. */
 struct tenant {
@@ -143,6 +145,7 @@ struct seq {
 	uint32_t budget[KVT_TIERS];
 	uint32_t *device_table; /* [lanes], NULL: uniform */
 	uint32_t *adaptive;     /* [lanes] device budgets of the last plan, where it chose them; else NULL */
+	struct share *share;    /* its seat among those that share their budgets, or NULL; see share.c */
 	bool budget_default, manual;
 	uint32_t slack, device_cap;   /* device_cap: kvtierctl demote */
 	uint64_t *wanted, *pinned;    /* [BITS_WORDS(max_rows)] or NULL */
@@ -204,11 +207,13 @@ struct plan {
 	bool over; /* applied, cancelled or not to be published: forget it when nothing is lent */
 	bool requested, saving, private_tables, direct;
 	bool lossless;     /* its budgets promise to drop nothing */
+	bool stuck;        /* rows stay on the device because nothing below takes them */
 	bool promote_none; /* too many plans before it missed */
 	uint32_t protect_first, protect_last, hysteresis;
 	bool rescore;   /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
 	uint16_t *keys; /* [lanes][watermark] where the index keeps coefficients, until decided; else NULL */
 	uint16_t *worth; /* [lanes][watermark] where budgets are adaptive, until decided; else NULL */
+	struct pool_bid *bid; /* where they are shared with other sequences, else NULL */
 	struct plan_tables t;
 	struct plan_mem *mem;
 	struct region *region;
@@ -246,6 +251,7 @@ struct core {
 	LIST_HEAD(, model) models;
 	LIST_HEAD(, region) all_regions;
 	LIST_HEAD(, policy_use) uses;
+	LIST_HEAD(, share_pool) pools;
 	LIST_HEAD(, weights_path) weights; /* files loaded by hand */
 	char policy[32];                   /* default, may be steered */
 	struct handle_table *seqs, *regions;
@@ -416,6 +422,21 @@ void adaptive_weigh(struct plan *p, uint32_t lane);
 int adaptive_divide(struct plan *p);
 /* The plan is decided: its sequence remembers. */
 void adaptive_done(struct plan *p);
+
+/* ---- share.c ----------------------------------------------------------------------- */
+/* Bid for a part of what the sequences of this owner share, or leave them; adaptive_begin()'s. -ENOMEM. */
+int share_begin(struct plan *p);
+/* What becomes of the bid: the plan was decided; it was applied, by all lanes; nothing comes of it. */
+void share_decided(struct plan *p);
+void share_settled(struct plan *p, bool all);
+void share_dropped(struct plan *p);
+/* The rows of s go back to where they came from. */
+void share_leave(struct seq *s);
+/* Plan again who can give rows to others or get some: a slice of work; true: there is more. */
+bool share_pump(struct core *c);
+uint64_t share_bytes(const struct seq *s);
+/* Device rows that it holds and that it brought, over all lanes; false: it shares none. */
+bool share_rows(const struct seq *s, uint64_t *ret_held, uint64_t *ret_brought);
 
 /* ---- mover.c, mover_out.c, mover_in.c -------------------------------------------------- */
 struct pio { /* one page on its way between a tier and us */

@@ -100,6 +100,7 @@ void seq_leave(struct seq *s, bool drop)
 		distrust(s, p);
 	if (p)
 		plan_cancel(p);
+	share_leave(s);
 	s->state = SEQ_SAVING;
 	s->saves = 0;
 	s->requested = 0;

@@ -9,6 +9,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "policy/adaptive.h"
 #include "policy/decide.h"
 #include "shm/util.h"
 
@@ -80,7 +81,8 @@ static int put_job(struct plan *p, uint32_t lo, uint32_t hi, bool last, bool her
 
 static int put_decide(struct plan *p, bool fused)
 {
-	uint64_t work = (uint64_t)p->seq->ix.lanes * p->watermark * (p->worth ? WEIGH_COST : 1);
+	uint64_t rows = p->watermark + (p->bid ? ADAPTIVE_BINS : 0u);
+	uint64_t work = p->seq->ix.lanes * rows * (p->worth ? WEIGH_COST : 1);
 
 	p->phase = PHASE_DECIDE;
 	return put_job(p, 0, fused ? p->seq->ix.lanes : 0, true, work <= INLINE_ROWS);
@@ -275,11 +277,11 @@ static void decided(struct plan *p)
 		if (p->use->coefs < 2)
 			index_keep_coef(&s->ix, false);
 	}
+	if (p->error || p->epoch != s->epoch || s->state == SEQ_CLOSING)
+		p->over = true;
 	adaptive_done(p);
 	free(p->keys);
 	p->keys = NULL;
-	if (p->error || p->epoch != s->epoch || s->state == SEQ_CLOSING)
-		p->over = true;
 	if (p->error) {
 		log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-p->error));
 		s->requested = 0; /* what failed once fails again at once; the next request or rows try again */
@@ -369,6 +371,7 @@ void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
 	c->stat.plans_acked += p->id != 0;
 	if (p->id)
 		core_feed(c, FEED_ACK, s, p->id, 0, NULL);
+	share_settled(p, !nack);
 	settle_start(s, p->to_nvme, p->words);
 	compact_start(s);
 	p->over = true; /* done with */

@@ -300,6 +300,8 @@ void mover_run(struct core *c)
 		settle_pump(c);
 		compact_pump(c);
 		verify_pump(c);
+		if (share_pump(c))
+			m->again = true;
 		if (pump_plans(c))
 			m->again = true;
 		for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {

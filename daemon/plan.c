@@ -79,6 +79,8 @@ void plan_free(struct plan *p)
 	free(p->scratch);
 	free(p->keys);
 	free(p->worth);
+	share_dropped(p);
+	free(p->bid);
 	free(p);
 }
 

@@ -305,6 +305,8 @@ int seq_set_budget(struct seq *s, const struct wire_budget *b, const uint32_t *t
 	s->budget[KVT_TIER_NVME] = b->nvme_rows;
 	s->slack = b->slack_rows ? b->slack_rows : s->core->cfg.slack_rows ? s->core->cfg.slack_rows : 64;
 	s->manual = b->manual;
+	if (s->manual)
+		share_leave(s);
 	manager_headroom(s);
 	return 0;
 }

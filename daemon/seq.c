@@ -82,7 +82,7 @@ static void unhash(struct seq *s)
 
 void seq_account(struct seq *s)
 {
-	uint64_t now = s->ix.bytes + heap_bytes(sizeof(*s)) +
+	uint64_t now = s->ix.bytes + heap_bytes(sizeof(*s)) + share_bytes(s) +
 		       (s->layout ? heap_bytes(s->model->n_layers * sizeof(*s->layout)) : 0);
 
 	s->core->seq_index_bytes += now - s->index_seen;
@@ -196,6 +196,7 @@ static void destroy(struct seq *s)
 
 	settle_stop(s);
 	compact_stop(s);
+	share_leave(s);
 	if (s->plan)
 		plan_forget(s->plan);
 	seq_unbind(s);
@@ -238,6 +239,7 @@ static void destroy(struct seq *s)
 void seq_end(struct seq *s)
 {
 	s->state = SEQ_CLOSING;
+	share_leave(s);
 	if (s->plan)
 		plan_cancel(s->plan);
 	seq_step(s);
@@ -249,6 +251,12 @@ void seq_truncate(struct seq *s, uint32_t rows)
 	s->rows = rows;
 	s->cut = MIN(s->cut, rows);
 	s->scored = MIN(s->scored, rows);
+	if (s->share) { /* what is left may need less, or nothing: its next plan tells */
+		share_leave(s);
+		free(s->adaptive);
+		s->adaptive = NULL;
+		s->again = true;
+	}
 	if (s->plan)
 		plan_cancel(s->plan);
 	seq_step(s);

@@ -91,6 +91,7 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 		ret->device_least = l ? MIN(ret->device_least, s->adaptive[l]) : s->adaptive[l];
 		ret->device_most = MAX(ret->device_most, s->adaptive[l]);
 	}
+	ret->shared = share_rows(s, &ret->device_held, &ret->device_brought);
 	if (s->budget_default) {
 		bool shares = c->cfg.budget_device || c->cfg.budget_dram || c->cfg.budget_nvme;
 

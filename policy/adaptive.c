@@ -16,6 +16,7 @@ struct work {
 	const struct adaptive_lane *lane;
 	uint32_t lanes;
 	uint64_t total;        /* rows to be given out */
+	uint64_t uniform;      /* rows that uniform budgets would give */
 	uint32_t *high;        /* [lanes][BINS] rows whose key's high byte is at least that */
 	uint32_t *low;         /* [lanes][BINS] the same for the low byte of rows whose high byte is `at` */
 	uint32_t at;           /* BINS: none */
@@ -187,7 +188,7 @@ static void set_limits(struct work *w)
 	}
 }
 
-/* What lanes had, in shares of what all of those that had something may have now. */
+/* What lanes had, in shares of what all of those that had something have in this total. */
 static void scale_before(struct work *w)
 {
 	uint64_t had = 0, have = 0, left;
@@ -196,6 +197,7 @@ static void scale_before(struct work *w)
 		had += w->lane[l].before;
 		have += w->lane[l].before ? w->lane[l].uniform : 0;
 	}
+	have = w->uniform ? (uint64_t)((double)have / (double)w->uniform * (double)w->total) : 0;
 	left = have;
 	for (uint32_t l = 0; l < w->lanes; l++) {
 		w->before[l] = had ? (uint32_t)((double)w->lane[l].before * ((double)have / (double)had)) : 0;
@@ -239,9 +241,9 @@ static int settle(struct work *w, uint32_t permille, uint32_t *budget)
 	return 0;
 }
 
-static int work_init(struct work *w, const struct adaptive_lane *lane, uint32_t lanes)
+static int work_init(struct work *w, const struct adaptive_lane *lane, uint32_t lanes, uint64_t total)
 {
-	*w = (struct work){.lane = lane, .lanes = lanes, .at = BINS};
+	*w = (struct work){.lane = lane, .lanes = lanes, .at = BINS, .total = total};
 	w->high = calloc(lanes, 2 * BINS * sizeof(*w->high));
 	w->lo = calloc(lanes, 5 * sizeof(*w->lo));
 	w->held = calloc(lanes, sizeof(*w->held));
@@ -252,8 +254,7 @@ static int work_init(struct work *w, const struct adaptive_lane *lane, uint32_t 
 	w->before = w->hi + lanes;
 	w->room = w->before + lanes;
 	w->next = w->room + lanes;
-	for (uint32_t l = 0; l < lanes; l++)
-		w->total += lane[l].uniform;
+	w->uniform = adaptive_uniform(lane, lanes);
 	return 0;
 }
 
@@ -264,10 +265,65 @@ static void work_done(struct work *w)
 	free(w->held);
 }
 
-int adaptive_budgets(const struct adaptive_lane *lane, uint32_t lanes, uint32_t permille, uint32_t *budget)
+/* Shares of the total as of the uniform budgets. */
+static void scale_uniform(const struct work *w, uint32_t *budget)
+{
+	uint64_t given = 0;
+
+	for (uint32_t l = 0; l < w->lanes; l++) {
+		uint32_t uniform = w->lane[l].uniform;
+
+		budget[l] = w->total == w->uniform
+				    ? uniform
+				    : (uint32_t)((double)uniform / (double)w->uniform * (double)w->total);
+		given += budget[l];
+	}
+	for (uint32_t l = 0; given > w->total; l = (l + 1) % w->lanes) /* rounding of huge sums */
+		if (budget[l]) {
+			budget[l]--;
+			given--;
+		}
+}
+
+uint64_t adaptive_uniform(const struct adaptive_lane *lane, uint32_t lanes)
+{
+	uint64_t sum = 0;
+
+	for (uint32_t l = 0; l < lanes; l++)
+		sum += lane[l].uniform;
+	return sum;
+}
+
+void adaptive_curve(const struct adaptive_lane *lane, uint32_t lanes, uint32_t keep[ADAPTIVE_BINS + 1])
+{
+	uint64_t uniform = adaptive_uniform(lane, lanes);
+
+	memset(keep, 0, (ADAPTIVE_BINS + 1) * sizeof(*keep));
+	for (uint32_t l = 0; l < lanes; l++) {
+		const struct adaptive_lane *a = &lane[l];
+		uint32_t bins[ADAPTIVE_BINS + 1] = {0}, rows = a->forced, lo, hi;
+
+		for (uint32_t i = 0; i < a->rows; i++)
+			if (a->key[i])
+				bins[adaptive_bin(a->key[i])]++;
+		for (uint32_t b = 0; b < ADAPTIVE_BINS; b++)
+			rows += bins[b];
+		hi = MIN(a->cap, rows);
+		lo = MIN(least_of(a), hi);
+		rows = a->forced;
+		for (uint32_t b = ADAPTIVE_BINS + 1; b-- > 0;) {
+			rows += bins[b];
+			keep[b] += MIN(MAX(rows, lo), hi);
+		}
+	}
+	keep[ADAPTIVE_BINS] = (uint32_t)MIN(keep[ADAPTIVE_BINS], uniform);
+}
+
+int adaptive_budgets(const struct adaptive_lane *lane, uint32_t lanes, uint64_t total, uint32_t permille,
+		     uint32_t *budget)
 {
 	struct work w;
-	int r = lanes ? work_init(&w, lane, lanes) : -EINVAL;
+	int r = lanes ? work_init(&w, lane, lanes, total) : -EINVAL;
 
 	if (r == -EINVAL)
 		return r;
@@ -279,9 +335,8 @@ int adaptive_budgets(const struct adaptive_lane *lane, uint32_t lanes, uint32_t 
 	}
 	if (r == 0)
 		r = settle(&w, permille, budget);
-	work_done(&w);
 	if (r == -ERANGE)
-		for (uint32_t l = 0; l < lanes; l++)
-			budget[l] = lane[l].uniform;
+		scale_uniform(&w, budget);
+	work_done(&w);
 	return r == -ERANGE ? 0 : r;
 }

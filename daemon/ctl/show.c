@@ -249,10 +249,14 @@ void show_seq(const json_t *j)
 	printf("rows       %s in %s lanes, epoch %s, longest device lane %s\n", fmt_count(num(j, "rows")),
 	       fmt_count(num(j, "lanes")), fmt_count(num(j, "epoch")), fmt_count(num(j, "resident_max")));
 	if (json_is_true(json_object_get(j, "adaptive")))
-		printf("budgets    adaptive, %s to %s device rows a lane\n",
+		printf("budgets    adaptive, %s to %s device rows a lane",
 		       fmt_count(num(j, "device_rows_least")), fmt_count(num(j, "device_rows_most")));
 	else
-		printf("budgets    the same for all lanes, or as the client set them\n");
+		printf("budgets    the same for all lanes, or as the client set them");
+	if (json_object_get(j, "device_rows_held"))
+		printf("; shared: holds %s rows, brought %s", fmt_count(num(j, "device_rows_held")),
+		       fmt_count(num(j, "device_rows_brought")));
+	putchar('\n');
 	printf("lifetime   %s", text(j, "lifetime"));
 	if (num(j, "ttl_left_s"))
 		printf(", %s left", fmt_age(num(j, "ttl_left_s")));

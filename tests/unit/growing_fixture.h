@@ -69,10 +69,9 @@ static inline void prepare(struct fixture *f)
 	snprintf(f->file, sizeof(f->file), "%s/growing.kvp", f->h.cfg.model_dir);
 }
 
-static inline void start(struct fixture *f)
+static inline int register_growing(struct kvtier *c, struct kvtier_model **ret)
 {
 	struct kvtier_layer_desc d[LAYERS];
-	struct kvtier_open_opts o = {.size = sizeof(o), .name = "test", .timeout_ms = 10000};
 	struct kvtier_model_desc md = {.size = sizeof(md),
 				       .name = "growing",
 				       .layers = d,
@@ -84,16 +83,27 @@ static inline void start(struct fixture *f)
 				       .rope_theta = 10000,
 				       .world = 1};
 
-	assert_true(harness_start(&f->h));
 	for (uint32_t i = 0; i < LAYERS; i++)
 		d[i] = (struct kvtier_layer_desc){.kv_heads = HEADS, .k_bytes = DIM * 4, .v_bytes = DIM * 4};
-	f->rt.layers = LAYERS;
-	f->rt.lanes = LANES;
-	f->rt.heads = HEADS;
-	f->rt.k_bytes = f->rt.v_bytes = DIM * 4;
-	o.socket = f->h.sock[0];
-	assert_int_equal(kvtier_open(&o, &f->rt.c), 0);
-	assert_int_equal(kvtier_model_register(f->rt.c, &md, &f->rt.m), 0);
+	return kvtier_model_register(c, &md, ret);
+}
+
+/* A connection to the daemon as this tenant. */
+static inline void connect_as(struct fixture *f, int tenant, struct runtime *ret)
+{
+	struct kvtier_open_opts o = {
+		.size = sizeof(o), .name = "test", .timeout_ms = 10000, .socket = f->h.sock[tenant]};
+
+	*ret = (struct runtime){.layers = LAYERS, .lanes = LANES, .heads = HEADS};
+	ret->k_bytes = ret->v_bytes = DIM * 4;
+	assert_int_equal(kvtier_open(&o, &ret->c), 0);
+	assert_int_equal(register_growing(ret->c, &ret->m), 0);
+}
+
+static inline void start(struct fixture *f)
+{
+	assert_true(harness_start(&f->h));
+	connect_as(f, 0, &f->rt);
 }
 
 static inline void begin(struct fixture *f, struct weights_header h)

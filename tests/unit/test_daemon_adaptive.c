@@ -245,6 +245,54 @@ static void equal_lanes_stay_equal(void **state)
 	finish(&f);
 }
 
+static void demote(struct core *c, void *arg)
+{
+	char err[200];
+
+	assert_int_equal(core_seq_demote(c, *(uint64_t *)arg, 60, err, sizeof(err)), 0);
+}
+
+/* Shares that add up to all rows drop none, however unlike the lanes; and a lane of a demoted sequence stays
+ * below what it was demoted to. */
+static void promises_are_kept(void **state)
+{
+	struct core_seq_stat st;
+	struct kvtier_seq_opts o;
+	uint32_t kept[LANES];
+	struct fixture f;
+	struct rt_seq q;
+	uint64_t handle;
+
+	prepare(&f);
+	f.h.cfg.adaptive = true;
+	f.h.cfg.budget_device = 200;
+	f.h.cfg.budget_dram = 800;
+	strcpy(f.h.cfg.policy, "kvp");
+	write_calibrated(f.file, shape(WEIGHTS_KVP, 2), -1);
+	start(&f);
+	assert_int_equal(rt_prepare(&q, &f.rt, 3, MOST, MOST, MOST), 0);
+	o = rt_opts(&q, KVT_EPHEMERAL, NULL);
+	assert_int_equal(kvtier_seq_open(f.rt.c, f.rt.m, &o, &q.s), 0);
+	append(&q, 700);
+	assert_int_equal(rt_follow(&q, 1, NULL), 0);
+	assert_int_equal(resident(&q, kept), LANES * 140);
+	st = seq_stat(&f, &q);
+	assert_true(st.adaptive && kept[3] < 140);
+	assert_int_equal(st.dropped_rows, 0);
+	assert_int_equal(st.tier_rows[KVT_TIER_DEVICE] + st.tier_rows[KVT_TIER_DRAM], LANES * 700);
+	plan(&q, "kvp", NULL);
+	assert_true(seq_stat(&f, &q).adaptive);
+	handle = rt_info(&q).handle;
+	harness_call(&f.h, demote, &handle);
+	assert_int_equal(rt_follow(&q, 3, NULL), 0);
+	resident(&q, kept);
+	for (uint32_t l = 0; l < LANES; l++)
+		assert_int_equal(kept[l], 60);
+	assert_false(seq_stat(&f, &q).adaptive);
+	rt_seq_free(&q, false);
+	finish(&f);
+}
+
 /* A heuristic has no weight file: a calibration of its own, in a file that names it, serves as well. */
 static void heuristics_may_be_calibrated_too(void **state)
 {
@@ -311,6 +359,7 @@ int main(void)
 		cmocka_unit_test(the_most_valuable_rows_stay),
 		cmocka_unit_test(others_keep_their_budgets),
 		cmocka_unit_test(equal_lanes_stay_equal),
+		cmocka_unit_test(promises_are_kept),
 		cmocka_unit_test(heuristics_may_be_calibrated_too),
 		cmocka_unit_test(nonsense_calibrations_are_refused),
 	};

@@ -139,6 +139,9 @@ static void other_value(const struct config_key *k, const void *base, char *buf,
 	case KEY_BOOL:
 		snprintf(buf, size, "%s", v ? "no" : "yes");
 		break;
+	case KEY_SPREAD:
+		snprintf(buf, size, "%s", v == 2 ? "lanes" : "tenant");
+		break;
 	case KEY_OBSERVE:
 		snprintf(buf, size, "%s", v ? "publish" : "observe");
 		break;

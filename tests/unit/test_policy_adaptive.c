@@ -156,7 +156,8 @@ static void budgets_are_the_best_there_are(void **state)
 		for (uint32_t l = 0; l < lanes; l++)
 			if (rnd(8) == 0)
 				w.lane[l].cap = w.lane[l].uniform + rnd(rows - w.lane[l].uniform + 1);
-		assert_int_equal(adaptive_budgets(w.lane, lanes, ADAPTIVE_HYSTERESIS, budget), 0);
+		assert_int_equal(adaptive_budgets(w.lane, lanes, uniform_total(), ADAPTIVE_HYSTERESIS, budget),
+				 0);
 		assert_best(budget);
 		for (uint32_t l = 0; l < lanes; l++)
 			moved += budget[l] != w.lane[l].uniform;
@@ -180,7 +181,8 @@ static void sequences_share_what_they_have(void **state)
 				w.key[l][i] =
 					(uint16_t)(w.key[l][i] ? 1 + w.key[l][i] / (seq == 3 ? 1 : 4) : 0);
 		}
-		assert_int_equal(adaptive_budgets(w.lane, MAX_LANES, ADAPTIVE_HYSTERESIS, budget), 0);
+		assert_int_equal(
+			adaptive_budgets(w.lane, MAX_LANES, uniform_total(), ADAPTIVE_HYSTERESIS, budget), 0);
 		assert_best(budget);
 		for (uint32_t seq = 0, sum = 0; seq < 4; seq++, sum = 0) {
 			for (uint32_t l = 10 * seq; l < 10 * seq + 10; l++)
@@ -201,7 +203,9 @@ static void equal_lanes_get_equal_budgets(void **state)
 			make(MAX_LANES, MAX_ROWS, uniforms[u], 20, levels);
 			for (uint32_t l = 1; l < MAX_LANES; l++)
 				memcpy(w.key[l], w.key[0], sizeof(w.key[0]));
-			assert_int_equal(adaptive_budgets(w.lane, MAX_LANES, ADAPTIVE_HYSTERESIS, budget), 0);
+			assert_int_equal(adaptive_budgets(w.lane, MAX_LANES, uniform_total(),
+							  ADAPTIVE_HYSTERESIS, budget),
+					 0);
 			for (uint32_t l = 0; l < MAX_LANES; l++)
 				assert_int_equal(budget[l], uniforms[u]);
 		}
@@ -220,7 +224,7 @@ static void floors_hold_for_lanes_worth_nothing(void **state)
 			w.key[0][i] = (uint16_t)(60000 + i);
 			w.key[1][i] = w.key[2][i] = w.key[3][i] = (uint16_t)(1 + i);
 		}
-		assert_int_equal(adaptive_budgets(w.lane, 4, 0, budget), 0);
+		assert_int_equal(adaptive_budgets(w.lane, 4, uniform_total(), 0, budget), 0);
 		assert_int_equal(budget[1], floor);
 		assert_int_equal(budget[2], floor);
 		assert_int_equal(budget[3], floor);
@@ -233,21 +237,21 @@ static void without_a_choice_budgets_are_uniform(void **state)
 	uint32_t budget[MAX_LANES];
 
 	make(5, 200, 200, 20, 1000); /* everything fits */
-	assert_int_equal(adaptive_budgets(w.lane, 5, 50, budget), 0);
+	assert_int_equal(adaptive_budgets(w.lane, 5, uniform_total(), 50, budget), 0);
 	for (uint32_t l = 0; l < 5; l++)
 		assert_int_equal(budget[l], 200);
 	make(5, 200, 300, 20, 1000); /* more than fits */
-	assert_int_equal(adaptive_budgets(w.lane, 5, 50, budget), 0);
+	assert_int_equal(adaptive_budgets(w.lane, 5, uniform_total(), 50, budget), 0);
 	for (uint32_t l = 0; l < 5; l++)
 		assert_int_equal(budget[l], 300);
 	make(5, 200, 50, 60, 1000); /* pinned rows alone are too many */
-	assert_int_equal(adaptive_budgets(w.lane, 5, 50, budget), 0);
+	assert_int_equal(adaptive_budgets(w.lane, 5, uniform_total(), 50, budget), 0);
 	for (uint32_t l = 0; l < 5; l++)
 		assert_int_equal(budget[l], 50);
 	make(5, 0, 50, 0, 1);
-	assert_int_equal(adaptive_budgets(w.lane, 5, 50, budget), 0);
+	assert_int_equal(adaptive_budgets(w.lane, 5, uniform_total(), 50, budget), 0);
 	assert_int_equal(budget[4], 50);
-	assert_int_equal(adaptive_budgets(w.lane, 0, 50, budget), -EINVAL);
+	assert_int_equal(adaptive_budgets(w.lane, 0, uniform_total(), 50, budget), -EINVAL);
 }
 
 /* Rows change a little from plan to plan: budgets follow in steps of at least five per cent, or not at all. */
@@ -256,7 +260,7 @@ static void budgets_move_in_steps(void **state)
 	uint32_t budget[MAX_LANES], before[MAX_LANES], kept = 0, moved = 0;
 
 	make(MAX_LANES, MAX_ROWS, 200, 20, 60000);
-	assert_int_equal(adaptive_budgets(w.lane, w.n, ADAPTIVE_HYSTERESIS, before), 0);
+	assert_int_equal(adaptive_budgets(w.lane, w.n, uniform_total(), ADAPTIVE_HYSTERESIS, before), 0);
 	for (int plan = 0; plan < 60; plan++) {
 		for (uint32_t l = 0; l < w.n; l++) {
 			w.lane[l].before = before[l];
@@ -264,7 +268,8 @@ static void budgets_move_in_steps(void **state)
 				if (rnd(100) < (l == 3 ? 20 : 3))
 					w.key[l][i] = (uint16_t)(1 + rnd(65000) / (1 + rnd(l + 1)));
 		}
-		assert_int_equal(adaptive_budgets(w.lane, w.n, ADAPTIVE_HYSTERESIS, budget), 0);
+		assert_int_equal(adaptive_budgets(w.lane, w.n, uniform_total(), ADAPTIVE_HYSTERESIS, budget),
+				 0);
 		assert_int_equal(total_of(budget), uniform_total());
 		for (uint32_t l = 0; l < w.n; l++) {
 			uint32_t change = MAX(budget[l], before[l]) - MIN(budget[l], before[l]);
@@ -285,16 +290,16 @@ static void what_stays_the_same_stays(void **state)
 	uint32_t first[MAX_LANES], again[MAX_LANES];
 
 	make(MAX_LANES, MAX_ROWS, 200, 20, 60000);
-	assert_int_equal(adaptive_budgets(w.lane, w.n, ADAPTIVE_HYSTERESIS, first), 0);
+	assert_int_equal(adaptive_budgets(w.lane, w.n, uniform_total(), ADAPTIVE_HYSTERESIS, first), 0);
 	for (uint32_t l = 0; l < w.n; l++)
 		w.lane[l].before = first[l];
-	assert_int_equal(adaptive_budgets(w.lane, w.n, ADAPTIVE_HYSTERESIS, again), 0);
+	assert_int_equal(adaptive_budgets(w.lane, w.n, uniform_total(), ADAPTIVE_HYSTERESIS, again), 0);
 	assert_memory_equal(first, again, sizeof(first));
-	assert_int_equal(adaptive_budgets(w.lane, w.n, 1000, again), 0);
+	assert_int_equal(adaptive_budgets(w.lane, w.n, uniform_total(), 1000, again), 0);
 	assert_memory_equal(first, again, sizeof(first));
 	for (uint32_t l = 0; l < w.n; l++)
 		w.lane[l].uniform = 220;
-	assert_int_equal(adaptive_budgets(w.lane, w.n, 200, again), 0);
+	assert_int_equal(adaptive_budgets(w.lane, w.n, uniform_total(), 200, again), 0);
 	assert_int_equal(total_of(again), uniform_total());
 	for (uint32_t l = 0; l < w.n; l++)
 		assert_true(again[l] + 1 >= first[l]);
