@@ -23,7 +23,7 @@ say = @printf '  %-7s %s\n'
 endif
 
 CPPFLAGS += -D_GNU_SOURCE -I. -DKVT_VERSION='"$(VERSION)"' -DKVT_SYSCONFDIR='"$(SYSCONFDIR)"' \
-	    -DKVT_DATADIR='"$(PREFIX)/share/kvtier"'
+	    -DKVT_DATADIR='"$(PREFIX)/share/kvtier"' -DKVT_PKGLIBDIR='"$(LIBDIR)/kvtier"'
 WARN     := -Wall -Wextra -Werror -Wno-unused-parameter -Wvla -Wstrict-prototypes -Wmissing-prototypes -Wshadow
 CFLAGS   += -std=gnu11 $(OPT) -fPIC -fvisibility=hidden -fno-strict-aliasing -pthread $(WARN) \
 	    $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer)
@@ -244,6 +244,16 @@ bench-policies: all ## perplexity under each policy without weights (six minutes
 	$(Q).ci/deps model
 	$(Q)$(TESTENV) $(PY) tests/bench/policies.py
 
+.PHONY: train eval
+train: all ## traces to weights for SmolLM2: data, then training (a GPU, or a night)
+	$(Q).ci/deps lab
+	$(Q)[ -f build/samples/samples.jsonl.gz ] || { $(PY) policy/lab/corpus.py && $(PY) policy/lab/samples.py; }
+	$(Q)$(TESTENV) $(PY) policy/lab/traces.py --samples build/samples/samples.jsonl.gz --out build/traces
+	$(Q)policy/lab/train.sh
+eval: all ## the shipped weights on traces and with the model in the loop (DEVICE, SCALE, N)
+	$(Q).ci/deps lab
+	$(Q)policy/lab/eval.sh
+
 .PHONY: check-asan check-tsan
 check-asan: ## unit tests under AddressSanitizer and UBSan
 	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/asan SAN=address,undefined OPT="-O1 -g" tests-bin
@@ -333,6 +343,7 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	install -m 644 $(wildcard ipc/python/kvtier/*.py) $(D)$(PREFIX)/share/kvtier/python/kvtier/
 	install -m 644 $(wildcard ipc/python/kvtier/data/*) $(D)$(PREFIX)/share/kvtier/python/kvtier/data/
 	install -m 644 README.md LICENSE daemon/DESIGN.md $(D)$(PREFIX)/share/doc/kvtier/
+	$(if $(CUDA_SO),install -d $(D)$(LIBDIR)/kvtier && install -m 755 $(CUDA_SO) $(D)$(LIBDIR)/kvtier/)
 	for m in $(notdir $(MAN)); do install -m 644 $(BUILD)/man/$$m $(D)$(PREFIX)/share/man/man$${m##*.}/; done
 	set -e; for w in $(wildcard policy/models/*.kvp); do install -m 644 $$w $(D)$(PREFIX)/share/kvtier/models/; done
 
@@ -342,7 +353,7 @@ uninstall: ## remove what install put there (configuration that was edited stays
 		$(addprefix $(D)$(UNITDIR)/,$(notdir $(wildcard systemd/*.service systemd/*.socket))) \
 		$(D)$(PREFIX)/lib/sysusers.d/kvtier.conf $(D)$(PREFIX)/lib/tmpfiles.d/kvtier.conf
 	for m in $(notdir $(MAN)); do rm -f $(D)$(PREFIX)/share/man/man$${m##*.}/$$m; done
-	rm -rf $(D)$(PREFIX)/include/kvtier $(D)$(PREFIX)/share/kvtier $(D)$(PREFIX)/share/doc/kvtier
+	rm -rf $(D)$(LIBDIR)/kvtier $(D)$(PREFIX)/include/kvtier $(D)$(PREFIX)/share/kvtier $(D)$(PREFIX)/share/doc/kvtier
 	cmp -s systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/kvtierd.conf && rm -f $(D)$(SYSCONFDIR)/kvtier/kvtierd.conf || true
 
 .PHONY: clean

@@ -63,7 +63,6 @@ struct kvtier_trace {
 	bool stop, busy;
 	uint32_t refs; /* handle, thread, sequences */
 	uint32_t pick; /* which of the current every_n sequences */
-	uint32_t files;
 	uint64_t random;
 };
 

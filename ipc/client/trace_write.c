@@ -109,14 +109,15 @@ static int write_file(const struct kvtier_trace_seq *s, const char *path, char *
 }
 
 /* rec-TIME-PID-N: unique on this host, and in the order of recording. */
-static void name_file(struct kvtier_trace *t, char name[64])
+static void name_file(char name[64])
 {
+	static _Atomic uint32_t files; /* of all recorders of the process: names must differ within a second */
 	time_t now = time(NULL);
 	struct tm tm;
 
 	gmtime_r(&now, &tm);
 	snprintf(name, 64, "rec-%04d%02d%02dT%02d%02d%02d-%d-%u", tm.tm_year + 1900, tm.tm_mon + 1, tm.tm_mday,
-		 tm.tm_hour, tm.tm_min, tm.tm_sec, (int)getpid(), t->files++);
+		 tm.tm_hour, tm.tm_min, tm.tm_sec, (int)getpid(), atomic_fetch_add(&files, 1));
 }
 
 static int code_of(int err)
@@ -141,7 +142,7 @@ static bool record(struct kvtier_trace *t, struct kvtier_trace_seq *s)
 		    (unsigned long long)used, (unsigned long long)bytes, (unsigned long long)t->max_bytes);
 		return false;
 	}
-	name_file(t, name);
+	name_file(name);
 	snprintf(path, sizeof(path), "%s/%s.kvtr", t->dir, name);
 	if (!*s->h.source)
 		memcpy(s->h.source, name, sizeof(name));

@@ -11,25 +11,36 @@
 
 #define CUDA_OBJECT "kvtier-train-cuda.so"
 
-static void *open_object(char *err, size_t errsize)
+static void *open_in(const char *dir, char *err, size_t errsize)
 {
-	const char *dir = getenv("KVT_LIBDIR");
-	char self[PATH_MAX], path[PATH_MAX + sizeof(CUDA_OBJECT)];
-	ssize_t n;
+	char path[PATH_MAX + sizeof(CUDA_OBJECT)];
 	void *h;
 
-	if (!dir) {
-		n = readlink("/proc/self/exe", self, sizeof(self) - 1);
-		if (n < 0)
-			return NULL;
-		self[n] = 0;
-		dir = dirname(self);
-	}
 	snprintf(path, sizeof(path), "%s/" CUDA_OBJECT, dir);
 	h = dlopen(path, RTLD_NOW | RTLD_LOCAL);
 	if (!h)
 		snprintf(err, errsize, "cuda: %s", dlerror());
 	return h;
+}
+
+/* $KVT_LIBDIR alone when it is set; else beside the program, as built, or where it was installed. */
+static void *open_object(char *err, size_t errsize)
+{
+	const char *dir = getenv("KVT_LIBDIR");
+	char self[PATH_MAX];
+	ssize_t n;
+	void *h;
+
+	if (dir)
+		return open_in(dir, err, errsize);
+	n = readlink("/proc/self/exe", self, sizeof(self) - 1);
+	if (n > 0) {
+		self[n] = 0;
+		h = open_in(dirname(self), err, errsize);
+		if (h)
+			return h;
+	}
+	return open_in(KVT_PKGLIBDIR, err, errsize);
 }
 
 /* The object stays open: its code is the backend's. */
