@@ -730,6 +730,21 @@ static int unmounted(void **state)
 	return fx_teardown(state);
 }
 
+/* Within one second two recorders of a process name their files apart. */
+static void test_two_recorders(void **state)
+{
+	for (int i = 0; i < 2; i++) {
+		struct kvtier_trace *t = RECORDER();
+		struct kvtier_trace_seq *s = begin(t);
+
+		assert_int_equal(play(s, 1, 100, 50), 0);
+		assert_int_equal(kvtier_trace_end(s, NULL, 0), 0);
+		assert_int_equal(kvtier_trace_flush(t, 10000), 0);
+		kvtier_trace_close(t);
+	}
+	assert_int_equal(fx_count(), 2);
+}
+
 int main(void)
 {
 #define TEST(f) cmocka_unit_test_setup_teardown(f, each, fx_teardown)
@@ -744,6 +759,7 @@ int main(void)
 		TEST(test_close_first),
 		TEST(test_buffer_full),
 		TEST(test_disk_hangs),
+		TEST(test_two_recorders),
 		TEST(test_disk_errors),
 		TEST(test_folder_bound),
 		TEST(test_folder_gone),
