@@ -239,7 +239,6 @@ static void destroy(struct seq *s)
 void seq_end(struct seq *s)
 {
 	s->state = SEQ_CLOSING;
-	share_leave(s);
 	if (s->plan)
 		plan_cancel(s->plan);
 	seq_step(s);

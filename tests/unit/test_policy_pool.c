@@ -103,6 +103,11 @@ static void reset(void)
 	}
 }
 
+static uint64_t debt(void)
+{
+	return pool_owed(&pool) ? pool.held + pool.lent - pool.uniform : 0;
+}
+
 static void curves_count_what_lanes_would_keep(void **state)
 {
 	static struct member m;
@@ -256,6 +261,48 @@ static void rows_go_where_they_are_worth_more(void **state)
 	assert_false(pool_owed(&pool));
 }
 
+/* Debts are paid to the last row, also where each one's part of them is less than what hysteresis holds. */
+static void small_debts_are_paid_too(void **state)
+{
+	reset();
+	for (uint32_t i = 0; i < SEATS; i++)
+		fill(&member[i], ROWS, 100, i ? 300 : 285, 100);
+	for (uint32_t i = 0; i < 3 * SEATS; i++)
+		plan(&member[i % SEATS], NEVER);
+	pool_leave(&pool, &member[0].seat, NULL);
+	assert_true(debt() > LANES * 10 && debt() < (SEATS - 1) * LANES * 5);
+	for (uint32_t i = 1; i < SEATS; i++)
+		plan(&member[i], ADAPTIVE_HYSTERESIS);
+	assert_int_equal(debt(), 0);
+}
+
+/* A plan of which nothing comes leaves everything as it was. */
+static void abandoned_plans_give_everything_back(void **state)
+{
+	uint64_t held;
+
+	reset();
+	fill(&member[0], ROWS, 100, 300, 100);
+	fill(&member[1], ROWS, 100, 380, 100);
+	for (uint32_t i = 0; i < 3; i++)
+		plan(&member[i % 2], ADAPTIVE_HYSTERESIS);
+	held = pool.held;
+	assert_true(pool_spare(&pool) > 0);
+	for (int claim = 0; claim < 2; claim++) {
+		begin(&member[1]);
+		assert_int_equal(pool_spare(&pool), 0);
+		if (claim) {
+			decide(&member[1], NEVER);
+			assert_true(pool.held > held);
+		}
+		pool_abandon(&pool, &member[1].seat, &member[1].bid);
+		pool_abandon(&pool, &member[1].seat, &member[1].bid);
+		assert_int_equal(pool.held, held);
+		assert_int_equal(pool.lent, 0);
+	}
+	member[1].planning = false;
+}
+
 /* The one that waits makes those due who hold more than their part. */
 static void who_holds_too_much_is_due(void **state)
 {
@@ -304,11 +351,6 @@ static void check_books(void)
 			keep += member[i].seat.seated ? member[i].seat.keep[b] : 0;
 		assert_int_equal(pool.keep[b], keep);
 	}
-}
-
-static uint64_t debt(void)
-{
-	return pool_owed(&pool) ? pool.held + pool.lent - pool.uniform : 0;
 }
 
 /* One random step of a random member. true: it may leave debts (somebody who had given rows away goes or asks
@@ -389,6 +431,8 @@ int main(void)
 		cmocka_unit_test(parts_are_the_best_rows_of_all),
 		cmocka_unit_test(equal_seats_get_equal_parts),
 		cmocka_unit_test(rows_go_where_they_are_worth_more),
+		cmocka_unit_test(small_debts_are_paid_too),
+		cmocka_unit_test(abandoned_plans_give_everything_back),
 		cmocka_unit_test(who_holds_too_much_is_due),
 		cmocka_unit_test(churn_never_overdraws),
 	};
