@@ -101,7 +101,7 @@ int index_extend(struct index *ix, uint32_t rows)
 	if (rows <= ix->rows)
 		return 0;
 	if (rows > ix->cap) {
-		uint32_t want = MAX(rows, ix->cap + ix->cap / 8);
+		uint32_t want = MAX(rows, ix->cap + ix->cap / 16);
 		int r = grow(ix, ALIGN_UP(want, INDEX_GRAIN));
 
 		if (r < 0)

@@ -20,7 +20,7 @@
 #include "daemon/pages.h"
 
 #define INDEX_NO_COEF 0x8000u /* the key of 0.0 */
-#define INDEX_GRAIN 512u      /* rows; a whole number of bitmap words */
+#define INDEX_GRAIN 128u      /* rows; a whole number of bitmap words */
 
 struct lane_pages {
 	struct page **v; /* sorted by first */

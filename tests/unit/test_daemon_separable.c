@@ -243,6 +243,17 @@ static void coefficients_fit_the_index(void **state)
 		      (unsigned long long)ix.bytes, 100.0 * (double)ix.bytes / (double)kv);
 	assert_true(ix.bytes * 50 <= kv);
 	index_free(&ix, NULL);
+	/* Grown by and by: at any length, less than a sixteenth and a grain more than the rows need. */
+	assert_int_equal(index_init(&ix, 90), 0);
+	for (uint32_t rows = 64; rows <= 4160; rows += 64) {
+		assert_int_equal(index_extend(&ix, rows), 0);
+		assert_int_equal(index_keep_coef(&ix, true), 0);
+		assert_true(rows < 1024 || ix.bytes * 50 <= 90ull * rows * 256);
+		assert_true(ix.cap <= rows + rows / 16 + INDEX_GRAIN);
+	}
+	print_message("# grown to 4160 rows, 64 at a time: %.2f %% of K and V\n",
+		      100.0 * (double)ix.bytes / (90.0 * 4160 * 256));
+	index_free(&ix, NULL);
 }
 
 int main(void)
