@@ -236,6 +236,7 @@ int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *er
 	TAILQ_INIT(&c->gone);
 	TAILQ_INIT(&c->settles);
 	TAILQ_INIT(&c->compacts);
+	TAILQ_INIT(&c->pulls);
 	STAILQ_INIT(&c->repack_wait);
 	STAILQ_INIT(&c->recounts);
 	set_limits(c);

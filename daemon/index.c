@@ -268,7 +268,7 @@ void index_mark(struct index *ix, const struct page *p, int tier, bool present)
 	}
 }
 
-void index_move(struct index *ix, const struct page *p, int from, int to)
+static void carry(struct index *ix, const struct page *p, int from, int to, bool keep)
 {
 	uint64_t *src = index_bits(ix, from, p->lane), *dst = index_bits(ix, to, p->lane);
 	uint32_t end = MIN(ix->rows, index_limit(ix, p->epoch));
@@ -282,9 +282,19 @@ void index_move(struct index *ix, const struct page *p, int from, int to)
 		if (!v)
 			continue;
 		put_bits(dst, pos, v, true);
-		if (from != to)
+		if (!keep)
 			put_bits(src, pos, v, false);
 	}
+}
+
+void index_move(struct index *ix, const struct page *p, int from, int to)
+{
+	carry(ix, p, from, to, from == to);
+}
+
+void index_copy(struct index *ix, const struct page *p, int from, int to)
+{
+	carry(ix, p, from, to, true);
 }
 
 bool index_lists(const struct index *ix, const struct page *p)

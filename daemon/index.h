@@ -66,6 +66,8 @@ int index_add_page(struct index *ix, struct page *p, int tier);
 void index_mark(struct index *ix, const struct page *p, int tier, bool present);
 /* The page's rows that are still in `from` are in `to` now instead: a row dropped meanwhile stays dropped. */
 void index_move(struct index *ix, const struct page *p, int from, int to);
+/* The page's rows that are still in `from` are in `to` as well. */
+void index_copy(struct index *ix, const struct page *p, int from, int to);
 /* Give up the page, if it is listed; the rows' bits stay: another page holds them. */
 void index_unlist(struct index *ix, struct page_store *ps, struct page *p);
 /* Is the page one of this index's? */

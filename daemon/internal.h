@@ -184,6 +184,9 @@ struct seq {
 	uint32_t flushes;
 	bool recalls;                 /* its pages get summaries */
 	uint32_t sums, sum_lane;      /* being made in the background; lane that is next */
+	bool pulling;                 /* rows that only nvme holds come up */
+	uint32_t pull_lane, pull_at;  /* lane and position that are next */
+	TAILQ_ENTRY(seq) pulls;
 	struct recall *recall;        /* workers search its pages, or NULL */
 	STAILQ_HEAD(, repack) parked; /* finished while a worker decided */
 	LIST_ENTRY(seq) of_client;
@@ -271,6 +274,7 @@ struct core {
 	uint64_t background_bytes;         /* of lower-tier moves in flight */
 	TAILQ_HEAD(, settle) settles;
 	TAILQ_HEAD(, seq) compacts;
+	TAILQ_HEAD(, seq) pulls;
 	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
 
 	struct verify *verify;
@@ -513,7 +517,7 @@ void compact_pump(struct core *c);
 /* Tier watermarks: wake the demoter, set direct demotion. */
 void settle_watermarks(struct core *c);
 
-/* ---- recall.c, recall_sum.c ---------------------------------------------------------------- */
+/* ---- recall.c, recall_sum.c, recall_pull.c ---------------------------------------------------------------- */
 /* W_RECALL. 0, or KVT_AGAIN: it waits for the one before. */
 int request_recall(struct client *cl, const struct wire_recall *m);
 /* The sequence has no client any more: nobody is to be answered. */
@@ -530,6 +534,10 @@ struct recall_sum *recall_sum_make(struct recall_shape keys, const struct page *
 int recall_sum_start(struct seq *s, struct page *p, void (*end)(void *arg), void *arg);
 /* From now on all its pages get summaries; those that exist get them in the background. */
 void recall_prepare(struct seq *s);
+/* Bring what only nvme holds up to dram, in the background, once. */
+void recall_pull(struct seq *s);
+void recall_pull_stop(struct seq *s);
+void recall_pump(struct core *c);
 
 /* ---- policies.c ------------------------------------------------------------------------ */
 struct policy_use {

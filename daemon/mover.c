@@ -298,6 +298,7 @@ void mover_run(struct core *c)
 				start_reads(c, t);
 		repack_pump(c);
 		settle_pump(c);
+		recall_pump(c);
 		compact_pump(c);
 		verify_pump(c);
 		if (share_pump(c))

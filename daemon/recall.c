@@ -327,8 +327,10 @@ int request_recall(struct client *cl, const struct wire_recall *m)
 	} else if (m->op == W_RECALL_FIND) {
 		find(cl, s, m);
 	} else {
-		if (m->op == W_RECALL_PREPARE)
+		if (m->op == W_RECALL_PREPARE) {
 			recall_prepare(s);
+			recall_pull(s);
+		}
 		wire_reply_init(&a.r, &m->hdr, sizeof(a), 0, NULL);
 		client_reply(cl, &a.r, NULL, 0);
 	}

@@ -92,8 +92,11 @@ static void repack_run(struct job *j, struct worker_ctx *w)
 		else
 			take_rows(r, i, r->read[i]->io.buf, r->k_bytes, p->bytes / p->rows - r->k_bytes);
 	}
-	if (r->whole)
+	if (r->whole) {
+		if (!r->read[0]->error)
+			r->sum = recall_sum_make(r->keys, r->dst, r->buf);
 		return;
+	}
 	page_ident(r->dst, &id);
 	r->dst->crc = crc32c(page_crc_seed(&id), r->buf, r->dst->bytes);
 	r->sum = recall_sum_make(r->keys, r->dst, r->buf);
@@ -162,7 +165,11 @@ static void commit(struct repack *r)
 		e = index_list_page(&s->ix, p);
 	if (!e && r->sum)
 		page_set_sum(&c->pages, p, TAKE_PTR(r->sum));
-	if (!e) {
+	if (!e && r->to < r->from) { /* what is below stays */
+		index_copy(&s->ix, p, r->from, r->to);
+		c->stat.rows_promoted[r->to] += p->rows;
+		feed_move(s, r->from, r->to, p->lane, p->rows, p->bytes);
+	} else if (!e) {
 		index_move(&s->ix, p, r->from, r->to);
 		if (r->from == r->to) {
 			/* All that lived in the sources lives here now. */
@@ -174,7 +181,9 @@ static void commit(struct repack *r)
 		}
 	}
 	page_unref(&c->pages, p);
-	if (e == -ENOSPC)
+	if (r->to < r->from && e == -ENOSPC)
+		recall_pull_stop(s);
+	else if (e == -ENOSPC)
 		c->stat.miss_nospace++;
 	if (!stale(r))
 		commit_lost(r);

@@ -196,6 +196,7 @@ static void destroy(struct seq *s)
 
 	settle_stop(s);
 	compact_stop(s);
+	recall_pull_stop(s);
 	share_leave(s);
 	if (s->plan)
 		plan_forget(s->plan);

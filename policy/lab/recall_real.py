@@ -122,7 +122,7 @@ def load():
 
 
 def options(argv=None):
-    p = argparse.ArgumentParser(description="Accuracy with recall through kvtierd, against drop-only and the full cache.")
+    p = argparse.ArgumentParser(description="Accuracy with recall through kvtierd, drop-only and in full.")
     p.add_argument("--n", type=int, default=10, help="items of each task (default 10)")
     p.add_argument("--tasks", default="needle,passkey,multikey,docqa", help="comma-separated")
     p.add_argument("--length", type=int, default=600, help="tokens of context")

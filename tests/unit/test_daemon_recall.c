@@ -493,6 +493,116 @@ static void test_only_nvme(void **state)
 	finish(&f);
 }
 
+static void count_sums(struct core *c, void *arg)
+{
+	struct seq *s = TAILQ_FIRST(&c->lru);
+	uint32_t *n = arg;
+
+	*n = 0;
+	for (uint32_t l = 0; l < s->ix.lanes; l++)
+		for (uint32_t i = 0; i < s->ix.lane[l].n; i++)
+			*n += s->ix.lane[l].v[i]->sum != NULL;
+}
+
+/* On the loop: room for some pages more in dram. */
+static void small_quota(struct core *c, void *arg)
+{
+	struct seq *s = TAILQ_FIRST(&c->lru);
+
+	s->tenant->limit.dram_bytes = c->pages.used[KVT_TIER_DRAM][s->origin->charge] + 5 * 16384;
+}
+
+/* Ask until nothing is skipped, or for a second. */
+static void ask_until_up(struct fixture *f, struct answer *a)
+{
+	for (int i = 0; i < 1000; i++) {
+		assert_int_equal(ask_plainly(f, 0, WINDOW, a), WINDOW);
+		check_window(f, 0, a, WINDOW);
+		if (!a->r.skipped)
+			return;
+		usleep(1000);
+	}
+}
+
+/* What was announced comes up from nvme, checked, and is let go without a write. */
+static void test_prepare_brings_nvme_up(void **state)
+{
+	struct core_stat before, up, after;
+	struct fixture f;
+	uint32_t sums;
+	struct answer a;
+
+	begin(&f, true, false);
+	append(&f, 900);
+	assert_int_equal(rt_plan(&f.q, 100, 150, KVT_ROWS_ALL, NULL), 0);
+	for (int i = 0; i < 1000; i++) { /* it moves down in the background */
+		assert_int_equal(ask_plainly(&f, 0, WINDOW, &a), WINDOW);
+		if (a.r.skipped == HEADS * 650)
+			break;
+		usleep(1000);
+	}
+	assert_int_equal(a.r.skipped, HEADS * 650);
+	before = harness_stat(&f.h);
+	assert_int_equal(kvtier_seq_recall_prepare(f.q.s), 0);
+	ask_until_up(&f, &a);
+	assert_int_equal(a.r.skipped + a.r.missed, 0);
+	assert_int_equal(a.r.searched, HEADS * 800);
+	for (int i = 0; i < 1000; i++) { /* the other layer's */
+		assert_int_equal(ask_plainly(&f, 1, WINDOW, &a), WINDOW);
+		if (!a.r.skipped)
+			break;
+		usleep(1000);
+	}
+	check_window(&f, 1, &a, WINDOW);
+	assert_int_equal(a.r.searched, HEADS * 800);
+	harness_call(&f.h, count_sums, &sums);
+	assert_true(sums >= LAYERS * HEADS * 7); /* with their summaries */
+	up = harness_stat(&f.h);
+	assert_int_equal(up.rows_promoted[KVT_TIER_DRAM] - before.rows_promoted[KVT_TIER_DRAM],
+			 LAYERS * HEADS * 650);
+	/* a plan's budget holds again, and what goes down is there already */
+	assert_int_equal(rt_plan(&f.q, 100, 150, KVT_ROWS_ALL, NULL), 0);
+	for (int i = 0; i < 1000; i++) {
+		assert_int_equal(ask_plainly(&f, 0, WINDOW, &a), WINDOW);
+		check_window(&f, 0, &a, WINDOW);
+		if (a.r.skipped == HEADS * 650)
+			break;
+		usleep(1000);
+	}
+	assert_int_equal(a.r.skipped, HEADS * 650);
+	assert_int_equal(a.r.searched, HEADS * 150);
+	after = harness_stat(&f.h);
+	assert_int_equal(after.rows_demoted[KVT_TIER_NVME], before.rows_demoted[KVT_TIER_NVME]);
+	assert_int_equal(after.miss_corrupt + after.miss_nospace, before.miss_corrupt + before.miss_nospace);
+	finish(&f);
+}
+
+/* Only so many as the quota has room for; the rest stays where it is, and nothing is lost or counted as a miss.
+ */
+static void test_prepare_keeps_the_quota(void **state)
+{
+	struct core_stat before, after;
+	struct fixture f;
+	struct answer a;
+
+	begin(&f, true, false);
+	append(&f, 900);
+	assert_int_equal(rt_plan(&f.q, 100, 0, KVT_ROWS_ALL, NULL), 0);
+	before = harness_stat(&f.h);
+	harness_call(&f.h, small_quota, NULL);
+	assert_int_equal(kvtier_seq_recall_prepare(f.q.s), 0);
+	for (int i = 0; i < 100; i++) {
+		assert_true(ask_plainly(&f, 0, WINDOW, &a) >= 0);
+		check_window(&f, 0, &a, WINDOW);
+		assert_int_equal(a.r.searched + a.r.skipped, HEADS * 800);
+		usleep(1000);
+	}
+	assert_true(a.r.searched > 0 && a.r.skipped > 0);
+	after = harness_stat(&f.h);
+	assert_int_equal(after.miss_corrupt + after.miss_nospace, before.miss_corrupt + before.miss_nospace);
+	finish(&f);
+}
+
 static void test_truncate(void **state)
 {
 	struct fixture f;
@@ -593,17 +703,6 @@ static void spoil_page(struct core *c, void *arg)
 	((char *)io.buf)[lp->v[0]->bytes - 1] ^= 1;
 	t->ops->release(t, &io);
 	x->pages = lp->n;
-}
-
-static void count_sums(struct core *c, void *arg)
-{
-	struct seq *s = TAILQ_FIRST(&c->lru);
-	uint32_t *n = arg;
-
-	*n = 0;
-	for (uint32_t l = 0; l < s->ix.lanes; l++)
-		for (uint32_t i = 0; i < s->ix.lane[l].n; i++)
-			*n += s->ix.lane[l].v[i]->sum != NULL;
 }
 
 static void test_bad_page(void **state)
@@ -940,6 +1039,8 @@ int main(void)
 		cmocka_unit_test(test_all_and_nothing),
 		cmocka_unit_test(test_beside_plans),
 		cmocka_unit_test(test_only_nvme),
+		cmocka_unit_test(test_prepare_brings_nvme_up),
+		cmocka_unit_test(test_prepare_keeps_the_quota),
 		cmocka_unit_test(test_truncate),
 		cmocka_unit_test(test_fork),
 		cmocka_unit_test(test_resume),
