@@ -334,12 +334,12 @@ def the_real_model_answers_from_recalled_rows(d, c):
         model, tok = recall_real.load()
     except FileNotFoundError as e:
         return f"SKIP {e}"
-    args = recall_real.options(["--n", "2", "--tasks", "docqa"])
+    args = recall_real.options(["--n", "1", "--tasks", "docqa"])
     hits = recall_real.measure(model, tok, recall_real.filler("", tok), c, args)
     right = {arm: hits["docqa", arm][0] for arm in recall_real.ARMS}
-    print("# of 10 questions right: " + ", ".join(f"{arm} {n}" for arm, n in right.items()), flush=True)
-    assert right["full"] >= 8, right
-    assert right["near"] >= max(right["drop-only"] + 2, right["alone"]), right
+    print("# of 5 questions right: " + ", ".join(f"{arm} {n}" for arm, n in right.items()), flush=True)
+    assert right["full"] >= 4, right
+    assert right["near"] >= max(right["drop-only"] + 1, right["alone"]), right
     return None
 
 
