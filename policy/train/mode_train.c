@@ -145,6 +145,18 @@ static void print_text(const struct run *r, const struct summary *s, const struc
 		       slopes->median, 100 * slopes->within);
 }
 
+/* Prompts longer than any of training come too. */
+static void flatten(struct run *r)
+{
+	uint32_t longest = 1;
+
+	for (uint32_t u = 0; u < r->set->units; u++)
+		if (r->set->unit[u].split == TRACE_TRAIN)
+			longest = MAX(longest, r->set->unit[u].prompt);
+	for (uint32_t lane = 0; lane < r->o.t.lanes; lane++)
+		net_flatten(&r->net, longest - 1, r->best + lane * r->net.params);
+}
+
 /* Round, calibrate, write, report. The checkpoint goes when the file is there. */
 static int finish(struct run *r)
 {
@@ -153,8 +165,11 @@ static int finish(struct run *r)
 	_cleanup_free_ uint8_t *image = NULL;
 	struct fit_slopes slopes = {0};
 	struct summary s;
-	int x = score ? run_round(r, score) : -ENOMEM;
+	int x = -ENOMEM;
 
+	flatten(r);
+	if (score)
+		x = run_round(r, score);
 	if (x == 0)
 		x = run_image(r, r->o.calibrate ? fit_bytes(r->set) : 0, &image);
 	if (x == 0 && r->o.calibrate)

@@ -30,6 +30,13 @@ bool net_decays(const struct net *n, uint32_t tensor);
  */
 void net_random(const struct net *n, uint64_t seed, uint32_t lane, float *params);
 
+/*
+ * Tables over log-spaced knots, for use beyond the places of training: knots past the last one at or before
+ * `farthest`, the longest distance and position trained on, were never or hardly moved from where they started,
+ * and take its values instead. Tables by position alone (TABLE) stay as published.
+ */
+void net_flatten(const struct net *n, uint32_t farthest, float *params);
+
 /* Activations of up to `rows` rows; one thread's. */
 struct net_work {
 	uint32_t rows;

@@ -433,6 +433,42 @@ static void test_refusals(void **state)
 	made_free(&m);
 }
 
+/* Beyond the longest prompt of training a score is that of its last knot; up to that knot nothing changes. */
+static void test_flatten(void **state)
+{
+	for (uint32_t k = 0; k < 5; k++) {
+		struct weights_header h = shapes(k);
+		bool prior = h.kind == WEIGHTS_POSITION, log2 = h.pos_kind == WEIGHTS_POS_LOG2;
+		struct net n;
+		float *was, *is;
+		char err[128];
+
+		assert_int_equal(net_init(&n, &h, err, sizeof(err)), 0);
+		was = calloc(n.params, sizeof(*was));
+		is = calloc(n.params, sizeof(*is));
+		for (size_t i = 0; i < n.params; i++)
+			was[i] = is[i] = (float)(i + 1);
+		net_flatten(&n, 7, is); /* log2(1 + 7) = 3 octaves */
+		for (uint32_t t = 0; t < n.layout.count; t++) {
+			const struct weights_tensor *x = &n.layout.tensor[t];
+			bool table = prior || (t == KVP_POS && log2) || t == KVP_DIST;
+			bool rows = !prior && t == KVP_POS; /* knots are rows, else columns */
+			uint32_t last = 3 * (prior ? h.pos_dim : h.octave);
+
+			for (uint32_t r = 0; r < x->rows; r++)
+				for (uint32_t c = 0; c < x->cols; c++) {
+					uint32_t knot = rows ? r : c, from = table && knot > last ? last : knot;
+					size_t at = n.at[t] + (size_t)(rows ? from : r) * x->cols +
+						    (rows ? c : from);
+
+					assert_true(is[n.at[t] + (size_t)r * x->cols + c] == was[at]);
+				}
+		}
+		free(was);
+		free(is);
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -440,6 +476,7 @@ int main(void)
 		cmocka_unit_test(test_learns),          cmocka_unit_test(test_deterministic),
 		cmocka_unit_test(test_lanes_apart),     cmocka_unit_test(test_clip),
 		cmocka_unit_test(test_like_the_policy), cmocka_unit_test(test_refusals),
+		cmocka_unit_test(test_flatten),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -27,7 +27,7 @@ MALFORMED = [
     ("length field too large", message(REGION, REGION_BODY, length=4096), (), r"len: 4096, the packet has 24"),
     ("length field 2^32-1", message(REGION, REGION_BODY, length=ALL), (), r"len: 4294967295, the packet"),
     ("type 0", message(0, b""), (), r"type: 0, not a known request"),
-    ("type 12", message(12, REGION_BODY), (), r"type: 12, not a known"),
+    ("type 13", message(13, REGION_BODY), (), r"type: 13, not a known"),
     ("a reply as request", message(REGION | REPLY, REGION_BODY), (), r"type: 32771, not a known"),
     ("type 65535", message(0xFFFF, b""), (), r"type: 65535"),
     ("region: a byte too many", message(REGION, REGION_BODY + b"\0"), (), r"region: 25 bytes, must be 24"),
