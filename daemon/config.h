@@ -24,9 +24,9 @@ struct config_tenant { /* [tenant NAME] */
 };
 
 enum { /* between what rows of a uniform device budget move */
-	CONFIG_ADAPTIVE_NO,
-	CONFIG_ADAPTIVE_LANES,  /* lanes of a sequence */
-	CONFIG_ADAPTIVE_TENANT, /* and sequences of one user in a tenant, of the same model */
+       CONFIG_ADAPTIVE_NO,
+       CONFIG_ADAPTIVE_LANES,  /* lanes of a sequence */
+       CONFIG_ADAPTIVE_TENANT, /* and sequences of one user in a tenant, of the same model */
 };
 
 struct config_watermarks {

@@ -95,7 +95,8 @@ const struct config_key config_keys[] = {
 	GLOBAL("policy", "slack", KEY_COUNT, true, slack_rows, 1, 65536, "64", "rows",
 	       "plan again when a lane holds this many rows above its budget"),
 	GLOBAL("policy", "adaptive", KEY_SPREAD, true, adaptive, 0, 2, "no", NULL,
-	       "divide uniform device budgets by what rows are worth: no, over the lanes of a sequence, or tenant: "
+	       "divide uniform device budgets by what rows are worth: no, over the lanes of a sequence, or "
+	       "tenant: "
 	       "over its sequences too"),
 	GLOBAL("policy", "seed", KEY_COUNT, false, seed, 0, UINT64_MAX, "1", NULL,
 	       "seed of policies that draw random numbers"),

@@ -182,10 +182,10 @@ struct seq {
 	bool recount; /* background moves changed the counts */
 	STAILQ_ENTRY(seq) recounts;
 	uint32_t flushes;
-	bool recalls;                 /* its pages get summaries */
-	uint32_t sums, sum_lane;      /* being made in the background; lane that is next */
-	bool pulling;                 /* rows that only nvme holds come up */
-	uint32_t pull_lane, pull_at;  /* lane and position that are next */
+	bool recalls;                /* its pages get summaries */
+	uint32_t sums, sum_lane;     /* being made in the background; lane that is next */
+	bool pulling;                /* rows that only nvme holds come up */
+	uint32_t pull_lane, pull_at; /* lane and position that are next */
 	TAILQ_ENTRY(seq) pulls;
 	struct recall *recall;        /* workers search its pages, or NULL */
 	STAILQ_HEAD(, repack) parked; /* finished while a worker decided */
@@ -215,7 +215,7 @@ struct plan {
 	uint32_t protect_first, protect_last, hysteresis;
 	bool rescore;   /* the keys are another policy's: device rows are scored anew, rows below keep theirs */
 	uint16_t *keys; /* [lanes][watermark] where the index keeps coefficients, until decided; else NULL */
-	uint16_t *worth; /* [lanes][watermark] where budgets are adaptive, until decided; else NULL */
+	uint16_t *worth;      /* [lanes][watermark] where budgets are adaptive, until decided; else NULL */
 	struct pool_bid *bid; /* where they are shared with other sequences, else NULL */
 	struct plan_tables t;
 	struct plan_mem *mem;
@@ -517,7 +517,8 @@ void compact_pump(struct core *c);
 /* Tier watermarks: wake the demoter, set direct demotion. */
 void settle_watermarks(struct core *c);
 
-/* ---- recall.c, recall_sum.c, recall_pull.c ---------------------------------------------------------------- */
+/* ---- recall.c, recall_sum.c, recall_pull.c ----------------------------------------------------------------
+ */
 /* W_RECALL. 0, or KVT_AGAIN: it waits for the one before. */
 int request_recall(struct client *cl, const struct wire_recall *m);
 /* The sequence has no client any more: nobody is to be answered. */

@@ -387,8 +387,8 @@ struct kvtier_recall_opts {
 	uint32_t window_rows;
 	uint64_t k_off, v_off, k_head_stride, v_head_stride;
 	uint32_t k_row_stride, v_row_stride;
-	/* Demoted rows right before and behind a row that answers, which the answer's own queries will want: they
-	 * score as it does. At most 1024 each; 0, 0: 8 and 24, unless flags say KVT_RECALL_ALONE. */
+	/* Demoted rows right before and behind a row that answers, which the answer's own queries will want:
+	 * they score as it does. At most 1024 each; 0, 0: 8 and 24, unless flags say KVT_RECALL_ALONE. */
 	uint32_t before, after;
 };
 
@@ -419,9 +419,9 @@ KVT_PUBLIC int kvtier_seq_recall(struct kvtier_seq *s, uint32_t layer, const voi
 				 const struct kvtier_recall_opts *o, struct kvtier_recalled *ret);
 /*
  * Recalls will come: pages of this sequence get their summaries (0.95 % of K and V) in the background now, and
- * new ones as they are written, so that the first recall finds them made. Rows that only NVMe holds are copied up
- * to DRAM in the background, once, as far as its quota and low watermark allow, whatever a plan's dram_rows said;
- * the next plan's holds again. Call it when a turn begins whose rows may have gone down. Returns at once.
+ * new ones as they are written, so that the first recall finds them made. Rows that only NVMe holds are copied
+ * up to DRAM in the background, once, as far as its quota and low watermark allow, whatever a plan's dram_rows
+ * said; the next plan's holds again. Call it when a turn begins whose rows may have gone down. Returns at once.
  */
 KVT_PUBLIC int kvtier_seq_recall_prepare(struct kvtier_seq *s);
 /* The turn is over: returns 0 when nothing of the daemon touches the sequence's windows any more. */

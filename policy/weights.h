@@ -85,7 +85,7 @@ struct weights_header {
 	float rope_theta;
 	uint32_t keys, kind, dtype;
 	uint32_t proj, pos_kind, pos_rows, pos_dim, hidden;
-	uint32_t rank; /* static coefficients per row that the network yields; 1: the score itself */
+	uint32_t rank;      /* static coefficients per row that the network yields; 1: the score itself */
 	uint32_t dist_rows; /* KVP: knots of the distance tables; 0: a score does not depend on the distance */
 	uint64_t lane_off, lane_stride, calib_off, calib_size; /* bytes */
 	uint32_t octave; /* KVP: knots per octave, of pos (when LOG2) and of dist */
