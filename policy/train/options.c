@@ -32,7 +32,7 @@ static const char usage[] =
 	"  --objective NAME       exact (default), rloo, rloo-batch or mse\n"
 	"  --reward NAME          regret (default) or ratio\n"
 	"  --weighting NAME       of budgets: uniform (default) or log\n"
-	"  --utility NAME         max, mean (default) or value (mean times what the value contributes)\n"
+	"  --utility NAME         max (default), mean or value (mean times what the value contributes)\n"
 	"  --perms N              permutations per unit for rloo (default 4)\n"
 	"\n"
 	"How:\n"
@@ -393,7 +393,7 @@ static void defaults(struct options *o)
 	o->run.every = 60;
 	o->run.resume = true;
 	o->run.s.doc_rows = 2048;
-	o->run.s.utility = SET_MEAN;
+	o->run.s.utility = SET_MAX;
 	o->run.t.batch = 32;
 	o->run.t.perms = 4;
 	o->run.t.beta1 = 0.9f;
