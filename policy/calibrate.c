@@ -2,6 +2,7 @@
 /* Reading calibration tables and looking scores up in them. */
 #include "policy/calibrate.h"
 #include "shm/crc.h"
+#include "shm/file.h"
 #include "shm/util.h"
 
 #include <assert.h>
@@ -297,28 +298,12 @@ int calibrate_write(const char *path, const float *table, const struct calibrate
 		    const char *model)
 {
 	struct file_head h = {.magic = FILE_MAGIC, .version = 1};
-	_cleanup_free_ char *tmp = NULL;
-	_cleanup_close_ int fd = -1;
 	size_t bytes = calibrate_bytes(s);
-	int r = 0;
 
 	h.size = sizeof(h) + bytes;
 	snprintf(h.policy, sizeof(h.policy), "%s", policy);
 	snprintf(h.model, sizeof(h.model), "%s", model);
 	h.crc = crc32c(0, &h.size, sizeof(h) - offsetof(struct file_head, size));
 	h.crc = crc32c(h.crc, table, bytes);
-	if (asprintf(&tmp, "%s.XXXXXX", path) < 0) {
-		tmp = NULL;
-		return -ENOMEM;
-	}
-	fd = mkostemp(tmp, O_CLOEXEC);
-	if (fd < 0)
-		return -errno;
-	errno = EIO; /* of a short write */
-	if (write(fd, &h, sizeof(h)) != (ssize_t)sizeof(h) || write(fd, table, bytes) != (ssize_t)bytes ||
-	    fchmod(fd, 0644) < 0 || fsync(fd) < 0 || rename(tmp, path) < 0)
-		r = -errno;
-	if (r < 0)
-		unlink(tmp);
-	return r;
+	return file_replace(path, (struct file_part[]){{&h, sizeof(h)}, {table, bytes}}, 2);
 }

@@ -2,14 +2,13 @@
 /* Making .kvp files: the counterpart of weights.c for trainers, tools and tests. */
 #include "policy/weights.h"
 #include "policy/learned.h"
+#include "shm/file.h"
 #include "shm/util.h"
 
-#include <fcntl.h>
 #include <math.h>
 #include <openssl/sha.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/stat.h>
 
 int weights_image_new(uint8_t **ret, const struct weights_header *shape, uint64_t calib_size, char *err,
 		      size_t errsize)
@@ -62,43 +61,11 @@ void weights_image_seal(uint8_t *image, uint64_t size)
 	       image + offsetof(struct weights_header, digest));
 }
 
-static int write_all(int fd, const uint8_t *buf, uint64_t size)
-{
-	while (size > 0) {
-		ssize_t n = write(fd, buf, MIN(size, (uint64_t)64 << 20));
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0)
-			return -errno;
-		buf += n;
-		size -= (uint64_t)n;
-	}
-	return fsync(fd) < 0 ? -errno : 0;
-}
-
 int weights_image_write(const uint8_t *image, const char *path)
 {
 	const struct weights_header *h = (const struct weights_header *)image;
-	_cleanup_free_ char *tmp = NULL;
-	_cleanup_close_ int fd = -1;
-	int r;
 
-	if (asprintf(&tmp, "%s.XXXXXX", path) < 0) {
-		tmp = NULL;
-		return -ENOMEM;
-	}
-	fd = mkostemp(tmp, O_CLOEXEC);
-	if (fd < 0)
-		return -errno;
-	r = write_all(fd, image, h->total_size);
-	if (r == 0 && fchmod(fd, 0644) < 0)
-		r = -errno;
-	if (r == 0 && rename(tmp, path) < 0)
-		r = -errno;
-	if (r < 0)
-		unlink(tmp);
-	return r;
+	return file_replace(path, &(struct file_part){image, h->total_size}, 1);
 }
 
 /* splitmix64, public domain algorithm by Sebastiano Vigna. */
