@@ -34,7 +34,7 @@ LIBS     := -luring -lnuma -lisal -lcrypto -lsystemd -linih -ljansson -lm
 # Rooms. A file dropped into a room is built; nothing else needs to know.
 SHM    := $(wildcard shm/*.c)
 IPC    := $(wildcard ipc/*.c)
-CLIENT := $(wildcard ipc/client/*.c)
+CLIENT := $(wildcard ipc/client/*.c) $(wildcard ipc/cuda/*.c)
 TIERS  := $(wildcard tiers/*.c)
 POLICY := $(wildcard policy/*.c)
 DAEMON := $(filter-out daemon/main.c,$(wildcard daemon/*.c))
@@ -65,6 +65,9 @@ DAEMON_BIN := $(if $(wildcard daemon/main.c),$(BUILD)/kvtierd)
 CTL_BIN    := $(if $(CTL),$(BUILD)/kvtierctl)
 CUDA_HAS   := $(if $(and $(CUDA),$(NVCC)),$(shell printf '\043include <cublas_v2.h>\n' | $(NVCC) $(NVCCFLAGS) -x cu -E - >/dev/null 2>&1 && echo yes))
 CUDA_SO    := $(if $(CUDA_HAS),$(BUILD)/kvtier-train-cuda.so)
+# libkvtier's kernels, loaded at run time: one file for every GPU from compute capability 8.0 on.
+KERNELS    := $(wildcard ipc/cuda/*.cu)
+FATBIN     := $(if $(and $(KERNELS),$(NVCC)),$(BUILD)/kvtier-cuda.fatbin)
 LAB_SO     := $(if $(LAB),$(BUILD)/libkvtier-lab.so)
 TOOL_BINS  := $(patsubst policy/tools/%.c,$(BUILD)/%,$(TOOLS))
 UNIT_BINS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(UNIT))
@@ -76,7 +79,7 @@ MAN        := $(patsubst %.scd,$(BUILD)/man/%,$(notdir $(MANSRC)))
 
 .SECONDARY:
 .PHONY: all
-all: $(DAEMON_BIN) $(CTL_BIN) $(if $(CLIENT),$(SOLIB) $(BUILD)/libkvtier.a $(BUILD)/libkvtier.pc) $(TOOL_BINS) $(LAB_SO) $(CUDA_SO) man ## build everything
+all: $(DAEMON_BIN) $(CTL_BIN) $(if $(CLIENT),$(SOLIB) $(BUILD)/libkvtier.a $(BUILD)/libkvtier.pc) $(TOOL_BINS) $(LAB_SO) $(CUDA_SO) $(FATBIN) man ## build everything
 
 
 # ---- objects ------------------------------------------------------------------
@@ -137,11 +140,16 @@ $(BUILD)/kvtier-train-cuda.so: $(patsubst %.cu,$(BUILD)/obj/%.o,$(CUDA)) $(call 
 	$(say) NVLD $@
 	$(Q)$(NVCC) -shared $(CUDA_ARCH) -o $@ $^ $(CUDA_LIBS)
 
+$(BUILD)/kvtier-cuda.fatbin: ipc/cuda/all.cuh $(KERNELS) $(wildcard ipc/cuda/*.h ipc/cuda/*.cuh shm/*.h) Makefile
+	@mkdir -p $(@D)
+	$(say) NVCC $@
+	$(Q)$(NVCC) -O3 -std=c++17 -lineinfo $(CUDA_ARCH) -I. -fatbin -x cu -o $@ ipc/cuda/all.cuh
+
 # ---- libkvtier ------------------------------------------------------------------
 $(SOLIB): $(LIBOBJ) ipc/libkvtier.map
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -shared -Wl,-soname,libkvtier.so.$(SOVERSION) -Wl,--version-script=ipc/libkvtier.map \
-		-Wl,-z,defs -o $@ $(LIBOBJ) -lisal -lcrypto
+		-Wl,-z,defs -o $@ $(LIBOBJ) -lisal -lcrypto -ldl
 	$(Q)ln -sf libkvtier.so.$(SOVERSION) $(BUILD)/libkvtier.so
 
 $(BUILD)/libkvtier.a: $(LIBOBJ)
@@ -194,6 +202,11 @@ $(BUILD)/tests/gpu/bench_train: $(call obj,tests/gpu/bench_train.c) $(BUILD)/obj
 	@mkdir -p $(@D)
 	$(say) NVLD $@
 	$(Q)$(NVCC) $(CUDA_ARCH) -Xcompiler -pthread -o $@ $^ $(CUDA_LIBS) -ldl $(BLAS) -lm
+$(BUILD)/tests/gpu/%: tests/gpu/%.c $(BUILD)/libkvtier.a $(BUILD)/libpolicy.a
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
+		$(BUILD)/libkvtier.a $(BUILD)/libpolicy.a -lisal -lcrypto -ldl -lm
 $(BUILD)/obj/tests/gpu/%.o: tests/gpu/%.cu Makefile
 	@mkdir -p $(@D)
 	$(say) NVCC $<
@@ -335,7 +348,7 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	ln -sf libkvtier.so.$(SOVERSION) $(D)$(LIBDIR)/libkvtier.so
 	install -m 644 $(BUILD)/libkvtier.a $(D)$(LIBDIR)/
 	install -m 644 $(BUILD)/libkvtier.pc $(D)$(LIBDIR)/pkgconfig/
-	install -m 644 ipc/kvtier.h $(D)$(PREFIX)/include/kvtier/
+	install -m 644 ipc/kvtier.h ipc/kvtier_cuda.h $(D)$(PREFIX)/include/kvtier/
 	install -m 644 $(wildcard systemd/*.service systemd/*.socket) $(D)$(UNITDIR)/
 	install -m 644 $(wildcard systemd/sysusers.d/*.conf) $(D)$(PREFIX)/lib/sysusers.d/
 	install -m 644 $(wildcard systemd/tmpfiles.d/*.conf) $(D)$(PREFIX)/lib/tmpfiles.d/
@@ -344,6 +357,7 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	install -m 644 $(wildcard ipc/python/kvtier/data/*) $(D)$(PREFIX)/share/kvtier/python/kvtier/data/
 	install -m 644 README.md LICENSE daemon/DESIGN.md $(D)$(PREFIX)/share/doc/kvtier/
 	$(if $(CUDA_SO),install -d $(D)$(LIBDIR)/kvtier && install -m 755 $(CUDA_SO) $(D)$(LIBDIR)/kvtier/)
+	$(if $(FATBIN),install -d $(D)$(LIBDIR)/kvtier && install -m 644 $(FATBIN) $(D)$(LIBDIR)/kvtier/)
 	for m in $(notdir $(MAN)); do install -m 644 $(BUILD)/man/$$m $(D)$(PREFIX)/share/man/man$${m##*.}/; done
 	set -e; for w in $(wildcard policy/models/*.kvp); do install -m 644 $$w $(D)$(PREFIX)/share/kvtier/models/; done
 

@@ -64,6 +64,7 @@ enum kvtier_error {
 	KVT_E_CORRUPT = -2016, /* a checksum or identity did not match: a counted miss */
 	KVT_E_BUSY = -2017,    /* try later: draining, frozen or a plan is outstanding */
 	KVT_E_INTERNAL = -2018,
+	KVT_E_GPU = -2019, /* a call of the CUDA driver failed: last_error names call and code */
 };
 
 struct kvtier;
@@ -223,6 +224,10 @@ struct kvtier_budget {
 	uint32_t slack_rows; /* plan again when a lane holds this many above budget; 0: 64 */
 	uint32_t manual;     /* 1: never plan by itself, only on request */
 	const char *policy;  /* NULL: keep; else a policy name */
+	uint32_t
+		write_through; /* 1: rows that stay on the device get a copy below as soon as they are ranked,
+				  the best in dram, as far as dram_rows and nvme_rows go; 0: keep what is set */
+	uint32_t reserved;
 };
 
 struct kvtier_seq_opts {

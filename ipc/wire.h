@@ -8,9 +8,10 @@
  */
 #include <stddef.h>
 #include <stdint.h>
+#include "shm/window.h"
 
 #define WIRE_MAGIC 0x3154564bu /* "KVT1" */
-#define WIRE_VERSION 1
+#define WIRE_VERSION 2
 #define WIRE_MAX 65536u /* bytes of one message */
 #define WIRE_MAX_FDS 4
 #define WIRE_TEXT 200
@@ -42,6 +43,9 @@ enum wire_type {
 	W_FETCH = 10,
 	W_REGION_IMPORT = 11,
 	W_RECALL = 12,
+	W_SCORER = 13,
+	W_DIRECT = 14,
+	W_SEGMENT = 15,
 	W_ADMIN = 32,
 	W_REPLY = 0x8000, /* ored into the request's type */
 };
@@ -52,8 +56,12 @@ enum wire_feature {
 	WIRE_F_FORK = 1 << 2,
 	WIRE_F_IMPORT = 1 << 3, /* W_REGION_IMPORT is served */
 	WIRE_F_RECALL = 1 << 4, /* W_RECALL is served */
+	WIRE_F_WINDOW = 1 << 5, /* sequences with a window, W_SCORER */
+	WIRE_F_DIRECT = 1 << 6, /* W_DIRECT, W_SEGMENT */
 };
-#define WIRE_FEATURES (WIRE_F_PLANS | WIRE_F_LEASES | WIRE_F_FORK | WIRE_F_IMPORT | WIRE_F_RECALL)
+#define WIRE_FEATURES                                                                                          \
+	(WIRE_F_PLANS | WIRE_F_LEASES | WIRE_F_FORK | WIRE_F_IMPORT | WIRE_F_RECALL | WIRE_F_WINDOW |          \
+	 WIRE_F_DIRECT)
 
 struct wire_hdr {
 	uint32_t magic;
@@ -130,6 +138,7 @@ struct wire_handle { /* W_REGION_CLOSE, W_SEQ_INFO */
 struct wire_budget {
 	uint32_t kind, device_rows, dram_rows, nvme_rows;
 	uint32_t slack_rows, manual, table_n, set; /* set 0: use the default / keep */
+	uint32_t write_through, pad;               /* rows that stay on the device get a copy below at once */
 	char policy[32];                           /* empty: keep */
 };
 struct wire_layout {
@@ -152,11 +161,24 @@ struct wire_layout {
  * for (truncate, fork, close): a client may apply a READY plan at leisure.
  */
 enum wire_open_op { W_OP_OPEN = 0, W_OP_RESUME = 1, W_OP_FORK = 2 };
+enum wire_open_flag {
+	W_OPEN_WINDOW = 1, /* device rows are out of the daemon's reach: they move through `window` */
+	W_OPEN_DIRECT =
+		2, /* with WINDOW: DRAM pages in published segments, brought in from there by the client */
+};
+/*
+ * With W_OPEN_WINDOW a layout says cap, stage and where scores are; its other fields are 0. The plane of scores
+ * is [head][coefficient][max_rows] float32, as many coefficients as the scorer has (1 for policy "client"),
+ * score_head_stride bytes a head; score_off 0: no scores, only policies that need none.
+ */
 struct wire_seq_open {
 	struct wire_hdr hdr;
 	uint32_t op; /* enum wire_open_op */
 	uint32_t lifetime, ttl_s, max_rows, granularity, equal_lanes;
 	uint32_t n_layers, prefix;
+	uint32_t flags, pad;        /* enum wire_open_flag */
+	struct window_place window; /* zeros without W_OPEN_WINDOW */
+	uint64_t scorer; /* id of what gives the scores; 0: the runtime's own (policy "client"), or none */
 	uint64_t model, region, parent;
 	uint8_t key[16], secret[32];
 	struct wire_budget budget;
@@ -232,6 +254,37 @@ struct wire_recall_reply {
 	uint32_t heads, rows; /* rows: sum of the counts */
 	uint64_t searched, skipped, missed, ns;
 	/* then: uint32_t count[heads], uint32_t position[rows], head after head */
+};
+/*
+ * What a client needs to score rows itself: the policy's network, prepared (shm/scorer.h), as a published
+ * memfd. policy empty: the one that a new sequence of this model would get. NOENT: it has no network, so rows
+ * need no scores or the daemon cannot hand it out; `text` says which.
+ */
+struct wire_scorer {
+	struct wire_hdr hdr;
+	uint64_t model;
+	char policy[32];
+};
+struct wire_scorer_reply { /* fds: the scorer (published, all seals) */
+	struct wire_reply r;
+	uint64_t id; /* never 0; the same network, the same id */
+	uint64_t bytes;
+	uint32_t coefs, pad;
+	char policy[32];
+};
+/* W_DIRECT: a struct wire_handle (a live sequence with W_OPEN_DIRECT) → its directory (shm/direct.h). */
+struct wire_direct_reply { /* fds: the directory (published) */
+	struct wire_reply r;
+	uint64_t bytes;
+};
+/* W_SEGMENT: a published segment of DRAM that a directory or a record names. NOENT: not this owner's. */
+struct wire_segment {
+	struct wire_hdr hdr;
+	uint32_t segment, pad; /* its number */
+};
+struct wire_segment_reply { /* fds: the segment (published) */
+	struct wire_reply r;
+	uint64_t bytes;
 };
 /* Admin: argv as NUL-terminated strings back to back. Reply carries a memfd with JSON when json_bytes > 0. */
 struct wire_admin {

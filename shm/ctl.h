@@ -31,7 +31,10 @@ struct seq_slot {
 	_Atomic uint64_t len;              /* epoch << 32 | rows complete in every layer */
 	_Atomic uint64_t acked;            /* id of the newest plan the client has finished with */
 	uint64_t nack[CTL_MAX_LANES / 64]; /* lanes on which plan `acked` was refused; written before acked */
-	uint64_t pad[6];
+	/* Sequences with a window (shm/window.h), window_cursor(plan id, count): */
+	_Atomic uint64_t gathered; /* out pages that are in the ring, checksums too */
+	_Atomic uint64_t drained;  /* in records whose bytes the client no longer needs */
+	uint64_t pad[4];
 };
 _Static_assert(sizeof(struct seq_slot) == 192, "slots are whole cache lines");
 

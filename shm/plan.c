@@ -42,9 +42,28 @@ static uint64_t plan_need(uint32_t lanes, uint32_t rows)
 	       3 * (uint64_t)lanes * BITS_WORDS(rows) * sizeof(uint64_t);
 }
 
+/* The same with a window: where its pages begin. */
+static uint64_t pages_at(uint32_t lanes, uint32_t rows)
+{
+	return ALIGN_UP(plan_need(lanes, rows) + (uint64_t)lanes * BITS_WORDS(rows) * sizeof(uint64_t),
+			KVT_CACHELINE);
+}
+
 size_t plan_bytes(uint32_t lanes, uint32_t max_rows)
 {
 	return ALIGN_UP(plan_need(lanes, max_rows), KVT_CACHELINE);
+}
+
+/*
+ * A page of a lane and tier ends because it is full, because its bitmap is (it may start at bit 63 of its first
+ * word, which leaves SPAN - 1 words), or because there are no more rows. Both tiers share the lane's rows.
+ */
+size_t plan_bytes_window(uint32_t lanes, uint32_t max_rows, uint32_t page_rows)
+{
+	uint64_t wide = (PLAN_PAGE_SPAN - 1) * 64,
+		 pages = max_rows / (page_rows ? page_rows : 1) + 2 * (max_rows / wide + 1);
+
+	return ALIGN_UP(pages_at(lanes, max_rows) + lanes * pages * sizeof(struct plan_page), KVT_CACHELINE);
 }
 
 int plan_begin(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, struct plan_tables *ret)
@@ -70,14 +89,49 @@ int plan_begin(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, str
 	field_set(&h->rows_in, 0);
 	field_set(&h->rows_drop, 0);
 	field_set(&h->policy, 0);
+	field_set(&h->out_pages, 0);
+	plan_set_taken(h, 0);
+	plan_set_staged(h, 0);
 	ret->hdr = h;
 	ret->lane = (struct plan_lane *)(h + 1);
 	ret->resident = (uint64_t *)(ret->lane + lanes);
 	ret->copy_out = ret->resident + plane;
 	ret->bring_in = ret->copy_out + plane;
 	ret->words = words;
+	ret->to_dram = NULL;
+	ret->page = NULL;
+	ret->max_pages = 0;
 	memset(ret->lane, 0, plan_need(lanes, watermark) - sizeof(*h));
 	return 0;
+}
+
+int plan_begin_window(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, struct plan_tables *ret)
+{
+	uint64_t at = pages_at(lanes, watermark), room;
+	int r;
+
+	if (at > bytes)
+		return lanes && area ? -ENOSPC : -EINVAL;
+	r = plan_begin(area, bytes, lanes, watermark, ret);
+	if (r < 0)
+		return r;
+	field_set(&ret->hdr->flags, PLAN_F_WINDOW);
+	ret->to_dram = ret->bring_in + (uint64_t)lanes * ret->words;
+	memset(ret->to_dram, 0, (size_t)lanes * ret->words * sizeof(uint64_t));
+	ret->page = (struct plan_page *)((char *)area + at);
+	room = (bytes - at) / sizeof(struct plan_page);
+	ret->max_pages = (uint32_t)MIN(room, (uint64_t)UINT32_MAX);
+	return 0;
+}
+
+void plan_set_taken(void *area, uint32_t taken)
+{
+	atomic_store_explicit(&((struct plan_hdr *)area)->taken, taken, memory_order_release);
+}
+
+void plan_set_staged(void *area, uint32_t staged)
+{
+	atomic_store_explicit(&((struct plan_hdr *)area)->staged, staged, memory_order_release);
 }
 
 void plan_publish(struct plan_tables *t, uint64_t id, enum plan_state state)
@@ -106,6 +160,7 @@ static int copy_header(const struct plan_hdr *h, struct plan_view *v)
 	v->words = field_get(&h->words);
 	v->flags = field_get(&h->flags);
 	v->policy = field_get(&h->policy);
+	v->out_pages = field_get(&h->out_pages);
 	v->decided_ns = field_get(&h->decided_ns);
 	v->rows_out = field_get(&h->rows_out);
 	v->rows_in = field_get(&h->rows_in);
@@ -136,8 +191,26 @@ int plan_peek(const void *area, size_t bytes, uint32_t lanes, struct plan_view *
 	v.resident = (const uint64_t *)(v.lane + v.lanes);
 	v.copy_out = v.resident + plane;
 	v.bring_in = v.copy_out + plane;
+	if (v.flags & PLAN_F_WINDOW) {
+		uint64_t at = pages_at(v.lanes, v.watermark);
+
+		if (at > bytes || v.out_pages > (bytes - at) / sizeof(struct plan_page))
+			return -EPROTO;
+		v.to_dram = v.bring_in + plane;
+		v.page = (const struct plan_page *)((const char *)area + at);
+	}
 	*ret = v;
 	return 1;
+}
+
+uint32_t plan_taken(const struct plan_view *v)
+{
+	return atomic_load_explicit(&v->hdr->taken, memory_order_acquire);
+}
+
+uint32_t plan_staged(const struct plan_view *v)
+{
+	return atomic_load_explicit(&v->hdr->staged, memory_order_acquire);
 }
 
 bool plan_still(const struct plan_view *v)

@@ -17,12 +17,17 @@
  *
  * Layout: plan_hdr, plan_lane[lanes], then three bitmaps per lane of `words`
  * 64-bit words each, plane after plane: resident_after[lanes][words],
- * copy_out[lanes][words], bring_in[lanes][words].
+ * copy_out[lanes][words], bring_in[lanes][words]. With PLAN_F_WINDOW a fourth,
+ * to_dram[lanes][words], and, from the next multiple of 64 bytes on,
+ * plan_page[out_pages]: the client's GPU carries the plan out through its
+ * exchange window (window.h). Slots then are the client's business.
  */
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#define PLAN_PAGE_SPAN 32u /* words of a page's position bitmap at most */
 
 enum plan_state {
 	PLAN_EMPTY = 0,
@@ -33,6 +38,7 @@ enum plan_state {
 
 enum {
 	PLAN_F_EQUAL_LANES = 1, /* every lane keeps the same number of rows */
+	PLAN_F_WINDOW = 2,      /* rows move through the sequence's window */
 };
 
 struct plan_hdr {
@@ -46,8 +52,10 @@ struct plan_hdr {
 	uint64_t decided_ns;                   /* CLOCK_MONOTONIC */
 	uint64_t rows_out, rows_in, rows_drop; /* over all lanes */
 	uint32_t policy;                       /* enum policy_id, for display */
-	uint32_t pad;
-	uint64_t reserved[7];
+	uint32_t out_pages;                    /* PLAN_F_WINDOW: entries of plan_page */
+	_Atomic uint32_t taken;  /* of those the daemon has copied, in order: their places are free */
+	_Atomic uint32_t staged; /* records in the in ring so far */
+	uint64_t reserved[6];
 };
 _Static_assert(sizeof(struct plan_hdr) == 128, "two cache lines");
 _Static_assert(offsetof(struct plan_hdr, decided_ns) == 32, "layout");
@@ -59,6 +67,22 @@ struct plan_lane {
 	uint32_t drop; /* rows leaving for good */
 };
 
+/*
+ * PLAN_F_WINDOW. A page to be gathered: the rows in [first, last) of copy_out that leave for this tier, that is
+ * with a bit in to_dram (tier dram) or without (tier nvme), ascending.
+ */
+struct plan_page {
+	uint64_t off; /* of its struct window_out from the out ring's start */
+	uint64_t end; /* bytes of the ring that the pages up to and with this one take, what a wrap skips
+			 included */
+	uint32_t first, last;
+	uint16_t lane;
+	uint8_t tier; /* enum kvtier_tier: dram or nvme */
+	uint8_t rows; /* 1..128 */
+	uint32_t pad;
+};
+_Static_assert(sizeof(struct plan_page) == 32, "half a cache line");
+
 /* A checked, private copy of where things are; the tables stay in published memory. */
 struct plan_view {
 	uint64_t id;
@@ -69,10 +93,15 @@ struct plan_view {
 	const struct plan_hdr *hdr;
 	const struct plan_lane *lane;
 	const uint64_t *resident, *copy_out, *bring_in; /* lane l starts at l * words */
+	const uint64_t *to_dram;                        /* likewise; NULL without PLAN_F_WINDOW */
+	const struct plan_page *page;                   /* [out_pages], or NULL */
+	uint32_t out_pages;
 };
 
 /* Bytes of a plan area for `lanes` and up to `max_rows` rows, rounded to 64. */
 size_t plan_bytes(uint32_t lanes, uint32_t max_rows);
+/* The same for one with a window whose pages hold up to page_rows (1..128) rows. */
+size_t plan_bytes_window(uint32_t lanes, uint32_t max_rows, uint32_t page_rows);
 
 /*
  * Daemon. Begin a plan for rows [0, watermark): hides the old one (id 0, state EMPTY), returns writable tables,
@@ -83,17 +112,28 @@ struct plan_tables {
 	struct plan_lane *lane;
 	uint64_t *resident, *copy_out, *bring_in;
 	uint32_t words;
+	uint64_t *to_dram;      /* NULL without a window */
+	struct plan_page *page; /* [max_pages]; hdr->out_pages says how many count */
+	uint32_t max_pages;
 };
 int plan_begin(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, struct plan_tables *ret);
+/* The same for a sequence with a window: PLAN_F_WINDOW, and room for as many pages as `bytes` has. */
+int plan_begin_window(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, struct plan_tables *ret);
 /* Daemon. Make it visible with this id in state DECIDED (or READY when nothing has to move). */
 void plan_publish(struct plan_tables *t, uint64_t id, enum plan_state state);
 /* Daemon. Advance the state of the visible plan. */
 void plan_set_state(void *area, enum plan_state state);
+/* Daemon. Advance the cursors of a visible plan with a window. */
+void plan_set_taken(void *area, uint32_t taken);
+void plan_set_staged(void *area, uint32_t staged);
 
 /*
  * Client. Read the newest plan: no lock, no system call. 1 a plan is visible,
  * 0 none, -EPROTO when the tables do not fit in `bytes` or in `lanes`.
  */
 int plan_peek(const void *area, size_t bytes, uint32_t lanes, struct plan_view *ret);
+/* Client. The cursors as they are now. Only while plan_still() says that they are this plan's. */
+uint32_t plan_taken(const struct plan_view *v);
+uint32_t plan_staged(const struct plan_view *v);
 /* Client. True while the view still describes the visible plan: the same id, and not cancelled since. */
 bool plan_still(const struct plan_view *v);

@@ -1,0 +1,7 @@
+/* SPDX-License-Identifier: MIT */
+/* One translation unit: kvtier-cuda.fatbin. */
+#include "ipc/cuda/gather.cu"
+#include "ipc/cuda/scatter.cu"
+#include "ipc/cuda/compact.cu"
+#include "ipc/cuda/score.cu"
+#include "ipc/cuda/recall.cu"
