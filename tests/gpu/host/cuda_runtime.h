@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #pragma once
 /*
- * As much of CUDA as the trainer's kernels use, on the CPU: a block's threads are fibers that run in turn, one
+ * As much of CUDA as our kernels use, on the CPU: a block's threads are fibers that run in turn, one
  * block after another. Slow, and exact about what a missing barrier or an unwritten value does: device and
  * shared memory start as NaN, and KVT_HOST_ORDER=falling runs the threads in the other order. For machines
  * without a GPU (tests/gpu/run --host); nothing that ships includes it.
@@ -52,7 +52,7 @@ static inline double2 make_double2(double x, double y)
 	return {x, y};
 }
 
-extern dim3 threadIdx, blockIdx;
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 extern unsigned char *host_shared;
 
 void host_block_barrier(void);
@@ -84,6 +84,59 @@ template <typename T> static inline T __shfl_up_sync(unsigned, T x, unsigned d)
 template <typename T> static inline T __shfl_down_sync(unsigned, T x, unsigned d)
 {
 	return host_shuffle(x, HOST_LANE + d < 32 ? HOST_LANE + d : HOST_LANE);
+}
+
+template <typename T> static inline T __shfl_sync(unsigned, T x, unsigned from)
+{
+	return host_shuffle(x, from % 32);
+}
+static inline unsigned __ballot_sync(unsigned, bool p)
+{
+	unsigned bits = (unsigned)p << HOST_LANE;
+
+	for (unsigned d = 16; d; d >>= 1)
+		bits |= __shfl_xor_sync(~0u, bits, d);
+	return bits;
+}
+static inline void __syncwarp(void)
+{
+	host_exchange(0, HOST_LANE);
+}
+/* Fibers change only at barriers: what a thread does between two of them is atomic already. */
+template <typename T> static inline T atomicAdd(T *p, T x)
+{
+	T old = *p;
+
+	*p += x;
+	return old;
+}
+template <typename T> static inline T atomicMax(T *p, T x)
+{
+	T old = *p;
+
+	*p = old > x ? old : x;
+	return old;
+}
+template <typename T> static inline T atomicOr(T *p, T x)
+{
+	T old = *p;
+
+	*p |= x;
+	return old;
+}
+#define __threadfence() ((void)0)
+#define __threadfence_system() ((void)0)
+#define __popc __builtin_popcount
+#define __popcll __builtin_popcountll
+#define __ffs __builtin_ffs
+#define __ffsll __builtin_ffsll
+static inline int __clz(int x)
+{
+	return x ? __builtin_clz((unsigned)x) : 32;
+}
+static inline int __clzll(long long x)
+{
+	return x ? __builtin_clzll((unsigned long long)x) : 64;
 }
 
 static inline float __fdividef(float a, float b)

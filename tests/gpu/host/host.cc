@@ -10,7 +10,7 @@
 #define STACK ((size_t)64 << 10)
 #define SHARED_BYTES ((size_t)48 << 10) /* what a kernel gets without asking */
 
-dim3 threadIdx, blockIdx;
+dim3 threadIdx, blockIdx, blockDim, gridDim;
 unsigned char *host_shared;
 
 struct fiber {
@@ -151,6 +151,8 @@ void host_launch(dim3 grid, unsigned block, size_t shared, void (*run)(void *), 
 	}
 	body = run;
 	body_arg = arg;
+	gridDim = grid;
+	blockDim = dim3(block);
 	for (unsigned z = 0; z < grid.z; z++)
 		for (unsigned y = 0; y < grid.y; y++)
 			for (unsigned x = 0; x < grid.x; x++) {
