@@ -55,8 +55,10 @@ LIBOBJ := $(call obj,$(SHM) $(IPC) $(CLIENT))
 # What trains and evaluates needs a BLAS; the daemon and the client library do not.
 BLAS := -lopenblas
 
-# CUDA is optional: with nvcc the trainer's GPU backend is built as an object that kvtier-train opens by itself.
-NVCC      ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+# CUDA is optional: nvcc makes libkvtier's kernels and, with cuBLAS, the trainer's GPU backend, an object that
+# kvtier-train opens by itself. Where a host has no nvcc, .ci/deps gets one into build/cuda.
+NVCC      ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null) \
+	     $(wildcard build/cuda/nvidia/cu*/bin/nvcc))
 CUDA_ARCH ?= -gencode arch=compute_90,code=sm_90 -gencode arch=compute_80,code=compute_80
 NVCCFLAGS += -O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall $(CUDA_ARCH)
 CUDA_LIBS ?= -lcublas
@@ -73,6 +75,8 @@ TOOL_BINS  := $(patsubst policy/tools/%.c,$(BUILD)/%,$(TOOLS))
 UNIT_BINS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(UNIT))
 BENCH_BINS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(BENCH))
 HELPER_BINS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(HELPERS))
+# What checks kernels and the library's CUDA side: on a GPU (make check-gpu), and small on the fake driver (make test).
+GPU_CHECKS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/check_train.c,$(wildcard tests/gpu/check_*.c)))
 SOLIB      := $(BUILD)/libkvtier.so.$(SOVERSION)
 MANSRC     := $(wildcard daemon/man/*.scd ipc/man/*.scd)
 MAN        := $(patsubst %.scd,$(BUILD)/man/%,$(notdir $(MANSRC)))
@@ -143,7 +147,8 @@ $(BUILD)/kvtier-train-cuda.so: $(patsubst %.cu,$(BUILD)/obj/%.o,$(CUDA)) $(call 
 $(BUILD)/kvtier-cuda.fatbin: ipc/cuda/all.cuh $(KERNELS) $(wildcard ipc/cuda/*.h ipc/cuda/*.cuh shm/*.h) Makefile
 	@mkdir -p $(@D)
 	$(say) NVCC $@
-	$(Q)$(NVCC) -O3 -std=c++17 -lineinfo $(CUDA_ARCH) -I. -fatbin -x cu -o $@ ipc/cuda/all.cuh
+	$(Q)$(NVCC) -O3 -std=c++17 -lineinfo $(CUDA_ARCH) -no-compress -Xptxas -v -I. -fatbin -x cu -o $@ ipc/cuda/all.cuh \
+		2>$(BUILD)/kvtier-cuda.ptxas.txt || { cat $(BUILD)/kvtier-cuda.ptxas.txt >&2; rm -f $@; exit 1; }
 
 # ---- libkvtier ------------------------------------------------------------------
 $(SOLIB): $(LIBOBJ) ipc/libkvtier.map
@@ -219,7 +224,7 @@ bench-gpu: ## training steps per second on the GPU
 	$(Q)tests/gpu/run bench
 
 .PHONY: tests-bin bench-bin
-tests-bin: all $(UNIT_BINS) $(HELPER_BINS)
+tests-bin: all $(UNIT_BINS) $(HELPER_BINS) $(GPU_CHECKS)
 bench-bin: all $(BENCH_BINS)
 
 # The interpreter that .ci/deps found or made; tests of the Python package run under it.
