@@ -26,6 +26,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include "shm/window_page.h"
 
 #define PLAN_PAGE_SPAN 32u /* words of a page's position bitmap at most */
 
@@ -66,22 +67,6 @@ struct plan_lane {
 	uint32_t in;   /* rows staged for promotion */
 	uint32_t drop; /* rows leaving for good */
 };
-
-/*
- * PLAN_F_WINDOW. A page to be gathered: the rows in [first, last) of copy_out that leave for this tier, that is
- * with a bit in to_dram (tier dram) or without (tier nvme), ascending.
- */
-struct plan_page {
-	uint64_t off; /* of its struct window_out from the out ring's start */
-	uint64_t end; /* bytes of the ring that the pages up to and with this one take, what a wrap skips
-			 included */
-	uint32_t first, last;
-	uint16_t lane;
-	uint8_t tier; /* enum kvtier_tier: dram or nvme */
-	uint8_t rows; /* 1..128 */
-	uint32_t pad;
-};
-_Static_assert(sizeof(struct plan_page) == 32, "half a cache line");
 
 /* A checked, private copy of where things are; the tables stay in published memory. */
 struct plan_view {

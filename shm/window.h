@@ -26,22 +26,12 @@
 #include <stdint.h>
 #include "shm/plan.h"
 
-#define WINDOW_ALIGN 128u /* of every record, header and ring, in bytes; rings also in 4 KiB of the region */
 #define WINDOW_SPAN PLAN_PAGE_SPAN
 
 /* Places in the region, multiples of 4 KiB; bytes of each at least one page of 128 rows with its header. */
 struct window_place {
 	uint64_t out_off, out_bytes, in_off, in_bytes;
 };
-
-/* Written by the client's GPU before each page. */
-struct window_out {
-	uint64_t plan; /* plan_hdr.id */
-	uint32_t page; /* index in the plan's list */
-	uint32_t crc;  /* CRC32C of the K plane, then the V plane, initial value 0, not inverted */
-	uint8_t pad[112];
-};
-_Static_assert(sizeof(struct window_out) == WINDOW_ALIGN, "one line of the GPU");
 
 #define WINDOW_WRAP UINT32_MAX /* window_in.bytes: the next record is at the ring's start */
 
