@@ -104,3 +104,39 @@ uint32_t crc32c_gather(uint32_t crc, void *dst, const void *src, size_t stride, 
 	}
 	return ~raw;
 }
+
+#define POLY 0x82f63b78u /* bit-reflected: bit 31 is x^0 */
+
+/* a * b modulo P. */
+static uint32_t times(uint32_t a, uint32_t b)
+{
+	uint32_t r = 0;
+
+	for (; a; a <<= 1) {
+		r ^= b & (0 - (a >> 31));
+		b = b >> 1 ^ (POLY & (0 - (b & 1)));
+	}
+	return r;
+}
+
+uint32_t crc32c_shift(uint32_t crc, uint64_t len)
+{
+	uint32_t square = UINT32_C(1) << 23; /* x^8, then x^16, x^32, ... */
+
+	for (; len && crc; len >>= 1) {
+		if (len & 1)
+			crc = times(square, crc);
+		square = times(square, square);
+	}
+	return crc;
+}
+
+uint32_t crc32c_plain(uint32_t seed, uint32_t crc, uint64_t len)
+{
+	return ~crc ^ crc32c_shift(~seed, len);
+}
+
+uint32_t crc32c_seeded(uint32_t seed, uint32_t plain, uint64_t len)
+{
+	return ~(plain ^ crc32c_shift(~seed, len));
+}

@@ -37,7 +37,7 @@ struct direct_page {
 	uint32_t limit;         /* rows at and past this position are dead */
 	uint8_t rows, span;     /* rows of the page: bits in pos */
 	uint16_t pad;
-	uint32_t crc;     /* of K plane then V plane, initial value 0 */
+	uint32_t crc;     /* of K plane then V plane, as window_out.crc */
 	uint32_t dead[4]; /* bit by packed row: dropped although the page is there */
 	uint32_t pad2[3];
 	uint64_t pos[DIRECT_SPAN];

@@ -69,6 +69,17 @@ static int commit_range(int fd, size_t off, size_t len)
 	return 0;
 }
 
+/* Kernels before 5.18 take FUTURE_WRITE on huge pages and let everybody map them for writing all the same. */
+static bool still_writable(const struct seg *s)
+{
+	void *p = mmap(NULL, s->size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
+
+	if (p == MAP_FAILED)
+		return errno != EPERM;
+	munmap(p, s->size);
+	return true;
+}
+
 /* One attempt with one page size; on failure nothing is left behind. */
 static int try_create(struct seg *ret, enum seg_class cls, const char *name, size_t size, unsigned flags,
 		      bool huge)
@@ -98,6 +109,10 @@ static int try_create(struct seg *ret, enum seg_class cls, const char *name, siz
 	/* One call, after our own writable mapping: FUTURE_WRITE cannot be added once SEAL is set. */
 	if (fcntl(s.fd, F_ADD_SEALS, seals_of(cls)) < 0)
 		goto fail_errno;
+	if (huge && cls == SEG_PUBLISHED && still_writable(&s)) {
+		r = -EPERM;
+		goto fail;
+	}
 	*ret = s;
 	return 0;
 fail_errno:
@@ -111,7 +126,7 @@ int seg_create(struct seg *ret, enum seg_class cls, const char *name, size_t siz
 {
 	if (!class_ok(cls) || !size || (flags & ~(unsigned)(SEG_F_POPULATE | SEG_F_HUGE)))
 		return -EINVAL;
-	if ((flags & SEG_F_HUGE) && cls != SEG_PRIVATE)
+	if ((flags & SEG_F_HUGE) && cls == SEG_EXCHANGE)
 		return -EINVAL;
 	if (size > (size_t)PTRDIFF_MAX - PAGE_HUGE)
 		return -EFBIG;
@@ -148,8 +163,8 @@ static int inspect(int fd, enum seg_class cls, size_t size, bool *ret_huge)
 	if (fstat(fd, &st) < 0 || fstatfs(fd, &fs) < 0)
 		return -errno;
 	huge = fs.f_type == HUGETLBFS_MAGIC;
-	/* A hole in hugetlb memory may have no page left to fill it: only we ourselves may be that careless. */
-	if (!S_ISREG(st.st_mode) || !size || (uint64_t)st.st_size != size || (huge && cls != SEG_PRIVATE))
+	/* A hole in hugetlb memory may have no page left to fill it: never where both sides may make one. */
+	if (!S_ISREG(st.st_mode) || !size || (uint64_t)st.st_size != size || (huge && cls == SEG_EXCHANGE))
 		return -EPROTO;
 	*ret_huge = huge;
 	return 0;

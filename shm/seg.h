@@ -6,7 +6,8 @@
  *   private    daemon only, never sent. May use huge pages.
  *   exchange   client and daemon write. Sealed SHRINK|GROW|SEAL, 4 KiB pages.
  *   published  daemon writes, clients map read-only. Sealed
- *              SHRINK|GROW|FUTURE_WRITE|SEAL after the daemon's own mapping.
+ *              SHRINK|GROW|FUTURE_WRITE|SEAL after the daemon's own mapping. May use
+ *              huge pages where the kernel keeps that promise for them too.
  *
  * Creation fails when sealing fails. The fd is owned by the segment until
  * seg_close(). Not thread-safe per segment; distinct segments are independent.
@@ -23,7 +24,7 @@ enum seg_class {
 
 enum {
 	SEG_F_POPULATE = 1, /* fallocate the whole size now: ENOSPC here, not SIGBUS later */
-	SEG_F_HUGE = 2,     /* private only: try 2 MiB pages, fall back silently (see seg.huge) */
+	SEG_F_HUGE = 2,     /* not exchange: try 2 MiB pages, fall back silently (see seg.huge) */
 };
 
 struct seg {

@@ -131,14 +131,22 @@ static int seg_room(struct alloc *a, uint32_t n)
 int alloc_add(struct alloc *a, uint32_t slabs)
 {
 	uint32_t i = 0;
+
+	while (i < a->top && a->seg[i].slab)
+		i++;
+	return alloc_add_at(a, i, slabs);
+}
+
+int alloc_add_at(struct alloc *a, uint32_t i, uint32_t slabs)
+{
 	struct alloc_seg *g;
 
 	if (!slabs || slabs >= ALLOC_MAX_SLABS) /* the very last index would look like NIL */
 		return -EINVAL;
-	while (i < a->top && a->seg[i].slab)
-		i++;
-	if (i == ALLOC_MAX_SEGS)
+	if (i >= ALLOC_MAX_SEGS)
 		return -ENOSPC;
+	if (i < a->top && a->seg[i].slab)
+		return -EINVAL;
 	if (seg_room(a, i + 1))
 		return -ENOMEM;
 	g = &a->seg[i];
@@ -174,6 +182,13 @@ int alloc_remove(struct alloc *a, uint32_t seg)
 	while (a->top && !a->seg[a->top - 1].slab)
 		a->top--;
 	return 0;
+}
+
+uint32_t alloc_next_empty(const struct alloc *a, uint32_t seg)
+{
+	while (seg < a->top && (!a->seg[seg].slab || a->seg[seg].pooled != a->seg[seg].slabs))
+		seg++;
+	return seg;
 }
 
 /* First slab of a pooled run, or g->slabs. */

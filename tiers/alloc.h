@@ -90,8 +90,12 @@ void alloc_fini(struct alloc *a);
  * ALLOC_MAX_SLABS and more), -ENOSPC (no number left), -ENOMEM.
  */
 int alloc_add(struct alloc *a, uint32_t slabs);
+/* The same with a number of the caller's choice, which is not in use. */
+int alloc_add_at(struct alloc *a, uint32_t seg, uint32_t slabs);
 /* Remove a segment without pages. 0, -EBUSY (pages in it), -EINVAL (no such segment). */
 int alloc_remove(struct alloc *a, uint32_t seg);
+/* Lowest segment from `seg` on that holds no page; a->top: there is none. */
+uint32_t alloc_next_empty(const struct alloc *a, uint32_t seg);
 /*
  * Find a place for `bytes`. With `borrow`, when the class has no place left, one of up to twice the
  * size is taken: better padding than eviction. *ret on success only. 0, -ENOSPC, -EINVAL (0 bytes or more than

@@ -1,138 +1,22 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The DRAM tier: pages in private segments. The page is the buffer, so a write
- * is what the caller puts there and submit has nothing left to do.
+ * The DRAM tier: pages in memory of ours, private or published to one owner's clients. The page is the buffer,
+ * so a write is what the caller puts there and submit has nothing left to do. Where pages lie: dram_seg.c.
  *
- * Segments are made when the allocator runs out and given back when they hold no
- * page; one empty segment is kept, so that a workload at the edge does not make and
- * unmake it. Memory is not touched before a page is: opening costs microseconds
- * whatever the size. Unmapping a warm segment takes milliseconds, so a short-lived
- * thread does it.
+ * Memory is not touched before a page is: opening costs microseconds whatever the size. Unmapping a warm
+ * segment takes milliseconds, so a short-lived thread does it.
  */
-#include "tiers/tier.h"
-#include "tiers/alloc.h"
-#include "shm/seg.h"
+#include "tiers/dram.h"
 
+#include <errno.h>
 #include <numa.h>
-#include <numaif.h>
-#include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define SEGMENT_DEFAULT (UINT64_C(256) << 20)
 
 enum io_state { IO_IDLE = 0, IO_READY, IO_SUBMITTED, IO_DONE }; /* tier_io.priv[0] */
-
-struct dram {
-	struct tier tier;
-	struct alloc alloc;
-	struct seg *seg; /* by the allocator's segment number */
-	uint32_t max_segs;
-	uint64_t capacity, segment, mapped;
-	int node;
-	bool no_huge;
-	struct tier_io *head, **tail; /* finished, not yet reaped */
-	struct tier_stat st;
-	int grow_err;     /* why the last segment could not be made */
-	struct seg dying; /* the reaper's while `reaping` */
-	pthread_t reaper;
-	bool reaping;
-};
-
-static struct dram *dram_of(struct tier *t)
-{
-	return container_of(t, struct dram, tier);
-}
-
-static char *page_at(const struct dram *d, tier_addr addr)
-{
-	return (char *)d->seg[alloc_addr_seg(addr)].addr + alloc_addr_off(addr);
-}
-
-/*
- * Say where the segment's memory shall come from. Preferred rather than bound: a full node
- * must cost latency, not the daemon's life. Failure costs placement only, so it is not an error.
- */
-static void place(const struct dram *d, const struct seg *s)
-{
-	if (numa_available() < 0)
-		return;
-	if (d->node >= 0) {
-		struct bitmask *m = numa_allocate_nodemask();
-
-		if (!m)
-			return;
-		numa_bitmask_setbit(m, (unsigned)d->node);
-		mbind(s->addr, s->size, MPOL_PREFERRED, m->maskp, m->size + 1, 0);
-		numa_free_nodemask(m);
-	} else if (numa_num_configured_nodes() > 1) {
-		mbind(s->addr, s->size, MPOL_INTERLEAVE, numa_all_nodes_ptr->maskp,
-		      numa_all_nodes_ptr->size + 1, 0);
-	}
-}
-
-/* Add one segment of what is left of the capacity. -ENOSPC when nothing is, or none can be made. */
-static int grow(struct dram *d)
-{
-	uint64_t bytes = MIN(d->segment, d->capacity - d->mapped);
-	struct seg s = SEG_INIT;
-	int i, r;
-
-	if (!bytes)
-		return -ENOSPC;
-	r = seg_create(&s, SEG_PRIVATE, "kvtier-dram", bytes, d->no_huge ? 0 : SEG_F_HUGE);
-	if (r < 0)
-		goto fail;
-	i = r = alloc_add(&d->alloc, (uint32_t)(bytes / ALLOC_SLAB_BYTES));
-	if (r < 0)
-		goto fail;
-	place(d, &s);
-	d->seg[i] = s;
-	d->mapped += bytes;
-	return 0;
-fail:
-	seg_close(&s);
-	d->grow_err = -r;
-	d->st.errors++;
-	return -ENOSPC;
-}
-
-static void *reap_seg(void *arg)
-{
-	seg_close(arg);
-	return NULL;
-}
-
-static void reaper_join(struct dram *d)
-{
-	if (d->reaping)
-		pthread_join(d->reaper, NULL);
-	d->reaping = false;
-}
-
-static void give_back(struct dram *d, uint32_t i)
-{
-	if (alloc_remove(&d->alloc, i) < 0)
-		return;
-	d->mapped -= MIN(d->segment, d->seg[i].size);
-	reaper_join(d);
-	d->dying = d->seg[i];
-	d->seg[i] = (struct seg)SEG_INIT;
-	if (pthread_create(&d->reaper, NULL, reap_seg, &d->dying))
-		seg_close(&d->dying);
-	else
-		d->reaping = true;
-}
-
-static void put(struct dram *d, tier_addr addr, uint32_t bytes)
-{
-	int r = alloc_put(&d->alloc, addr, bytes);
-
-	if (r < 0)
-		d->st.errors++;
-	else if (r > 0 && d->alloc.st.empty_segs > 1)
-		give_back(d, alloc_addr_seg(addr));
-}
 
 static int check_cfg(const struct tier_cfg *cfg, char *err, size_t errsize)
 {
@@ -173,11 +57,8 @@ static void dram_close(struct tier *t)
 
 	if (!d)
 		return;
-	reaper_join(d);
-	for (uint32_t i = 0; d->seg && i < d->max_segs; i++)
-		seg_close(&d->seg[i]);
-	alloc_fini(&d->alloc);
-	free(d->seg);
+	dram_unmap(d);
+	free(d->slot);
 	free(d);
 }
 
@@ -192,20 +73,19 @@ static int dram_open(struct tier **ret, const struct tier_cfg *cfg, char *err, s
 	if (!d)
 		goto nomem;
 	d->tier.ops = &tier_dram_ops;
-	alloc_init(&d->alloc);
+	alloc_init(&d->private.alloc);
+	LIST_INIT(&d->pools);
+	pthread_mutex_init(&d->lock, NULL);
 	d->capacity = cfg->size / ALLOC_SLAB_BYTES * ALLOC_SLAB_BYTES;
 	d->segment = cfg->segment;
 	if (!d->segment)
 		d->segment = MAX(SEGMENT_DEFAULT, ALIGN_UP(d->capacity / ALLOC_MAX_SEGS + 1, SEGMENT_DEFAULT));
-	d->max_segs = (uint32_t)DIV_UP(d->capacity, d->segment);
 	d->node = numa_available() < 0 || cfg->node < 0 ? -1 : cfg->node;
 	d->no_huge = cfg->no_huge;
 	d->tail = &d->head;
-	d->seg = calloc(d->max_segs, sizeof(*d->seg));
-	if (!d->seg)
+	d->slot = calloc(DRAM_SLOTS, sizeof(*d->slot)); /* what is not used is not touched */
+	if (!d->slot)
 		goto nomem;
-	for (uint32_t i = 0; i < d->max_segs; i++)
-		d->seg[i] = (struct seg)SEG_INIT;
 	*ret = &d->tier;
 	return 0;
 nomem:
@@ -217,19 +97,20 @@ nomem:
 static int dram_prepare(struct tier *t, struct tier_io *io)
 {
 	struct dram *d = dram_of(t);
+	struct pool *p;
 	int r;
 
-	if (io->op == TIER_READ) {
-		r = alloc_check(&d->alloc, io->addr, io->bytes);
-	} else {
-		r = alloc_get(&d->alloc, io->bytes, false, &io->addr);
-		if (r == -ENOSPC)
-			r = grow(d) ? alloc_get(&d->alloc, io->bytes, true, &io->addr)
-				    : alloc_get(&d->alloc, io->bytes, false, &io->addr);
+	if (io->op == TIER_WRITE) {
+		p = dram_pool_get(d, io->owner);
+		if (!p)
+			return -ENOMEM;
+		r = dram_place(d, p, io->bytes, io->room, &io->addr);
+		if (r < 0)
+			return r;
 	}
-	if (r < 0)
-		return r;
-	io->buf = page_at(d, io->addr);
+	io->buf = dram_page(d, io->addr, io->bytes);
+	if (!io->buf)
+		return -EINVAL;
 	io->priv[0] = IO_READY;
 	return 0;
 }
@@ -275,19 +156,22 @@ static unsigned dram_reap(struct tier *t, struct tier_io **ret, unsigned max)
 	return n;
 }
 
+static void dram_free(struct tier *t, tier_addr addr, uint32_t bytes)
+{
+	struct dram *d = dram_of(t);
+
+	if (dram_put(d, addr, bytes) < 0)
+		d->st.errors++;
+}
+
 static void dram_release(struct tier *t, struct tier_io *io)
 {
 	if (io->priv[0] == IO_READY && io->op == TIER_WRITE) {
-		put(dram_of(t), io->addr, io->bytes);
+		dram_free(t, io->addr, io->bytes);
 		io->addr = TIER_ADDR_NONE;
 	}
 	io->buf = NULL;
 	io->priv[0] = IO_IDLE;
-}
-
-static void dram_free(struct tier *t, tier_addr addr, uint32_t bytes)
-{
-	put(dram_of(t), addr, bytes);
 }
 
 static int dram_event_fd(struct tier *t)
@@ -298,28 +182,86 @@ static int dram_event_fd(struct tier *t)
 static void dram_stat(struct tier *t, struct tier_stat *ret)
 {
 	const struct dram *d = dram_of(t);
-	struct alloc_stat a;
+	struct alloc_stat a, sum;
+	const struct pool *p;
 	bool huge = true;
 
-	alloc_stat(&d->alloc, &a);
-	for (uint32_t i = 0; i < d->max_segs; i++)
-		huge = huge && (d->seg[i].fd < 0 || d->seg[i].huge);
+	alloc_stat(&d->private.alloc, &sum);
+	LIST_FOREACH(p, &d->pools, link) {
+		alloc_stat(&p->alloc, &a);
+		sum.used += a.used;
+		sum.stranded += a.stranded;
+		sum.padding += a.padding;
+		sum.segs += a.segs;
+		sum.empty_segs += a.empty_segs;
+	}
+	for (uint32_t i = 0; i < d->top; i++)
+		huge = huge && (!d->slot[i].pool || d->slot[i].seg.huge);
 	*ret = d->st;
 	ret->capacity = d->capacity;
-	ret->used = a.used;
-	ret->free = d->capacity - a.used - a.stranded;
-	ret->overhead = a.stranded;
-	ret->huge = huge && a.segs;
+	ret->used = sum.used;
+	ret->free = d->capacity - sum.used - sum.stranded;
+	ret->overhead = sum.stranded;
+	ret->published = d->published;
+	ret->huge = huge && sum.segs;
 	ret->node = d->node;
-	snprintf(ret->note, sizeof(ret->note), "%u segments, %u empty, padding %llu KiB%s%s", a.segs,
-		 a.empty_segs, (unsigned long long)(a.padding >> 10), d->grow_err ? "; last not made: " : "",
-		 d->grow_err ? strerror(d->grow_err) : "");
+	snprintf(ret->note, sizeof(ret->note), "%u segments, %u empty, padding %llu KiB%s%s", sum.segs,
+		 sum.empty_segs, (unsigned long long)(sum.padding >> 10),
+		 d->grow_err ? "; last not made: " : "", d->grow_err ? strerror(d->grow_err) : "");
 }
 
 static void dram_tick(struct tier *t,
 		      bool (*moved)(void *arg, const struct page_meta *m, tier_addr from, tier_addr to),
 		      void *arg)
 {
+}
+
+/* ---- published memory --------------------------------------------------------------------- */
+
+static int dram_hold(struct tier *t, uint64_t owner, bool on)
+{
+	struct dram *d = dram_of(t);
+	struct pool *p = on ? dram_pool_get(d, owner) : dram_pool(d, owner);
+
+	if (!p)
+		return on ? -ENOMEM : 0;
+	if (on)
+		p->held = true;
+	else
+		dram_pool_release(d, p);
+	return 0;
+}
+
+static int dram_segment(struct tier *t, uint64_t owner, uint32_t number, uint64_t *ret_bytes)
+{
+	const struct dram *d = dram_of(t);
+	uint32_t i = number % DRAM_SLOTS;
+	const struct dram_seg *s = &d->slot[i];
+
+	if (!owner || i >= d->top || !s->pool || s->pool->owner != owner || s->gen != number >> DRAM_SLOT_BITS)
+		return -ENOENT;
+	*ret_bytes = s->seg.size;
+	return s->seg.fd;
+}
+
+static void dram_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *ret)
+{
+	struct dram *d = dram_of(t);
+	const struct pool *p = dram_pool(d, owner);
+	struct alloc_stat a = {0};
+
+	if (p)
+		alloc_stat(&p->alloc, &a);
+	*ret = (struct tier_owner){
+		.bytes = a.capacity,
+		.used = a.used,
+		.room = d->capacity - d->mapped + a.free,
+		.segments = a.segs,
+		.empty = a.empty_segs,
+	};
+	if (owner) /* the empty private one would be given up */
+		for (uint32_t i = 0; (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top; i++)
+			ret->room += d->slot[i].seg.size;
 }
 
 const struct tier_ops tier_dram_ops = {
@@ -335,4 +277,7 @@ const struct tier_ops tier_dram_ops = {
 	.event_fd = dram_event_fd,
 	.stat = dram_stat,
 	.tick = dram_tick,
+	.hold = dram_hold,
+	.segment = dram_segment,
+	.owner_stat = dram_owner_stat,
 };

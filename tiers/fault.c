@@ -221,6 +221,8 @@ static void copy_request(struct shadow *s, const struct tier_io *io)
 	s->lower.meta = io->meta;
 	s->lower.seq = io->seq;
 	s->lower.life = io->life;
+	s->lower.owner = io->owner;
+	s->lower.room = io->room;
 }
 
 static int fault_prepare(struct tier *t, struct tier_io *io)
@@ -392,6 +394,29 @@ static void fault_tick(struct tier *t,
 		l->ops->tick(l, moved, arg);
 }
 
+static int fault_hold(struct tier *t, uint64_t owner, bool on)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	return l->ops->hold ? l->ops->hold(l, owner, on) : 0;
+}
+
+static int fault_segment(struct tier *t, uint64_t owner, uint32_t number, uint64_t *ret_bytes)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	return l->ops->segment ? l->ops->segment(l, owner, number, ret_bytes) : -ENOENT;
+}
+
+static void fault_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *ret)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	memset(ret, 0, sizeof(*ret));
+	if (l->ops->owner_stat)
+		l->ops->owner_stat(l, owner, ret);
+}
+
 const struct tier_ops tier_fault_ops = {
 	.name = "fault",
 	.caps = TIER_CAP_ASYNC,
@@ -407,4 +432,7 @@ const struct tier_ops tier_fault_ops = {
 	.event_fd = fault_event_fd,
 	.stat = fault_stat,
 	.tick = fault_tick,
+	.hold = fault_hold,
+	.segment = fault_segment,
+	.owner_stat = fault_owner_stat,
 };

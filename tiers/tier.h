@@ -22,8 +22,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef uint64_t tier_addr; /* opaque; TIER_ADDR_NONE = nowhere */
+typedef uint64_t tier_addr; /* opaque but for what follows; TIER_ADDR_NONE = nowhere */
 #define TIER_ADDR_NONE UINT64_MAX
+/* A page in published memory: this bit, 24 bits of segment number, 32 bits of place in units of 4 KiB. */
+#define TIER_ADDR_PUBLISHED (UINT64_C(1) << 62)
 #define TIER_MAX_PAGE (1u << 20) /* bytes */
 
 /* Who a page is. Seeds its CRC32C, so a stale or misdirected page cannot pass. 48 bytes, no padding. */
@@ -59,10 +61,13 @@ struct tier_io {
 	struct page_meta meta;        /* write: what to remember beside the page; read: unused */
 	const struct seq_record *seq; /* write: owner of the page, copied by the tier before submit returns */
 	uint8_t life;                 /* enum tier_class */
-	int32_t res;                  /* after reap: 0 or -errno */
-	void *user;                   /* the caller's */
-	struct tier_io *next;         /* the tier's while submitted */
-	uint64_t priv[4];             /* the tier's */
+	uint64_t owner; /* write: whose clients may map the page's segment, read-only; 0: nobody, it is private
+			 */
+	uint64_t room;  /* write, with owner: bytes of new segments that the owner may be charged with */
+	int32_t res;    /* after reap: 0 or -errno */
+	void *user;     /* the caller's */
+	struct tier_io *next; /* the tier's while submitted */
+	uint64_t priv[4];     /* the tier's */
 };
 
 /* What is needed to recognise an orphaned sequence after a restart. */
@@ -87,9 +92,18 @@ struct tier_stat {
 	uint64_t device_write_bytes; /* bytes really sent to the device: / write_bytes = amplification */
 	uint64_t errors, inflight, leaked_bytes;
 	uint64_t cleaned_segments;
+	uint64_t published; /* bytes of published segments, whatever lies in them; only their owners can use
+			       them */
 	bool offline, huge, io_uring; /* offline: a deadline passed; no new work */
 	int node;                     /* NUMA node, -1 interleaved or unknown */
 	char note[96];                /* one human line, e.g. why the fallback runs */
+};
+
+/* What an owner takes; owner 0: all that is private. */
+struct tier_owner {
+	uint64_t bytes, used;     /* of its segments; what pages occupy of them, padding included */
+	uint64_t room;            /* bytes of pages that could be added, new segments included */
+	uint32_t segments, empty; /* empty: kept for its next pages */
 };
 
 struct tier_cfg {
@@ -142,7 +156,34 @@ struct tier_ops {
 	void (*tick)(struct tier *t,
 		     bool (*moved)(void *arg, const struct page_meta *m, tier_addr from, tier_addr to),
 		     void *arg);
+	/*
+	 * Published memory, all NULL in tiers that have none. A page written with an owner lies in a segment of
+	 * that owner alone: published (shm/seg.h), never punched, and with a number that no other segment has
+	 * had while the owner was held.
+	 *
+	 * hold: from now on clients of the owner may name its segments, so emptied ones stay, for its next
+	 * pages. Off: empty ones are closed at once, the others as they become empty. 0 or -ENOMEM.
+	 */
+	int (*hold)(struct tier *t, uint64_t owner, bool on);
+	/* The segment's descriptor, which stays the tier's, and its size; -ENOENT: the owner has no such
+	 * segment. */
+	int (*segment)(struct tier *t, uint64_t owner, uint32_t number, uint64_t *ret_bytes);
+	void (*owner_stat)(struct tier *t, uint64_t owner, struct tier_owner *ret);
 };
+
+static inline bool tier_published(tier_addr addr)
+{
+	return addr != TIER_ADDR_NONE && (addr & TIER_ADDR_PUBLISHED);
+}
+/* Of a published address: its segment's number, and the page's offset in it, in bytes. */
+static inline uint32_t tier_segment(tier_addr addr)
+{
+	return (uint32_t)(addr >> 32) & 0xffffff;
+}
+static inline uint64_t tier_offset(tier_addr addr)
+{
+	return (addr & UINT32_MAX) * 4096;
+}
 
 struct tier { /* first member of every tier's own struct */
 	const struct tier_ops *ops;

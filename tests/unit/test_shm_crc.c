@@ -173,6 +173,37 @@ static void gather_chains_with_planes(void **state)
 	assert_int_equal(crc, reference(reference(0, (const uint8_t *)"identity", 8), page, 32768 + 16384));
 }
 
+/* Bit by bit, as the definition has it. */
+static uint32_t slow_plain(const uint8_t *p, size_t n)
+{
+	uint32_t r = 0;
+
+	while (n--) {
+		r ^= *p++;
+		for (int b = 0; b < 8; b++)
+			r = r >> 1 ^ (r & 1 ? 0x82f63b78u : 0);
+	}
+	return r;
+}
+
+static void shift_moves_the_start(void **state)
+{
+	uint8_t buf[5000];
+	uint32_t seed = 0x12345678;
+
+	for (size_t i = 0; i < sizeof(buf); i++)
+		buf[i] = (uint8_t)(i * 131 + i / 7);
+	assert_int_equal(crc32c_shift(0, 100), 0);
+	assert_int_equal(crc32c_shift(seed, 0), seed);
+	for (size_t n = 0; n < sizeof(buf); n = n * 3 + 1, seed = seed * 1664525 + 1) {
+		uint32_t plain = slow_plain(buf, n), crc = crc32c(seed, buf, n);
+
+		assert_int_equal(crc32c(seed, buf, n) ^ crc32c(~seed, buf, n), crc32c_shift(UINT32_MAX, n));
+		assert_int_equal(crc32c_plain(seed, crc, n), plain);
+		assert_int_equal(crc32c_seeded(seed, plain, n), crc);
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -182,6 +213,7 @@ int main(void)
 		cmocka_unit_test(sees_every_flipped_bit),
 		cmocka_unit_test(gather_equals_reference),
 		cmocka_unit_test(gather_chains_with_planes),
+		cmocka_unit_test(shift_moves_the_start),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -73,7 +73,6 @@ static void create_refuses_nonsense(void **state)
 	assert_int_equal(seg_create(&s, (enum seg_class)3, "t", 4096, 0), -EINVAL);
 	assert_int_equal(seg_create(&s, SEG_PRIVATE, "t", 4096, 4), -EINVAL);
 	assert_int_equal(seg_create(&s, SEG_EXCHANGE, "t", 4096, SEG_F_HUGE), -EINVAL);
-	assert_int_equal(seg_create(&s, SEG_PUBLISHED, "t", 4096, SEG_F_HUGE), -EINVAL);
 	assert_int_equal(seg_create(&s, SEG_PRIVATE, "t", SIZE_MAX, 0), -EFBIG);
 	/* More than any address space: the kernel refuses, and nothing stays open. */
 	assert_true(seg_create(&s, SEG_PRIVATE, "t", (size_t)1 << 61, 0) < 0);

@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * Inside the DRAM tier. Pages lie in pools: one is private, the others are published and belong to one owner
+ * each. A pool has its own segments and its own allocator, so two owners never share a segment; all pools
+ * share the capacity. Segments have one numbering: that of the slots in `seg`, for published ones with a
+ * generation above it, so that a number comes back only after as many others of its slot.
+ *
+ * Everything on the tier's owner thread, except that a thread of its own unmaps segments.
+ */
+#include "tiers/alloc.h"
+#include "tiers/tier.h"
+#include "shm/seg.h"
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/queue.h>
+
+#define DRAM_SLOTS ALLOC_MAX_SEGS
+#define DRAM_SLOT_BITS 12
+_Static_assert(DRAM_SLOTS == 1u << DRAM_SLOT_BITS, "a number is a slot and 12 bits of generation");
+
+struct pool {
+	LIST_ENTRY(pool) link;
+	uint64_t owner; /* 0: private */
+	struct alloc alloc;
+	uint64_t mapped; /* bytes of its segments */
+	bool held;       /* clients may name its segments: empty ones stay */
+};
+
+struct dram_seg {
+	struct seg seg;
+	struct pool *pool; /* NULL: free slot */
+	uint32_t gen;      /* of the published segment that is here, or was last; 12 bits */
+};
+
+struct dead_seg { /* to be unmapped */
+	struct seg seg;
+	struct dead_seg *next;
+};
+
+struct dram {
+	struct tier tier;
+	struct pool private;
+	LIST_HEAD(, pool) pools;            /* published */
+	struct dram_seg *slot;              /* [DRAM_SLOTS] */
+	uint32_t top;                       /* used slots are all below */
+	uint64_t capacity, segment, mapped; /* mapped: of all pools */
+	uint64_t published;                 /* of that, of published ones */
+	int node;
+	bool no_huge;
+	struct tier_io *head, **tail; /* finished, not yet reaped */
+	struct tier_stat st;
+	int grow_err;         /* why the last segment could not be made */
+	pthread_mutex_t lock; /* for the two that follow */
+	struct dead_seg *dead;
+	bool reaping; /* somebody takes from `dead` until it is empty */
+	pthread_t reaper;
+	bool started; /* to be joined */
+};
+
+static inline struct dram *dram_of(struct tier *t)
+{
+	return container_of(t, struct dram, tier);
+}
+
+/* The pool of an owner, or NULL. / The same, made when there is none; NULL: out of memory. */
+struct pool *dram_pool(struct dram *d, uint64_t owner);
+struct pool *dram_pool_get(struct dram *d, uint64_t owner);
+/* Find a place, in a new segment when it must be; new published ones take at most `room` bytes. */
+int dram_place(struct dram *d, struct pool *p, uint32_t bytes, uint64_t room, tier_addr *ret);
+/* A place is free again. -EINVAL: it was not in use. */
+int dram_put(struct dram *d, tier_addr addr, uint32_t bytes);
+/* Where a page of `bytes` at addr lies; NULL: there is none. */
+void *dram_page(const struct dram *d, tier_addr addr, uint32_t bytes);
+/* Nobody names the pool's segments any more. p is gone when it has none left. */
+void dram_pool_release(struct dram *d, struct pool *p);
+/* End: unmap everything. */
+void dram_unmap(struct dram *d);
