@@ -196,6 +196,20 @@ $(BUILD)/tests/integration/%: tests/integration/%.c $(SOLIB) $(BUILD)/librooms.a
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
 		-L$(BUILD) -lkvtier -Wl,-rpath,'$$ORIGIN/../..' $(BUILD)/librooms.a $(LIBS)
 
+# A CUDA driver of host memory with libkvtier's kernels in it, for tests where there is no GPU.
+FAKE_SRC := $(wildcard tests/gpu/host/fake_*.cc) tests/gpu/host/fibers.cc tests/gpu/host/kernels.cc
+FAKE_OBJ := $(patsubst %.cc,$(BUILD)/obj/%.o,$(FAKE_SRC))
+FAKE_CUDA := $(BUILD)/fake/libcuda.so.1
+$(BUILD)/obj/tests/gpu/host/%.o: tests/gpu/host/%.cc Makefile
+	@mkdir -p $(@D)
+	$(say) CXX $<
+	$(Q)g++ -O2 -g -std=c++17 -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wno-unknown-pragmas -mavx2 -mfma -mf16c \
+		-I. -Itests/gpu/host -MMD -MP -c -o $@ $<
+$(FAKE_CUDA): $(FAKE_OBJ)
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(Q)g++ -shared -pthread -Wl,-soname,libcuda.so.1 -o $@ $^
+
 # What needs a GPU links the CPU backend alone, so that it builds where only a BLAS is installed.
 GPU_OBJ := $(call obj,$(addprefix policy/train/,cpu.c lane.c net.c kern.c kern_avx2.c kern_avx512.c objective.c sampled.c) \
 	   $(addprefix policy/,rows.c rows_avx2.c weights_shape.c))
@@ -224,7 +238,7 @@ bench-gpu: ## training steps per second on the GPU
 	$(Q)tests/gpu/run bench
 
 .PHONY: tests-bin bench-bin
-tests-bin: all $(UNIT_BINS) $(HELPER_BINS) $(GPU_CHECKS)
+tests-bin: all $(UNIT_BINS) $(HELPER_BINS) $(GPU_CHECKS) $(FAKE_CUDA)
 bench-bin: all $(BENCH_BINS)
 
 # The interpreter that .ci/deps found or made; tests of the Python package run under it.

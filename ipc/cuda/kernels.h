@@ -12,9 +12,10 @@
 /* Every kernel by its name in the fatbin. */
 #define CUDA_KERNELS(X)                                                                                        \
 	X(kvt_extend)                                                                                          \
-	X(kvt_gather) X(kvt_scatter) X(kvt_compact) X(kvt_compact_to) X(kvt_word) X(kvt_score_64_128)          \
-		X(kvt_score_64_256) X(kvt_score_128_128) X(kvt_score_128_256) X(kvt_recall_sum)                \
-			X(kvt_recall_bound) X(kvt_recall_probe) X(kvt_recall_pick)
+	X(kvt_gather)                                                                                          \
+	X(kvt_scatter) X(kvt_compact) X(kvt_compact_to) X(kvt_word) X(kvt_score_64_128) X(kvt_score_64_256)    \
+		X(kvt_score_128_128) X(kvt_score_128_256) X(kvt_recall_sum) X(kvt_recall_bound)                \
+			X(kvt_recall_probe) X(kvt_recall_pick)
 
 enum cuda_kernel {
 #define X(name) K_##name,
@@ -38,6 +39,8 @@ struct kvtier_cuda {
 /* Make the device's context current on this thread, and undo it. */
 int cuda_enter(struct kvtier_cuda *g);
 void cuda_leave(struct kvtier_cuda *g);
+/* cuda_check(), and remember an error after which the context is of no use. */
+int cuda_try(struct kvtier_cuda *g, cuda_result r, const char *call);
 /* Launch with one struct of arguments; `shared` bytes of dynamic shared memory. */
 int cuda_launch(struct kvtier_cuda *g, enum cuda_kernel k, unsigned gx, unsigned gy, unsigned block,
 		unsigned shared, void *args, void *stream);

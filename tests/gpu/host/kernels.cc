@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: MIT */
+/* libkvtier's kernels as C++, by name: see fake_cuda.h beside this. */
+#include "kernels_host.h"
+
+#include <vector>
+
+#include "ipc/cuda/args.h"
+
+/* A kernel that is not there is found by its name and not to be launched. */
+#define ABSENT(name, args) extern "C" __attribute__((weak)) void name(struct args)
+ABSENT(kvt_extend, extend_args);
+ABSENT(kvt_word, word_args);
+ABSENT(kvt_gather, gather_args);
+ABSENT(kvt_scatter, scatter_args);
+ABSENT(kvt_compact, compact_args);
+ABSENT(kvt_compact_to, compact_args);
+ABSENT(kvt_score_64_128, score_args);
+ABSENT(kvt_score_64_256, score_args);
+ABSENT(kvt_score_128_128, score_args);
+ABSENT(kvt_score_128_256, score_args);
+#include "ipc/cuda/gather.cu"
+#if __has_include("ipc/cuda/scatter.cu")
+#include "ipc/cuda/scatter.cu"
+#include "ipc/cuda/compact.cu"
+#endif
+#if __has_include("ipc/cuda/score.cu")
+#include "ipc/cuda/score.cu"
+#endif
+#if __has_include("ipc/cuda/recall.cu")
+#include "ipc/cuda/recall.cu"
+#else
+ABSENT(kvt_recall_sum, word_args);
+ABSENT(kvt_recall_bound, word_args);
+ABSENT(kvt_recall_probe, word_args);
+ABSENT(kvt_recall_pick, word_args);
+#endif
+
+#define _Atomic volatile /* of one field of a C struct that is not looked at here */
+#include "ipc/cuda/kernels.h"
+
+template <typename A> static void run(void (*fn)(A), void *args)
+{
+	fn(*(A *)args);
+}
+
+/* Addresses among a kernel's arguments. 0 where the kernel takes it for "none". */
+static std::vector<uint64_t> addresses(const extend_args &a)
+{
+	return {a.maps.slot_of, a.maps.pos_of, a.count};
+}
+static std::vector<uint64_t> addresses(const gather_args &a)
+{
+	return {a.maps.slot_of, a.lane, a.copy_out, a.to_dram, a.page, a.out, a.crc};
+}
+static std::vector<uint64_t> addresses(const scatter_args &a)
+{
+	return {a.lane, a.page, a.bring_in, a.bad, a.crc};
+}
+static std::vector<uint64_t> addresses(const compact_args &a)
+{
+	return {a.maps.slot_of, a.maps.pos_of, a.lane, a.to,    a.resident,
+		a.bring_in,     a.count,       a.in,   a.after, a.scratch};
+}
+static std::vector<uint64_t> addresses(const word_args &a)
+{
+	return {a.addr};
+}
+static std::vector<uint64_t> addresses(const score_args &a)
+{
+	return {a.scorer, a.rows, a.slot_of, a.out};
+}
+template <typename A> static std::vector<uint64_t> addresses(const A &)
+{
+	return {};
+}
+
+template <typename A> static size_t bytes_of(void (*)(A))
+{
+	return sizeof(A);
+}
+template <typename A> static size_t list(void (*)(A), const void *args, uint64_t *ret)
+{
+	size_t n = 0;
+
+	for (uint64_t x : addresses(*(const A *)args))
+		if (x)
+			ret[n++] = x;
+	return n;
+}
+
+#define X(name)                                                                                                \
+	{#name, bytes_of(name), [](void *args) { run(name, args); },                                           \
+	 [](const void *args, uint64_t *ret) { return list(name, args, ret); }},
+static const struct host_kernel table[] = {CUDA_KERNELS(X)};
+#undef X
+
+const struct host_kernel *host_kernel_find(const char *name)
+{
+	for (const struct host_kernel &k : table)
+		if (strcmp(k.name, name) == 0)
+			return &k;
+	return NULL;
+}
