@@ -232,9 +232,9 @@ $(BUILD)/obj/tests/gpu/%.o: tests/gpu/%.cu Makefile
 	$(Q)$(NVCC) $(NVCCFLAGS) -c -o $@ $<
 
 .PHONY: check-gpu bench-gpu
-check-gpu: ## the CUDA backend against the CPU backend (needs nvcc and a GPU)
+check-gpu: ## every check of what runs on a GPU, and compute-sanitizer (skips, with reasons, what cannot run)
 	$(Q)tests/gpu/run check
-bench-gpu: ## training steps per second on the GPU
+bench-gpu: ## every figure of the GPU; writes tests/bench/results/
 	$(Q)tests/gpu/run bench
 
 .PHONY: tests-bin bench-bin
