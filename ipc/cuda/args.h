@@ -73,7 +73,8 @@ struct compact_args {
 	uint64_t resident, bring_in; /* [lanes][words] */
 	uint64_t count, in, after;   /* uint32_t [lanes] */
 	uint64_t scratch;            /* as compact_scratch() says */
-	uint32_t lanes, words, watermark, rows, cap, pad;
+	uint32_t lanes, words, watermark, rows, cap;
+	uint32_t keep_words; /* set by kern_compact() */
 };
 
 /* kvt_word: *addr = value when everything before it on the stream is done and visible to the host. */

@@ -10,8 +10,6 @@
 #include "ipc/cuda/kernels.h"
 #include "ipc/kvtier_cuda.h"
 
-#pragma weak crc_tables_bytes /* until move.c is there */
-#pragma weak crc_tables_fill
 
 #define KERNELS_FILE "kvtier-cuda.fatbin"
 #define KERNELS_MAX ((off_t)256 << 20)
