@@ -50,7 +50,8 @@ class Layout(c.Structure):
 class Budget(c.Structure):
     _fields_ = [("size", c.c_size_t), ("kind", c.c_uint32), ("device_rows", c.c_uint32), ("dram_rows", c.c_uint32),
                 ("nvme_rows", c.c_uint32), ("device_table", c.POINTER(c.c_uint32)), ("table_n", c.c_uint32),
-                ("slack_rows", c.c_uint32), ("manual", c.c_uint32), ("policy", c.c_char_p)]
+                ("slack_rows", c.c_uint32), ("manual", c.c_uint32), ("policy", c.c_char_p),
+                ("write_through", c.c_uint32), ("reserved", c.c_uint32)]
 
 
 class SeqOpts(c.Structure):
@@ -196,18 +197,24 @@ def _find():
     return "libkvtier.so.0"
 
 
+def declare(prototypes):
+    """More of the library's functions, for the module that uses them."""
+    _PROTOTYPES.update(prototypes)
+
+
 class _Library:
+    """The library, opened at the first use of a function; functions keep their prototypes."""
+
     def __init__(self):
         self._so = None
 
     def __getattr__(self, name):
         if self._so is None:
-            so = c.CDLL(_find())
-            for fn, (res, args) in _PROTOTYPES.items():
-                f = getattr(so, "kvtier_" + fn)
-                f.restype, f.argtypes = res, args
-            self._so = so
-        return getattr(self._so, "kvtier_" + name)
+            self._so = c.CDLL(_find())
+        f = getattr(self._so, "kvtier_" + name)
+        f.restype, f.argtypes = _PROTOTYPES[name]
+        setattr(self, name, f)
+        return f
 
 
 lib = _Library()

@@ -9,11 +9,11 @@ from ._lib import (ALL_LAYERS, BUDGET_PER_LANE, BUDGET_UNIFORM, DTYPE, EPHEMERAL
                    SeqInfo, SeqOpts, Stats, check, lib, sized)
 
 
-def budget(device=ROWS_ALL, dram=0, nvme=0, policy=None, slack=0, manual=False):
+def budget(device=ROWS_ALL, dram=0, nvme=0, policy=None, slack=0, manual=False, write_through=False):
     """Rows per lane that each tier may hold; rows past the sum are dropped. device: one number, or one per lane
-    (for sequences opened with equal_lanes=False)."""
+    (for sequences opened with equal_lanes=False). write_through: rows that stay get a copy below at once."""
     b = sized(Budget, kind=BUDGET_UNIFORM, dram_rows=dram, nvme_rows=nvme, slack_rows=slack, manual=int(manual),
-              policy=policy.encode() if policy else None)
+              write_through=int(write_through), policy=policy.encode() if policy else None)
     if isinstance(device, int):
         b.device_rows = device
     else:
@@ -131,15 +131,9 @@ class Sequence:
 
     def __init__(self, client, model, region, layouts, max_rows, key=None, secret=None, leased=False, ttl_s=600,
                  equal_lanes=True, granularity="head", budget=None, resume=False, fork_of=None, prefix=0):
-        self.key = key or secrets.token_bytes(16)
-        self.secret = secret or secrets.token_bytes(32)
-        self.client, self.model, self.region, self.layouts = client, model, region, layouts
-        o = sized(SeqOpts, lifetime=LEASED if leased else EPHEMERAL, ttl_s=ttl_s, max_rows=max_rows,
-                  granularity=GRANULARITY[granularity], equal_lanes=int(equal_lanes), region=region.ptr,
-                  layouts=layouts)
-        o.key[:], o.secret[:] = self.key, self.secret
-        if budget is not None:
-            o.budget = c.pointer(budget)
+        self.region, self.layouts = region, layouts
+        o = self._options(client, model, max_rows, key, secret, leased, ttl_s, equal_lanes, granularity, budget)
+        o.region, o.layouts = region.ptr, layouts
         p, rows = c.c_void_p(), c.c_uint32()
         if resume:
             check(lib.seq_resume(client.ptr, model.ptr, c.byref(o), c.byref(p), c.byref(rows)), "seq_resume")
@@ -147,8 +141,24 @@ class Sequence:
             check(lib.seq_fork(fork_of.ptr, prefix, c.byref(o), c.byref(p)), "seq_fork")
         else:
             check(lib.seq_open(client.ptr, model.ptr, c.byref(o), c.byref(p)), "seq_open")
-        self.ptr = p
-        self._final = weakref.finalize(self, client.link.close_part, lib.seq_close, p)
+        self._opened(p)
+
+    def _options(self, client, model, max_rows, key=None, secret=None, leased=False, ttl_s=600, equal_lanes=True,
+                 granularity="head", budget=None):
+        """What every way to open one is told, except where the rows are."""
+        self.client, self.model = client, model
+        self.key = key or secrets.token_bytes(16)
+        self.secret = secret or secrets.token_bytes(32)
+        o = sized(SeqOpts, lifetime=LEASED if leased else EPHEMERAL, ttl_s=ttl_s, max_rows=max_rows,
+                  granularity=GRANULARITY[granularity], equal_lanes=int(equal_lanes))
+        o.key[:], o.secret[:] = self.key, self.secret
+        if budget is not None:
+            o.budget = c.pointer(budget)
+        return o
+
+    def _opened(self, ptr):
+        self.ptr = ptr
+        self._final = weakref.finalize(self, self.client.link.close_part, lib.seq_close, ptr)
 
     def close(self):
         self._final()

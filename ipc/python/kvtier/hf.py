@@ -24,6 +24,26 @@ _GONE = (-2003, -2004, -2006)  # KVT_E_DAEMON, KVT_E_TIMEOUT, KVT_E_STALE
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
+def within(b, room):
+    """The budget of plans when recalled rows may take `room` of it: what they take is not the plans'."""
+    if b is None or not room:
+        return b
+    less = Budget.from_buffer_copy(b)
+    less._table = b  # the strings and tables stay the original's
+    if b.kind == BUDGET_UNIFORM:
+        rows = [b.device_rows]
+    else:
+        rows = [b.device_table[i] for i in range(b.table_n)]
+    if min(rows) < room:
+        raise ValueError(f"budget: {min(rows)} device rows, recall_rows alone are {room}")
+    rows = [r if r == ROWS_ALL else r - room for r in rows]
+    if b.kind == BUDGET_UNIFORM:
+        less.device_rows = rows[0]
+    else:
+        less.device_table = (ctypes.c_uint32 * len(rows))(*rows)
+    return less
+
+
 class KvtierLayer(CacheLayerMixin):
     """One layer: views of the region and nothing of its own.
 
@@ -175,7 +195,7 @@ class KvtierCache(Cache):
         layouts, nbytes = self.model.layout(max_rows, max_rows + recall_rows)
         self.windows = [self._front_window(lay, recall_rows) for lay in layouts]
         self.region = Region(client, nbytes)
-        self.seq = Sequence(client, self.model, self.region, layouts, max_rows, budget=self._within(budget),
+        self.seq = Sequence(client, self.model, self.region, layouts, max_rows, budget=within(budget, recall_rows),
                             **seq_args)
         flat = torch.frombuffer(self.region.buffer(), dtype=dtype)
         self._memory = flat
@@ -203,25 +223,6 @@ class KvtierCache(Cache):
         lay.v_off += rows * lay.v_row_stride
         lay.stage -= rows
         return window
-
-    def _within(self, b):
-        """The budget of plans: what recalled rows will take is not theirs."""
-        if b is None or not self.recall_room:
-            return b
-        less = Budget.from_buffer_copy(b)
-        less._table = b  # the strings and tables stay the original's
-        if b.kind == BUDGET_UNIFORM:
-            rows = [b.device_rows]
-        else:
-            rows = [b.device_table[i] for i in range(b.table_n)]
-        if min(rows) < self.recall_room:
-            raise ValueError(f"budget: {min(rows)} device rows, recall_rows alone are {self.recall_room}")
-        rows = [r if r == ROWS_ALL else r - self.recall_room for r in rows]
-        if b.kind == BUDGET_UNIFORM:
-            less.device_rows = rows[0]
-        else:
-            less.device_table = (ctypes.c_uint32 * len(rows))(*rows)
-        return less
 
     def _plane(self, flat, off, head_stride, row_stride, slots, head_dim):
         size = flat.element_size()
@@ -296,7 +297,7 @@ class KvtierCache(Cache):
 
     def compress(self, b=None, timeout_ms=60000):
         """Ask for a plan (under budget b), wait until it is READY, apply it. Returns the plan."""
-        return self._reach(self.seq.request(self._within(b)), timeout_ms)
+        return self._reach(self.seq.request(within(b, self.recall_room)), timeout_ms)
 
     def recall_rows(self, pos, n, timeout_ms=60000):
         """Bring rows [pos, pos + n) back within the budget, by a plan. Not the recall of queries: see `ask`."""

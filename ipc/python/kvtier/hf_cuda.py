@@ -1,0 +1,562 @@
+# SPDX-License-Identifier: MIT
+"""Hugging Face caches whose rows lie in GPU memory, each KV head with rows of its own number.
+
+    attention_cuda.register()
+    model = AutoModelForCausalLM.from_pretrained(..., dtype=torch.bfloat16, attn_implementation="kvtier_cuda").to("cuda")
+    cache = KvtierCudaCache(model.config, client, max_rows=32768, cap=4096, budget=budget(3300, dram=32768))
+    model.generate(ids, past_key_values=cache)
+
+LaneCache is the memory alone: one tensor of fixed place, appended to and attended by kernels that read each head's count of
+rows from GPU memory, so that a decode step can be captured (DecodeGraph). KvtierCudaCache ties it to kvtierd: every so
+many rows they are scored and told of (push), between steps plans are looked for (poll: one call of the library), and one
+that is READY is applied. Nothing waits for the GPU or for the daemon unless its comment says so.
+"""
+import ctypes
+import time
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from . import attention_cuda
+from ._lib import PLAN_READY, Error
+from .client import Model, budget
+from .cuda import CudaLayer, CudaSequence, Gpu, RecallOpts, Scorer, Window
+from .hf import _DTYPES, _GONE, within
+
+AT_ONCE = 8  # sequences looked at in one step: what a step of a large batch pays stays small
+
+
+class LaneLayer(CacheLayerMixin):
+    """One layer: K and V of all lanes, [batch, KV heads, slots, head_dim], and how many rows each lane has."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache, index, keys, values, lengths):
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.dtype, self.device = keys.dtype, keys.device
+        keys.kvtier_layer = self  # by which attention knows whose rows it was given
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        pass
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        n = key_states.shape[2]
+        if self.index == 0:
+            self.cache.enter(key_states.shape[0], n)
+        attention_cuda.append(self.keys, self.values, key_states, value_states, self.lengths, self.cache.most)
+        if self.index == self.cache.last:
+            self.cache.leave(n)
+        return self.keys, self.values
+
+    def front(self):
+        return self.cache.front(self.index)
+
+    def get_seq_length(self):
+        return self.cache.seen
+
+    def get_mask_sizes(self, query_length):
+        return self.cache.seen + query_length, 0
+
+    def get_max_length(self):
+        return -1
+
+    def crop(self, tokens_to_remove):
+        # each layer is asked in turn; the first rolls all of them back
+        if self.index == 0:
+            keep = self.cache.seen + tokens_to_remove if tokens_to_remove < 0 else tokens_to_remove
+            if keep < self.cache.seen:
+                self.cache.truncate(max(keep, 0))
+
+    def reset(self):
+        if self.index == 0:
+            self.cache.truncate(0)
+
+    def reorder_cache(self, beam_idx):
+        raise NotImplementedError("beam search reorders batches; each sequence's lanes stay where they are")
+
+
+class LaneCache(Cache):
+    """`past_key_values` of `batch` sequences in step with each other, without padding; no daemon.
+
+    cap      rows that a lane has room for; behind them `stage` slots and in front `room` slots that others use
+    memory   a function from bytes to a tensor of as many bytes (uint8) that the rows are to lie in; None: torch's own
+    """
+
+    def __init__(self, model_config, cap, batch=1, stage=0, room=0, dtype=torch.bfloat16, device="cuda", memory=None):
+        cfg = model_config.get_text_config(decoder=True)
+        self.kv_heads, self.batch = cfg.num_key_value_heads, batch
+        self.head_dim = getattr(cfg, "head_dim", None) or cfg.hidden_size // cfg.num_attention_heads
+        self.rope_theta = (getattr(cfg, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
+        n_layers = cfg.num_hidden_layers
+        self.cap, self.stage, self.room, self.last = cap, stage, room, n_layers - 1
+        self.device, self.dtype = torch.device(device), dtype
+        shape = (n_layers, 2, batch, self.kv_heads, room + cap + stage, self.head_dim)
+        if memory is None:
+            self.rows = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            nbytes = torch.Size(shape).numel() * dtype.itemsize
+            self.rows = memory(nbytes)[:nbytes].view(dtype).view(shape)
+        self.counts = torch.zeros(n_layers, batch, self.kv_heads, dtype=torch.int32, device=self.device)
+        self.fronts = torch.zeros_like(self.counts) if room else None
+        self.seen = self.most = 0  # positions so far; the fullest lane's rows
+        self.captured = False      # a graph is being made: its steps are counted when it is replayed
+        super().__init__(layers=[LaneLayer(self, i, self.rows[i, 0, :, :, room : room + cap],
+                                           self.rows[i, 1, :, :, room : room + cap], self.counts[i])
+                                 for i in range(n_layers)])
+
+    # ---- a forward pass: enter, the layers' updates, leave ----------------------------------
+
+    def enter(self, batch, n):
+        if batch != self.batch:
+            raise ValueError(f"batch size: {batch}, this cache holds {self.batch}")
+        if not self.captured:
+            self.before(n)
+        self.counts.add_(n)
+
+    def leave(self, n):
+        if not self.captured:
+            self.after(n)
+
+    def before(self, n):
+        """n more rows come to every lane. Host only."""
+        if self.most + n > self.cap:
+            raise ValueError(f"rows: {self.most + n}, a lane has room for {self.cap} (cap)")
+        self.seen += n
+        self.most += n
+
+    def after(self, n):
+        """They are written, by work that is on the stream."""
+
+    def ask(self, layer, query, scaling):
+        """Attention is about to use `query` [batch, heads, n, head_dim], after RoPE."""
+
+    def front(self, index):
+        """(rows in front of slot 0 per lane, or None; the slots reserved for them)."""
+        return None, 0
+
+    def truncate(self, n):
+        """Roll back to n positions: the newest rows of every lane go."""
+        self.counts.sub_(self.seen - n).clamp_(min=0)
+        self.most = max(self.most - (self.seen - n), 0)
+        self.seen = n
+
+    def memory_bytes(self):
+        """GPU memory that the cache holds."""
+        return sum(t.nbytes for t in (self.rows, self.counts, self.fronts) if t is not None)
+
+    def close(self):
+        self.layers.clear()
+        self.rows = self.counts = self.fronts = None
+
+
+class KvtierCudaCache(LaneCache):
+    """`past_key_values` of one sequence of kvtierd, or of `batch` of them in step.
+
+    max_rows     positions that a sequence may reach
+    cap          rows that a lane has room for; None: max_rows. Give it the budget, its slack and `push_every`
+                 more: a pass that would overflow it waits for the plan that makes room
+    stage        slots behind them for rows that come back; the more, the more rows one plan can bring
+    budget       a kvtier.budget(), or None for the daemon's default
+    push_every   rows after which scoring is launched and the daemon told. A long pass may be pushed in chunks: run it so
+    scorer       a Scorer, None for the one of the budget's policy (if it needs one), False for none
+    gpu, window, model   shared ones; None: its own
+    side         kvtier's kernels on a stream of their own, beside the model's; False: on the model's
+    auto         look for plans and apply them when a pass begins
+    recall_rows  rows per head that a question may bring back for its turn, on the GPU, from published DRAM; part of the
+                 device budget. They stay until the next question or end_turn()
+    recall_min   passes of at least so many tokens are questions
+    recall_args  more for RecallOpts: probe, flags, before, after
+    seq_args     as for Sequence: key, secret (batch 1), leased, ttl_s, equal_lanes, resume; out_bytes, in_bytes, direct
+    """
+
+    def __init__(self, model_config, client, max_rows, cap=None, batch=1, stage=256, name="model", model=None,
+                 dtype=torch.bfloat16, device="cuda", memory=None, budget=None, push_every=256, scorer=None, gpu=None,
+                 window=None, side=True, auto=True, recall_rows=0, recall_min=2, recall_args=None, **seq_args):
+        super().__init__(model_config, min(cap or max_rows, max_rows), batch, stage, recall_rows, dtype, device, memory)
+        if batch > 1 and (seq_args.get("key") or seq_args.get("resume")):
+            raise ValueError(f"batch: {batch}, a key names one sequence")
+        self.client, self.push_every, self.auto = client, push_every, auto
+        self.detached = False  # the daemon went away: the rows held stay usable, tiering has ended
+        self.recall_min, self.recall_args = recall_min, recall_args or {}
+        self.turn = None       # positions of recalled rows, while there are any: int32 [layers, batch, KV heads, room]
+        cuda = self.device.type == "cuda"
+        self.side = torch.cuda.Stream(self.device) if cuda and side else None
+        self.gpu = gpu or Gpu(self.device.index or 0)
+        n_layers = len(self.layers)
+        self.model = model or Model(client, name, n_layers, self.kv_heads, self.head_dim, _DTYPES[dtype],
+                                    rope_theta=self.rope_theta)
+        self.scorer = self._scorer(client, budget) if scorer is None else scorer or None
+        rings = {k: seq_args.get(k, 0) for k in ("out_bytes", "in_bytes")}
+        coefs = self.scorer.coefs if self.scorer else 1
+        self.window = window or Window(client, self.gpu,
+                                       batch * Window.needed(self.model, max_rows, coefs, **rings))
+        if recall_rows:
+            seq_args["direct"] = True
+        self.seqs = [CudaSequence(client, self.model, self.window, self._places(b), self.cap, stage, max_rows,
+                                  scorer=self.scorer, budget=within(budget, recall_rows), **seq_args)
+                     for b in range(batch)]
+        self.seq = self.seqs[0]
+        self._pinned = cuda
+        self._told = 0                  # rows that the library knows of
+        self._lag = [0] * batch         # of each sequence: its fullest lane's rows, less self.seen
+        self._applied = [0] * batch     # id of the last plan
+        self._next = 0                  # sequence to look at first
+        self._due = [self._after(0, b) for b in range(batch)]
+        if seq_args.get("resume"):
+            self.seen = self._told = self.seq.rows
+            self._recount()
+
+    def _scorer(self, client, b):
+        policy = b.policy.decode() if b is not None and b.policy else None
+        try:
+            return Scorer(client, self.gpu, self.model, policy)
+        except Error as e:
+            if e.code != -2009:  # KVT_E_NOENT: a policy without a network
+                raise
+            return None
+
+    def _places(self, b):
+        table = (CudaLayer * len(self.layers))()
+        for i, place in enumerate(table):
+            k, v = self.layers[i].keys[b], self.layers[i].values[b]
+            place.k, place.v = k.data_ptr(), v.data_ptr()
+            place.k_head_stride = place.v_head_stride = k.stride(0) * k.element_size()
+            place.k_row_stride = place.v_row_stride = k.stride(1) * k.element_size()
+        return table
+
+    # ---- streams ------------------------------------------------------------------------------
+
+    def _stream(self):
+        """The handle that kvtier's kernels go to."""
+        if self.side is not None:
+            return self.side.cuda_stream
+        return torch.cuda.current_stream(self.device).cuda_stream if self._pinned else 0
+
+    def _follow(self):
+        """What kvtier launches from now on comes after what the model has launched."""
+        if self.side is not None:
+            self.side.wait_stream(torch.cuda.current_stream(self.device))
+
+    def _lead(self):
+        """What the model launches from now on comes after what kvtier has launched. Returns the model's stream."""
+        if not self._pinned:
+            return 0
+        main = torch.cuda.current_stream(self.device)
+        if self.side is not None:
+            main.wait_stream(self.side)
+        return main.cuda_stream
+
+    # ---- what a pass does ------------------------------------------------------------------------
+
+    def before(self, n):
+        if self.auto:
+            self.poll()
+        if self.most + n > self.cap:
+            self._make_room(n)
+        if self.room and n >= self.recall_min:
+            self._question()
+        super().before(n)
+
+    def after(self, n):
+        if self.detached:
+            return
+        for b, due in enumerate(self._due):
+            if self.seen >= due:
+                self.push(b)
+
+    def _after(self, rows, b):
+        """When sequence b is pushed next: sequences of a batch take turns."""
+        every = self.push_every
+        late = b * every // self.batch
+        return (max(rows - late, 0) // every + 1) * every + late
+
+    def push(self, b=None):
+        """Have sequence b (None: all) scored and told of, as far as its rows have come."""
+        self._tell()
+        self._follow()
+        for i in range(self.batch) if b is None else (b,):
+            self._try(self.seqs[i].push, self._stream())
+            self._due[i] = self._after(self.seen, i)
+
+    def _tell(self):
+        if self._told < self.seen:
+            for seq in self.seqs:
+                self._try(seq.append, self._told, self.seen - self._told)
+            self._told = self.seen
+
+    def _try(self, call, *args):
+        """A dead daemon ends tiering, not generation; anything else is the caller's to see."""
+        if self.detached:
+            return None
+        try:
+            return call(*args)
+        except Error as e:
+            if e.code not in _GONE:
+                raise
+            self.detached = True
+            return None
+
+    # ---- plans -------------------------------------------------------------------------------------
+
+    def poll(self, everyone=False):
+        """Between passes: launch what plans need, apply those that are READY. Returns how many were."""
+        applied, stream = 0, self._stream()
+        count = self.batch if everyone else min(self.batch, AT_ONCE)
+        for _ in range(count):
+            b = self._next
+            self._next = (b + 1) % self.batch
+            if self._try(self.seqs[b].poll, stream) == PLAN_READY:
+                applied += self._apply(b)
+        return applied
+
+    def _apply(self, b):
+        """Carry out the newest plan, once. Returns whether it did."""
+        state = self._try(self.seqs[b].state, self._stream())
+        if state is None or state.state != PLAN_READY or state.plan == self._applied[b]:
+            return False
+        self._tell()
+        counts = self._try(self.seqs[b].apply, state.plan, self._lead())
+        self._follow()
+        if counts is None:
+            return False
+        self._applied[b] = state.plan
+        self._count(b, counts)
+        self._hide_promoted(b)
+        return True
+
+    def _count(self, b, counts):
+        """The library's counts of sequence b, to the kernels and to us."""
+        host = torch.empty(len(self.layers), self.kv_heads, dtype=torch.int32, pin_memory=self._pinned)
+        ctypes.memmove(host.data_ptr(), counts, host.nbytes)
+        self.counts[:, b].copy_(host, non_blocking=True)
+        self._lag[b] = int(host.max()) - self.seen
+        self.most = self.seen + max(self._lag)
+
+    def _recount(self):
+        for b, seq in enumerate(self.seqs):
+            self._count(b, seq.counts())
+
+    def _make_room(self, n, timeout_s=30):
+        """A lane would overflow: wait for the plan that was or will be decided."""
+        end = time.monotonic() + timeout_s
+        self.push()
+        while self.most + n > self.cap and not self.detached:
+            if not self.poll(everyone=True):
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.0002)
+
+    def _reach(self, idents, timeout_ms):
+        """Apply plans until each sequence has one that reflects its request. Returns their states."""
+        end, got = time.monotonic() + timeout_ms / 1000, {}
+        while len(got) < self.batch:
+            for b, ident in enumerate(idents):
+                if b in got:
+                    continue
+                state = self.seqs[b].state(self._stream())
+                if state.state == PLAN_READY and self._apply(b) and state.plan >= ident:
+                    got[b] = state
+            if time.monotonic() > end:
+                raise TimeoutError(f"plan: not ready within {timeout_ms} ms")
+            time.sleep(0.0001)
+        self.settle(timeout_ms=timeout_ms)
+        return [got[b] for b in range(self.batch)]
+
+    def compress(self, b=None, timeout_ms=60000):
+        """Ask for plans (under budget b), wait until they are READY, apply them. Waits."""
+        self.push()
+        return self._reach([seq.request(within(b, self.room)) for seq in self.seqs], timeout_ms)
+
+    def recall_rows(self, pos, n, timeout_ms=60000):
+        """Bring rows [pos, pos + n) back within the budget, by plans. Not the recall of queries. Waits."""
+        self.push()
+        return self._reach([seq.fetch(pos, n) for seq in self.seqs], timeout_ms)
+
+    def settle(self, save=False, timeout_ms=60000):
+        """Until everything decided is carried out and at rest; save: and all rows are stored below. Waits."""
+        self.push()
+        for seq in self.seqs:
+            self._try(seq.settle, save, timeout_ms, self._stream())
+        self._lead()
+        self._recount()
+
+    def truncate(self, n):
+        """Roll back to n positions."""
+        self._tell()
+        for seq in self.seqs:
+            seq.truncate(n)
+        self._lead()
+        self.seen = self._told = n
+        self._recount()
+        self._due = [self._after(n, b) for b in range(self.batch)]
+        if self.turn is not None:
+            self._hide(self.turn < n)
+
+    # ---- recall ---------------------------------------------------------------------------------------
+
+    def _question(self):
+        """A new turn's queries are about to ask: make what lies below searchable."""
+        self.end_turn()
+        if self.detached or self.most >= self.seen:
+            return
+        stream = self._lead()
+        for seq in self.seqs:
+            self._try(seq.recall_prepare, stream)
+        self.turn = torch.zeros(*self.counts.shape, self.room, dtype=torch.int32, device=self.device)
+
+    def ask(self, layer, query, scaling):
+        n = query.shape[2]
+        if self.turn is None or n < self.recall_min or self.detached:
+            return
+        if query.stride(3) != 1:
+            query = query.contiguous()
+        size, i = query.element_size(), layer.index
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self._pinned else 0
+        for b, seq in enumerate(self.seqs):
+            k, v = (self.rows[i, plane, b, :, : self.room] for plane in (0, 1))
+            o = RecallOpts(group=query.shape[1] // self.kv_heads, rows=self.room, scale=scaling or 0.0,
+                           queries=query[b].data_ptr(), token_stride=query.stride(2) * size,
+                           head_stride=query.stride(1) * size, k=k.data_ptr(), v=v.data_ptr(),
+                           k_head_stride=k.stride(0) * size, v_head_stride=v.stride(0) * size,
+                           k_row_stride=k.stride(1) * size, v_row_stride=v.stride(1) * size,
+                           counts=self.fronts[i, b].data_ptr(), positions=self.turn[i, b].data_ptr(),
+                           **self.recall_args)
+            o.size = ctypes.sizeof(o)
+            self._try(seq.recall, i, n, o, stream)
+
+    def front(self, index):
+        if self.turn is None and not (self.captured and self.room):
+            return None, 0
+        return self.fronts[index], self.room
+
+    def recalled_stood_still(self):
+        """Once the GPU has done the question's pass: False when the daemon moved pages meanwhile, so that the pass has
+        to be taken back (truncate) and run again. Waits for the stream."""
+        if self.turn is None or self.detached:
+            return True
+        if self._pinned:
+            torch.cuda.current_stream(self.device).synchronize()
+        return all(self._try(seq.recall_check) is not False for seq in self.seqs)
+
+    def question(self, model, input_ids, tries=4, **kwargs):
+        """Run a question, again when what it recalled was moved meanwhile. Returns the model's output. Waits."""
+        start = self.seen
+        for left in reversed(range(tries)):
+            out = model(input_ids, past_key_values=self, use_cache=True, **kwargs)
+            if self.recalled_stood_still():
+                return out
+            self.truncate(start)
+            if not left:
+                break
+        raise TimeoutError(f"recall: pages moved under {tries} tries in a row")
+
+    def end_turn(self):
+        """The answer is complete: recalled rows are not seen any more."""
+        if self.turn is not None:
+            self.turn = None
+            self.fronts.zero_()
+
+    def _hide_promoted(self, b):
+        """Recalled rows that a plan brought to the device are not to be seen twice."""
+        if self.turn is None:
+            return
+        at = self.slots(b)
+        there = torch.arange(at.shape[-1], device=self.device) < self.counts[:, b, :, None]
+        resident = torch.zeros(*at.shape[:2], self.seen + 1, dtype=torch.bool, device=self.device)
+        resident.scatter_(2, torch.where(there, at, self.seen).long().clamp_(max=self.seen), True)
+        keep = torch.ones_like(self.turn, dtype=torch.bool)
+        keep[:, b] = ~resident.gather(2, self.turn[:, b].long().clamp_(max=self.seen))
+        self._hide(keep)
+
+    def _hide(self, keep):
+        """Of the recalled rows only those of `keep` [layers, batch, KV heads, room] stay; they move up."""
+        keep = keep & (torch.arange(self.room, device=self.device) < self.fronts[..., None])
+        order = torch.argsort(~keep, dim=-1, stable=True)
+        room = self.rows[:, :, :, :, : self.room]
+        index = order[:, None, ..., None].expand(room.shape)
+        room.copy_(room.gather(4, index))
+        self.turn = self.turn.gather(3, order)
+        self.fronts.copy_(keep.sum(-1))
+
+    # ---- looking -----------------------------------------------------------------------------------------
+
+    def info(self, b=0):
+        d = self.seqs[b].info()
+        d["device_resident_bytes"] = self.memory_bytes() // self.batch
+        return d
+
+    def slots(self, b=0):
+        """Positions of the rows in each slot, of pushed rows: int32 [layers, KV heads, slots], a view."""
+        addr, stride = self.seqs[b].map()
+        n = self.model.lanes * stride
+        if self.device.type == "cuda":
+            flat = torch.as_tensor(_Words(addr, n), device=self.device)
+        else:
+            flat = torch.frombuffer((ctypes.c_int32 * n).from_address(addr), dtype=torch.int32)
+        return flat.view(len(self.layers), self.kv_heads, stride)
+
+    def positions(self, layer, head, b=0):
+        """Positions of the rows in that lane, ascending."""
+        return self.seqs[b].resident(layer * self.kv_heads + head)
+
+    def close(self):
+        if self._pinned:
+            torch.cuda.synchronize(self.device)
+        for seq in self.seqs:
+            seq.close()
+        super().close()
+
+
+class _Words:
+    """int32 words in GPU memory, for torch.as_tensor."""
+
+    def __init__(self, addr, n):
+        self.__cuda_array_interface__ = {"shape": (n,), "typestr": "<i4", "data": (addr, False), "version": 3}
+
+
+class DecodeGraph:
+    """A decode step of one token per sequence as a CUDA graph: graph(ids) -> logits [batch, 1, vocabulary], overwritten
+    by the next step. Plans are applied and rows pushed between replays, as in an eager step. Make it when the cache has
+    room for a row."""
+
+    def __init__(self, model, cache, warmup=2, **kwargs):
+        self.cache = cache
+        self.ids = torch.zeros(cache.batch, 1, dtype=torch.long, device=cache.device)
+        self.at = torch.full_like(self.ids, cache.seen)
+        most, cache.captured, cache.most = cache.most, True, cache.cap
+        if most >= cache.cap:
+            raise ValueError(f"rows: {most}, a lane has room for {cache.cap} (cap) and a step needs one more")
+
+        def step():
+            return model(self.ids, position_ids=self.at, past_key_values=cache, use_cache=True, logits_to_keep=1,
+                         **kwargs).logits
+
+        try:
+            beside = torch.cuda.Stream(cache.device)
+            beside.wait_stream(torch.cuda.current_stream(cache.device))
+            with torch.cuda.stream(beside):
+                for _ in range(warmup):  # the row that it writes lies past every lane's end
+                    step()
+                    cache.counts.sub_(1)
+            torch.cuda.current_stream(cache.device).wait_stream(beside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = step()
+        finally:
+            cache.captured, cache.most = False, most
+
+    def __call__(self, ids):
+        self.cache.before(1)
+        self.ids.copy_(ids)
+        self.at.fill_(self.cache.seen - 1)
+        self.graph.replay()
+        self.cache.after(1)
+        return self.logits
+
+
+__all__ = ["LaneCache", "KvtierCudaCache", "DecodeGraph", "budget"]
