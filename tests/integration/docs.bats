@@ -124,3 +124,15 @@ man_options() {
 		> "$BATS_TEST_TMPDIR/man"
 	same code man
 }
+
+@test "every function of the public headers is in a manual page" {
+	for header in kvtier kvtier_cuda; do
+		grep -oE '^KVT_PUBLIC .*' "$root/ipc/$header.h" | grep -oE 'kvtier_[a-z0-9_]+\(' | tr -d '(' > "$BATS_TEST_TMPDIR/header"
+		cat "$root"/ipc/man/*.scd | sed -n '/^# SYNOPSIS/,/^# DESCRIPTION/p' | grep -oE 'kvtier_[a-z0-9_]+\(' | tr -d '(' |
+			sort -u > "$BATS_TEST_TMPDIR/pages"
+		sort -u "$BATS_TEST_TMPDIR/header" > "$BATS_TEST_TMPDIR/sorted"
+		[ -s "$BATS_TEST_TMPDIR/sorted" ]
+		comm -23 "$BATS_TEST_TMPDIR/sorted" "$BATS_TEST_TMPDIR/pages" > "$BATS_TEST_TMPDIR/missing"
+		[ ! -s "$BATS_TEST_TMPDIR/missing" ] || { cat "$BATS_TEST_TMPDIR/missing"; false; }
+	done
+}
