@@ -6,6 +6,5 @@
 #if __has_include("ipc/cuda/score.cu")
 #include "ipc/cuda/score.cu"
 #endif
-#if __has_include("ipc/cuda/recall.cu")
 #include "ipc/cuda/recall.cu"
-#endif
+#include "ipc/cuda/recall_pick.cu"

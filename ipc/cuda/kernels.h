@@ -10,12 +10,13 @@
 #include "ipc/cuda/driver.h"
 
 /* Every kernel by its name in the fatbin. */
-#define CUDA_KERNELS(X)                                                                                        \
-	X(kvt_extend)                                                                                          \
-	X(kvt_gather)                                                                                          \
-	X(kvt_scatter) X(kvt_compact) X(kvt_compact_to) X(kvt_word) X(kvt_score_64_128) X(kvt_score_64_256)    \
-		X(kvt_score_128_128) X(kvt_score_128_256) X(kvt_recall_sum) X(kvt_recall_bound)                \
-			X(kvt_recall_probe) X(kvt_recall_pick)
+/* clang-format off */
+#define CUDA_KERNELS(X) \
+	X(kvt_extend) X(kvt_gather) X(kvt_scatter) X(kvt_compact) X(kvt_compact_to) X(kvt_word) \
+	X(kvt_score_64_128) X(kvt_score_64_256) X(kvt_score_128_128) X(kvt_score_128_256) \
+	X(kvt_recall_sum) X(kvt_recall_mark) X(kvt_recall_select) X(kvt_recall_bound) X(kvt_recall_choose) \
+	X(kvt_recall_probe) X(kvt_recall_score) X(kvt_recall_near) X(kvt_recall_top) X(kvt_recall_pick)
+/* clang-format on */
 
 enum cuda_kernel {
 #define X(name) K_##name,
@@ -60,3 +61,12 @@ void crc_tables_fill(void *ret);
 struct scorer_hdr;
 int kern_score(struct kvtier_cuda *g, const struct scorer_hdr *h /* host copy */, const struct score_args *a,
 	       void *stream);
+
+/* ---- recall_kern.c: see recall_args.h ---- */
+struct find_sum_args;
+struct find_mark_args;
+struct find_args;
+int kern_recall_sum(struct kvtier_cuda *g, const struct find_sum_args *a, uint32_t max_dim, void *stream);
+int kern_recall_mark(struct kvtier_cuda *g, const struct find_mark_args *a, void *stream);
+/* One layer's search: `pages` of its lane that has most, `rows` likewise (an upper bound is fine). */
+int kern_recall(struct kvtier_cuda *g, const struct find_args *a, uint32_t pages, uint32_t rows, void *stream);

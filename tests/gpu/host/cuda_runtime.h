@@ -245,6 +245,13 @@ template <typename T> static inline T atomicOr(T *p, T x)
 	*p = old | x;
 	return old;
 }
+template <typename T> static inline T atomicAnd(T *p, T x)
+{
+	T old = *p;
+
+	*p = old & x;
+	return old;
+}
 template <typename T> static inline T atomicXor(T *p, T x)
 {
 	T old = *p;

@@ -26,14 +26,8 @@ ABSENT(kvt_score_128_256, score_args);
 #if __has_include("ipc/cuda/score.cu")
 #include "ipc/cuda/score.cu"
 #endif
-#if __has_include("ipc/cuda/recall.cu")
 #include "ipc/cuda/recall.cu"
-#else
-ABSENT(kvt_recall_sum, word_args);
-ABSENT(kvt_recall_bound, word_args);
-ABSENT(kvt_recall_probe, word_args);
-ABSENT(kvt_recall_pick, word_args);
-#endif
+#include "ipc/cuda/recall_pick.cu"
 
 #define _Atomic volatile /* of one field of a C struct that is not looked at here */
 #include "ipc/cuda/kernels.h"
@@ -69,9 +63,29 @@ static std::vector<uint64_t> addresses(const score_args &a)
 {
 	return {a.scorer, a.rows, a.slot_of, a.out};
 }
-template <typename A> static std::vector<uint64_t> addresses(const A &)
+static std::vector<uint64_t> addresses(const find_index &x)
 {
-	return {};
+	return {x.page, x.sum, x.alive, x.list, x.start, x.group, x.groups, x.bits, x.rank, x.rows, x.lane};
+}
+static std::vector<uint64_t> addresses(const find_sum_args &a)
+{
+	return {a.ix.page, a.ix.sum, a.ix.lane, a.fresh};
+}
+static std::vector<uint64_t> addresses(const find_mark_args &a)
+{
+	std::vector<uint64_t> v = addresses(a.ix);
+
+	v.push_back(a.resident);
+	return v;
+}
+static std::vector<uint64_t> addresses(const find_args &a)
+{
+	std::vector<uint64_t> v = addresses(a.ix);
+
+	for (uint64_t x : {a.q, a.qt, a.spread, a.top, a.bound, a.order, a.probed, a.count, a.logit, a.part, a.score,
+			   a.near, a.take, a.left, a.base, a.k, a.v, a.counts, a.positions})
+		v.push_back(x);
+	return v;
 }
 
 template <typename A> static size_t bytes_of(void (*)(A))

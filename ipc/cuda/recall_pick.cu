@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: MIT */
+/* Recall on the GPU, second part: from products to scores by position, the best of them, and their bytes. */
+#include "ipc/cuda/recall.cuh"
+
+/* ---- scores ----------------------------------------------------------------------------------- */
+
+/* L_q of every query into base[]: what each tile found, put together. sums: float2 [BLOCK]. */
+static __device__ void put_together(const struct find_args &a, const struct find_head &f, uint32_t h,
+				    uint32_t tasks, float *base, float2 *sums)
+{
+	const float2 *part = at<const float2>(a.part) + (uint64_t)h * a.room_parts * f.queries;
+	const float *spread = at<const float>(a.spread) + (uint64_t)h * f.queries;
+
+	for (uint32_t q0 = 0; q0 < f.queries; q0 += WARP) {
+		uint32_t q = q0 + warp_lane();
+		float2 all = make_float2(-3e38f, 0);
+
+#pragma unroll 4
+		for (uint32_t i = warp_index(); a.mass && i < tasks; i += WARPS) {
+			float2 one = q < f.queries ? part[(uint64_t)i * f.queries + q] : all;
+			float top = fmaxf(all.x, one.x);
+
+			all = make_float2(top, all.y * expf(all.x - top) + one.y * expf(one.x - top));
+		}
+		sums[threadIdx.x] = all;
+		__syncthreads();
+		if (!warp_index() && q < f.queries) {
+			for (uint32_t w = 1; w < WARPS; w++) {
+				float2 one = sums[w * WARP + warp_lane()];
+				float top = fmaxf(all.x, one.x);
+
+				all = make_float2(top, all.y * expf(all.x - top) + one.y * expf(one.x - top));
+			}
+			base[q] = spread[q] < 0 ? INFINITY : all.y > 0 ? all.x + logf(all.y) : 0;
+		}
+		__syncthreads();
+	}
+}
+
+/* S of the rows of the groups that were looked into, by rank. A warp takes a group at a time. */
+KERNEL(3) kvt_recall_score(struct find_args a)
+{
+	__shared__ float base[FIND_MAX_QUERIES];
+	__shared__ float2 sums[BLOCK];
+	uint32_t h = blockIdx.y, probed = at<const uint32_t>(a.count)[h], lane = warp_lane(),
+		 tasks = probed + (a.mass ? (a.resident[h] + FIND_GROUP - 1) / FIND_GROUP : 0);
+	struct find_head f = find_head(a, h);
+
+	if (blockIdx.x * WARPS >= probed)
+		return;
+	put_together(a, f, h, tasks, base, sums);
+	for (uint32_t i = blockIdx.x * WARPS + warp_index(); i < probed; i += gridDim.x * WARPS) {
+		uint32_t id = f.group[at<const uint32_t>(a.probed)[(uint64_t)h * a.room_groups + i]], pos;
+		const struct find_page *p = at<const struct find_page>(a.ix.page) + id / FIND_PARTS;
+		const float *l = at<const float>(a.logit) +
+				 ((uint64_t)h * a.room_probed + i) * f.queries * FIND_GROUP + lane;
+		struct find_words w = page_words(p);
+		float best = -INFINITY;
+
+#pragma unroll 4
+		for (uint32_t q = 0; q < f.queries; q++)
+			best = fmaxf(best, l[q * FIND_GROUP] - base[q]);
+		pos = p->first + row_bit(w, id % FIND_PARTS * FIND_GROUP + lane);
+		if (at<const uint32_t>(a.ix.alive)[id] >> lane & 1)
+			atomicMax(at<uint32_t>(a.score) + (uint64_t)h * a.room_rows +
+					  rank_of(a.ix, f.lane, pos),
+				  ordered(best));
+	}
+}
+
+/* ---- neighbours ---------------------------------------------------------------------------------- */
+
+/* S' of S: FIND_NEAR_TILE rows a block, the largest of each window by doubling what is known. */
+KERNEL(2) kvt_recall_near(struct find_args a)
+{
+	SHARED(uint32_t, x);
+	uint32_t h = blockIdx.y, from = blockIdx.x * FIND_NEAR_TILE,
+		 rows = at<const uint32_t>(a.ix.rows)[a.first + h], window = a.before + a.after + 1,
+		 all = FIND_NEAR_TILE + window - 1, have = 1;
+	const uint32_t *score = at<const uint32_t>(a.score) + (uint64_t)h * a.room_rows;
+	uint32_t *y = x + all, *out = at<uint32_t>(a.near) + (uint64_t)h * a.room_rows;
+
+	if (from >= rows)
+		return;
+	for (uint32_t i = threadIdx.x; i < all; i += BLOCK) {
+		uint32_t row = from + i - a.after; /* wraps below 0: past the end */
+
+		x[i] = row < rows ? score[row] : 0;
+	}
+	while (have < window) {
+		uint32_t step = 2 * have <= window ? have : window - have, *t = x;
+
+		__syncthreads();
+		for (uint32_t i = threadIdx.x; i < all; i += BLOCK)
+			y[i] = max(x[i], i + step < all ? x[i + step] : 0);
+		x = y;
+		y = t;
+		have += step;
+	}
+	__syncthreads();
+	for (uint32_t i = threadIdx.x; i < FIND_NEAR_TILE && from + i < rows; i += BLOCK)
+		out[from + i] = x[i];
+}
+
+/* ---- the best ------------------------------------------------------------------------------------- */
+
+/* One block per head: which ranks are recalled, and how many. */
+KERNEL(2) kvt_recall_top(struct find_args a)
+{
+	__shared__ struct find_shared s;
+	uint32_t h = blockIdx.x, rows = at<const uint32_t>(a.ix.rows)[a.first + h], n;
+	uint64_t row = (uint64_t)h * a.room_rows, word = row / 32;
+	const uint32_t *v = at<const uint32_t>(a.near) + row;
+
+	n = edge_take(find_edge(v, rows, a.want, &s), v, rows, at<uint32_t>(a.take) + word,
+		      at<uint32_t>(a.left) + word, at<uint32_t>(a.base) + word, NULL, &s);
+	if (!threadIdx.x)
+		at<uint32_t>(a.counts)[h] = n;
+}
+
+/* ---- their bytes ------------------------------------------------------------------------------------ */
+
+/* What one warp copies: packed rows of one page, and where each goes. */
+struct find_copy {
+	uint32_t row[WARP], to[WARP];
+};
+
+static __device__ void copy_found(const struct find_args &a, uint32_t h, const struct find_page *p,
+				  const struct find_copy *c, uint32_t n)
+{
+	const struct cuda_lane *l = at<const struct cuda_lane>(a.ix.lane) + a.first + h;
+	uint32_t k_pieces = l->k_bytes / 16, pieces = k_pieces + l->v_bytes / 16;
+	const char *k = at<const char>(p->k), *v = k + (uint64_t)p->rows * l->k_bytes;
+	char *to_k = at<char>(a.k) + h * a.k_head_stride, *to_v = at<char>(a.v) + h * a.v_head_stride;
+
+	for (uint32_t i = warp_lane(); i < n * pieces; i += WARP * 8) {
+		uint4 x[8];
+
+#pragma unroll
+		for (uint32_t j = 0; j < 8; j++) { /* all on their way before the first is needed */
+			uint32_t piece = i + j * WARP, row = piece / pieces, col = piece - row * pieces;
+
+			if (row < n)
+				x[j] = load16_once(col < k_pieces
+							   ? k + (uint64_t)c->row[row] * l->k_bytes + col * 16
+							   : v + (uint64_t)c->row[row] * l->v_bytes +
+								     (col - k_pieces) * 16);
+		}
+#pragma unroll
+		for (uint32_t j = 0; j < 8; j++) {
+			uint32_t piece = i + j * WARP, row = piece / pieces, col = piece - row * pieces;
+
+			if (row < n)
+				store16(col < k_pieces ? to_k + (uint64_t)c->to[row] * a.k_row_stride + col * 16
+						       : to_v + (uint64_t)c->to[row] * a.v_row_stride +
+								 (col - k_pieces) * 16,
+					x[j]);
+		}
+	}
+}
+
+/* A warp takes a group at a time, of all groups of the lane: rows around a hit need not have been looked into.
+ */
+KERNEL(2) kvt_recall_pick(struct find_args a)
+{
+	__shared__ struct find_copy copies[WARPS];
+	uint32_t h = blockIdx.y, lane = warp_lane();
+	uint64_t word = (uint64_t)h * a.room_rows / 32;
+	const uint32_t *take = at<const uint32_t>(a.take) + word, *base = at<const uint32_t>(a.base) + word;
+	struct find_head f = find_head(a, h);
+	struct find_copy *c = &copies[warp_index()];
+
+	for (uint32_t i = blockIdx.x * WARPS + warp_index(); i < f.groups; i += gridDim.x * WARPS) {
+		uint32_t id = f.group[i], rank = 0, pos, place, mine;
+		const struct find_page *p = at<const struct find_page>(a.ix.page) + id / FIND_PARTS;
+		struct find_words w = page_words(p);
+		bool hit = at<const uint32_t>(a.ix.alive)[id] >> lane & 1;
+
+		pos = p->first + row_bit(w, id % FIND_PARTS * FIND_GROUP + lane);
+		if (hit) {
+			rank = rank_of(a.ix, f.lane, pos);
+			hit = take[rank / 32] >> rank % 32 & 1;
+		}
+		if (hit) /* where two pages have the row, one of them serves it */
+			hit = atomicAnd(at<uint32_t>(a.left) + word + rank / 32, ~(1u << rank % 32)) >>
+				      rank % 32 &
+			      1;
+		mine = __ballot_sync(ALL, hit);
+		if (hit) {
+			place = (uint32_t)__popc(mine & ((1u << lane) - 1));
+			c->row[place] = id % FIND_PARTS * FIND_GROUP + lane;
+			c->to[place] =
+				base[rank / 32] + (uint32_t)__popc(take[rank / 32] & ((1u << rank % 32) - 1));
+			if (a.positions)
+				at<uint32_t>(a.positions)[(uint64_t)h * a.want + c->to[place]] = pos;
+		}
+		__syncwarp();
+		copy_found(a, h, p, c, (uint32_t)__popc(mine));
+		__syncwarp();
+	}
+}
