@@ -21,6 +21,7 @@
 #include "shm/plan.h"
 #include "shm/ring.h"
 #include "shm/seg.h"
+#include "shm/util.h"
 #include "tiers/device.h"
 
 #define CORE_MAX_SEQS (1u << 20)
@@ -69,6 +70,7 @@ struct region {
 	uint64_t bytes;
 	const struct device_ops *ops;
 	struct device_mem *mem;
+	bool registered; /* a window was in it: a GPU may be copying as long as its process lives */
 	LIST_ENTRY(region) link, all; /* of its client; of the core */
 };
 
@@ -105,6 +107,8 @@ struct client {
 	LIST_HEAD(, region) regions;
 	struct model **models; /* registered; slot i is handle i + 1 */
 	uint32_t n_models;
+	struct policy_use **scorers; /* that it asked for, references */
+	uint32_t n_scorers;
 	struct seq *waits;     /* for this sequence to be free: nothing is read meanwhile */
 	struct wire_hdr *held; /* the request to handle again then, or NULL */
 };
@@ -134,6 +138,11 @@ struct seq {
 	uint64_t plan_off, plan_bytes;
 	uint32_t lifetime, ttl_s, max_rows, granularity, equal_lanes;
 	uint64_t expires_ns;
+	uint32_t flags; /* enum wire_open_flag: W_OPEN_WINDOW: its device rows are out of reach, see window.c */
+	struct window_place window;
+	struct policy_use *scorer;  /* whose network its runtime runs, a reference; or NULL */
+	uint64_t gathered, drained; /* words of its slot as last seen */
+	uint32_t plane_from;        /* rows from here on have been given scores by this client */
 
 	uint32_t epoch, rows; /* as the client last said */
 	uint32_t scored;      /* rows that have a key */
@@ -292,8 +301,26 @@ static inline uint32_t lane_bytes(const struct model *m, uint32_t lane)
 
 	return y->k_bytes + y->v_bytes;
 }
+/* Rows of a full page of the lane, and of the lane of the model whose rows are widest. */
+static inline uint32_t lane_page_rows(const struct model *m, uint32_t lane)
+{
+	return MIN(PAGE_ROWS, TIER_MAX_PAGE / lane_bytes(m, lane));
+}
+static inline uint32_t page_rows_least(const struct model *m)
+{
+	uint32_t least = PAGE_ROWS;
+
+	for (uint32_t l = 0; l < m->lanes; l++)
+		least = MIN(least, lane_page_rows(m, l));
+	return least;
+}
 /* Where a lane's rows lie in its region. */
 void seq_lane(const struct seq *s, uint32_t lane, struct device_lane *ret);
+/* Its device rows are in memory that only its client reaches; the region holds rings and scores. */
+static inline bool seq_windowed(const struct seq *s)
+{
+	return s->flags & W_OPEN_WINDOW;
+}
 static inline bool plan_lent(const struct seq *s)
 {
 	return s->plan && s->plan->refs;
@@ -550,6 +577,11 @@ struct policy_use {
 	uint32_t coefs;                        /* that the index keeps of a row; 0: its score */
 	const struct calibration *calibration; /* what scores are worth: the policy's or `own`; NULL: unknown */
 	struct calibration own;
+	struct scorer { /* its network as clients run it; bytes 0: not made yet */
+		uint64_t id;
+		uint32_t coefs;
+		struct seg seg;
+	} scorer;
 	uint32_t refs;
 	bool stale;     /* newer weights exist */
 	bool no_scores; /* the layouts have no score plane */
@@ -561,6 +593,12 @@ void policies_put(struct core *c, struct policy_use *u); /* NULL is fine */
 void policies_drop(struct core *c, const char *model);   /* make them stale; NULL: all */
 void policies_forget_model(struct core *c, const struct model *m);
 void policies_free(struct core *c);
+
+/* ---- scorer.c ---- */
+/* What this client was given under this id, or NULL. */
+struct policy_use *scorer_find(struct client *cl, uint64_t id);
+/* The client ends. */
+void scorer_forget(struct client *cl);
 
 /* ---- score.c ------------------------------------------------------------------------------ */
 /*

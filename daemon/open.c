@@ -15,6 +15,7 @@ struct opening {
 	struct model *model;
 	struct region *region;
 	struct wire_layout *layout;
+	struct policy_use *scorer; /* the client's */
 	uint32_t slot;
 	uint64_t plan_off, plan_bytes;
 	char err[WIRE_TEXT];
@@ -31,6 +32,30 @@ static int fail(struct opening *o, int status, const char *fmt, ...)
 	return status;
 }
 
+/* The same for a sequence with a window: its scorer, its rings and its planes of scores. */
+static int check_window(struct opening *o)
+{
+	const struct wire_seq_open *m = o->m;
+
+	if (!o->region->seg.addr)
+		return fail(o, KVT_E_INVAL, "region: imported, a window must be in memory that kvtierd made");
+	if (m->scorer) {
+		o->scorer = scorer_find(o->cl, m->scorer);
+		if (!o->scorer)
+			return fail(o, KVT_E_STALE, "scorer: %016llx was not asked for here",
+				    (unsigned long long)m->scorer);
+		if (o->scorer->model != o->model)
+			return fail(o, KVT_E_MODEL, "scorer: %016llx is for another model",
+				    (unsigned long long)m->scorer);
+	}
+	for (uint32_t i = 0; o->scorer && i < m->n_layers; i++)
+		if (!wire_open_layouts(m)[i].score_off)
+			return fail(o, KVT_E_INVAL, "layout[%u].score_off: 0, the scorer's scores need a place",
+				    i);
+	return wire_window_check(m, o->model->layer, o->scorer ? o->scorer->scorer.coefs : 1, o->region->bytes,
+				 o->err, sizeof(o->err));
+}
+
 /* What the message refers to, and whether its layouts lie in the region. */
 static int check(struct opening *o)
 {
@@ -45,6 +70,8 @@ static int check(struct opening *o)
 		return fail(o, KVT_E_STALE, "region: %016llx is gone", (unsigned long long)m->region);
 	if (m->n_layers != o->model->n_layers)
 		return fail(o, KVT_E_MODEL, "n_layers: %u, the model has %u", m->n_layers, o->model->n_layers);
+	if (m->flags & W_OPEN_WINDOW)
+		return check_window(o);
 	for (uint32_t i = 0; i < m->n_layers; i++) {
 		int r = wire_layout_check(wire_open_layouts(m) + i, &o->model->layer[i], i, o->region->bytes,
 					  m->max_rows, o->err, sizeof(o->err));
@@ -69,7 +96,9 @@ static int take_place(struct opening *o)
 	if (slot >= cl->max_seqs)
 		return fail(o, KVT_E_LIMIT, "sequences: this client has %u, limit max_seqs %u", cl->n_seqs,
 			    cl->max_seqs);
-	o->plan_bytes = plan_bytes(o->model->lanes, o->m->max_rows);
+	o->plan_bytes = o->m->flags & W_OPEN_WINDOW
+				? plan_bytes_window(o->model->lanes, o->m->max_rows, page_rows_least(o->model))
+				: plan_bytes(o->model->lanes, o->m->max_rows);
 	o->plan_off = plan_mem_take(cl->plans, o->plan_bytes);
 	if (o->plan_off == UINT64_MAX)
 		return fail(o, KVT_E_NOSPC,
@@ -114,7 +143,13 @@ static void bind(struct opening *o, struct seq *s)
 	s->equal_lanes = o->m->equal_lanes;
 	s->lifetime = o->m->lifetime;
 	s->ttl_s = o->m->ttl_s;
-	s->plan_id = s->acked = s->requested = 0;
+	s->plan_id = s->acked = s->requested = s->gathered = s->drained = 0;
+	s->flags = o->m->flags;
+	s->window = o->m->window;
+	s->scorer = o->scorer ? policies_ref(o->scorer) : NULL;
+	s->plane_from = s->rows;
+	if (seq_windowed(s))
+		s->region->registered = true;
 	s->state = SEQ_LIVE;
 	handle_set_owner(cl->core->seqs, s->handle, cl);
 	LIST_INSERT_HEAD(&cl->seqs, s, of_client);
@@ -122,6 +157,8 @@ static void bind(struct opening *o, struct seq *s)
 	for (uint32_t i = 0; i < ARRAY_SIZE(slot->nack); i++)
 		slot->nack[i] = 0;
 	atomic_store_explicit(&slot->acked, 0, memory_order_relaxed);
+	atomic_store_explicit(&slot->gathered, 0, memory_order_relaxed);
+	atomic_store_explicit(&slot->drained, 0, memory_order_relaxed);
 	atomic_store_explicit(&slot->len, seq_len_pack(s->epoch, s->rows), memory_order_release);
 	/* The area may still show a plan of its last owner. */
 	atomic_store(&((struct plan_hdr *)((char *)cl->plans->seg.addr + s->plan_off))->id, 0);
@@ -254,6 +291,8 @@ static int open_fork(struct opening *o)
 		return cl->dead ? 0
 				: fail(o, KVT_E_STALE, "parent: %016llx is gone",
 				       (unsigned long long)o->m->parent);
+	if (seq_windowed(parent))
+		return fail(o, KVT_E_INVAL, "parent: a sequence with a window cannot be forked");
 	if (parent->model != o->model)
 		return fail(o, KVT_E_MODEL, "model: not the parent's");
 	if (o->m->prefix > parent->rows)

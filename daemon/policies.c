@@ -20,6 +20,7 @@ static void use_free(struct policy_use *u)
 	if (u->ops->free && u->policy)
 		u->ops->free(u->policy);
 	calibrate_drop(&u->own);
+	seg_close(&u->scorer.seg);
 	free(u);
 }
 
@@ -127,6 +128,7 @@ static struct policy_use *use_new(struct core *c, struct model *m, const char *a
 
 	if (!u)
 		return NULL;
+	u->scorer.seg = (struct seg)SEG_INIT;
 	u->model = m;
 	snprintf(u->asked, sizeof(u->asked), "%s", asked);
 	u->no_scores = no_scores;

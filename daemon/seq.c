@@ -166,6 +166,9 @@ void seq_drop_region(struct seq *s)
 	if (s->region)
 		region_unref(s->core, s->region);
 	s->region = NULL;
+	policies_put(s->core, s->scorer);
+	s->scorer = NULL;
+	s->flags = 0;
 	free(s->layout);
 	s->layout = NULL;
 }

@@ -343,6 +343,7 @@ void client_end(struct client *cl, const char *fmt, ...)
 		handle_del(c->regions, g->handle);
 		region_unref(c, g);
 	}
+	scorer_forget(cl);
 	for (uint32_t i = 0; i < cl->n_models; i++)
 		model_unref(c, cl->models[i]);
 	cl->n_models = 0;

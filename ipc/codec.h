@@ -32,6 +32,14 @@ int wire_check(const void *buf, size_t len, bool reply, char *err, size_t errsiz
 int wire_layout_check(const struct wire_layout *l, const struct wire_layer *m, uint32_t i,
 		      uint64_t region_bytes, uint32_t max_rows, char *err, size_t errsize);
 
+/*
+ * A checked W_SEQ_OPEN with a window against its model's layers and a region of region_bytes: both rings lie in
+ * the region and hold the largest page of any lane with its header, the planes of `coefs` scores per row lie
+ * in the region and apart from rings and from each other. 0 or KVT_E_INVAL with a line.
+ */
+int wire_window_check(const struct wire_seq_open *m, const struct wire_layer *layers, uint32_t coefs,
+		      uint64_t region_bytes, char *err, size_t errsize);
+
 /* Descriptors that a request of this type carries, neither fewer nor more. */
 unsigned wire_request_fds(uint16_t type);
 

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Building messages, and the parts of a check that need more than the message. */
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 #include "ipc/codec.h"
@@ -139,5 +140,100 @@ int wire_layout_check(const struct wire_layout *l, const struct wire_layer *m, u
 				slots, i, region_bytes, err, errsize);
 	if (!r && l->score_off)
 		r = score_check(l, m->kv_heads, i, region_bytes, max_rows, err, errsize);
+	return r;
+}
+
+struct span {
+	uint64_t off, bytes;
+};
+
+static bool apart(struct span a, struct span b)
+{
+	return a.off + a.bytes <= b.off || b.off + b.bytes <= a.off;
+}
+
+static int ring_check(const char *name, struct span ring, uint64_t least, uint64_t region_bytes, char *err,
+		      size_t errsize)
+{
+	if (ring.bytes < least) {
+		snprintf(err, errsize, "window.%s_bytes: %llu, must be at least %llu, the largest page", name,
+			 (unsigned long long)ring.bytes, (unsigned long long)least);
+		return KVT_E_INVAL;
+	}
+	if (ring.off > region_bytes || ring.bytes > region_bytes - ring.off) {
+		snprintf(err, errsize, "window.%s_off: %llu, its %llu bytes end past the region's %llu", name,
+			 (unsigned long long)ring.off, (unsigned long long)ring.bytes,
+			 (unsigned long long)region_bytes);
+		return KVT_E_INVAL;
+	}
+	return 0;
+}
+
+/* Bytes of layer i's planes of scores, from its score_off on; KVT_E_INVAL when they do not lie in the region.
+ */
+static int window_scores(const struct wire_seq_open *m, const struct wire_layer *y, uint32_t i, uint32_t coefs,
+			 uint64_t region_bytes, struct span *ret, char *err, size_t errsize)
+{
+	const struct wire_layout *l = wire_open_layouts(m) + i;
+	uint64_t plane = (uint64_t)coefs * m->max_rows * sizeof(float);
+
+	if (l->score_off % sizeof(float) || l->score_head_stride % sizeof(float)) {
+		snprintf(err, errsize,
+			 "layout[%u].score_off: %llu, score_head_stride: %llu, must be multiples of 4", i,
+			 (unsigned long long)l->score_off, (unsigned long long)l->score_head_stride);
+		return KVT_E_INVAL;
+	}
+	if (y->kv_heads > 1 && l->score_head_stride < plane) {
+		snprintf(err, errsize,
+			 "layout[%u].score_head_stride: %llu, must be at least 4 x max_rows %u x coefs %u", i,
+			 (unsigned long long)l->score_head_stride, m->max_rows, coefs);
+		return KVT_E_INVAL;
+	}
+	*ret = (struct span){.off = l->score_off, .bytes = UINT64_MAX};
+	if (l->score_head_stride <= region_bytes)
+		ret->bytes = (y->kv_heads - 1) * l->score_head_stride + plane;
+	if (ret->off > region_bytes || ret->bytes > region_bytes - ret->off) {
+		snprintf(err, errsize,
+			 "layout[%u].score_off: %llu, its planes end past the region's %llu bytes", i,
+			 (unsigned long long)l->score_off, (unsigned long long)region_bytes);
+		return KVT_E_INVAL;
+	}
+	return 0;
+}
+
+/* Bytes in a ring of the largest page that a lane of the model may have. */
+static uint64_t largest_record(const struct wire_layer *y, uint32_t layers, uint64_t header)
+{
+	uint64_t most = 0;
+
+	for (uint32_t i = 0; i < layers; i++) {
+		uint64_t bytes = WINDOW_ROWS * ((uint64_t)y[i].k_bytes + y[i].v_bytes);
+
+		most = MAX(most, bytes);
+	}
+	return header + ALIGN_UP(most, WINDOW_ALIGN);
+}
+
+int wire_window_check(const struct wire_seq_open *m, const struct wire_layer *layers, uint32_t coefs,
+		      uint64_t region_bytes, char *err, size_t errsize)
+{
+	const struct window_place *w = &m->window;
+	struct span out = {w->out_off, w->out_bytes}, in = {w->in_off, w->in_bytes}, s;
+	int r = ring_check("out", out, largest_record(layers, m->n_layers, sizeof(struct window_out)),
+			   region_bytes, err, errsize);
+
+	if (!r)
+		r = ring_check("in", in, largest_record(layers, m->n_layers, sizeof(struct window_in)),
+			       region_bytes, err, errsize);
+	for (uint32_t i = 0; i < m->n_layers && !r; i++) {
+		if (!wire_open_layouts(m)[i].score_off)
+			continue;
+		r = window_scores(m, &layers[i], i, coefs, region_bytes, &s, err, errsize);
+		if (!r && !(apart(s, out) && apart(s, in))) {
+			snprintf(err, errsize, "layout[%u].score_off: %llu, its planes lie over a ring", i,
+				 (unsigned long long)s.off);
+			r = KVT_E_INVAL;
+		}
+	}
 	return r;
 }

@@ -27,6 +27,7 @@
 #include "shm/plan.h"
 
 #define WINDOW_SPAN PLAN_PAGE_SPAN
+#define WINDOW_ROWS 128u /* of a page at most */
 
 /* Places in the region, multiples of 4 KiB; bytes of each at least one page of 128 rows with its header. */
 struct window_place {

@@ -52,6 +52,15 @@ static void read_request(const struct wire_hdr *h)
 					     (l->cap + l->stage - 1) * (uint64_t)l->k_row_stride + 64 <=
 				     WIRE_MAX_REGION);
 		}
+		if (v->flags & W_OPEN_WINDOW) {
+			static struct wire_layer y[WIRE_MAX_LAYERS];
+
+			for (uint32_t i = 0; i < v->n_layers; i++)
+				y[i] = layer;
+			if (!wire_window_check(v, y, 2, WIRE_MAX_REGION, err, sizeof(err)))
+				must(v->window.out_off + v->window.out_bytes <= WIRE_MAX_REGION &&
+				     v->window.in_off + v->window.in_bytes <= WIRE_MAX_REGION);
+		}
 		touch(wire_open_table(v), v->budget.table_n * sizeof(uint32_t));
 		touch(v->budget.policy, strlen(v->budget.policy));
 	} else if (h->type == W_PLAN_REQUEST) {

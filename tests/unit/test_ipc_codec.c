@@ -117,6 +117,55 @@ static size_t make_seq_open(void)
 	return m->hdr.len;
 }
 
+static size_t make_window_open(void)
+{
+	struct wire_seq_open *m = (void *)buf;
+
+	wire_init(&m->hdr, W_SEQ_OPEN, wire_seq_open_len(LAYERS, 0), 7);
+	m->op = W_OP_OPEN;
+	m->max_rows = 4096;
+	m->n_layers = LAYERS;
+	m->flags = W_OPEN_WINDOW | W_OPEN_DIRECT;
+	m->window = (struct window_place){.out_off = 8192, .out_bytes = 1 << 20, .in_off = 2 << 20};
+	m->window.in_bytes = 1 << 20;
+	m->scorer = 9;
+	m->model = 1;
+	m->region = 2;
+	m->key[3] = 1;
+	m->budget.set = 1;
+	m->budget.write_through = 1;
+	for (uint32_t i = 0; i < LAYERS; i++)
+		wire_open_layouts(m)[i] = (struct wire_layout){.cap = 10 + i,
+							       .stage = 5,
+							       .score_off = (4 << 20) + i * 65536,
+							       .score_head_stride = 32768};
+	return m->hdr.len;
+}
+
+static size_t make_scorer(void)
+{
+	struct wire_scorer *m = (void *)buf;
+
+	wire_init(&m->hdr, W_SCORER, sizeof(*m), 7);
+	m->model = 1;
+	wire_string(m->policy, sizeof(m->policy), "kvp");
+	return sizeof(*m);
+}
+
+static size_t make_direct(void)
+{
+	return make_handle(W_DIRECT);
+}
+
+static size_t make_segment(void)
+{
+	struct wire_segment *m = (void *)buf;
+
+	wire_init(&m->hdr, W_SEGMENT, sizeof(*m), 7);
+	m->segment = 3;
+	return sizeof(*m);
+}
+
 static size_t make_truncate(void)
 {
 	struct wire_seq_truncate *m = (void *)buf;
@@ -320,6 +369,36 @@ static size_t make_admin_reply(void)
 	return sizeof(struct wire_admin_reply);
 }
 
+static size_t make_scorer_reply(void)
+{
+	struct wire_scorer_reply *m = (void *)buf;
+
+	wire_reply_init(&m->r, request(W_SCORER), sizeof(*m), 0, NULL);
+	m->id = 7;
+	m->bytes = 1 << 20;
+	m->coefs = 2;
+	wire_string(m->policy, sizeof(m->policy), "kvp");
+	return sizeof(*m);
+}
+
+static size_t make_direct_reply(void)
+{
+	struct wire_direct_reply *m = (void *)buf;
+
+	wire_reply_init(&m->r, request(W_DIRECT), sizeof(*m), 0, NULL);
+	m->bytes = 1 << 20;
+	return sizeof(*m);
+}
+
+static size_t make_segment_reply(void)
+{
+	struct wire_segment_reply *m = (void *)buf;
+
+	wire_reply_init(&m->r, request(W_SEGMENT), sizeof(*m), 0, NULL);
+	m->bytes = 64 << 20;
+	return sizeof(*m);
+}
+
 static size_t make_bare_reply(void)
 {
 	wire_reply_init((void *)buf, request(W_SEQ_CLOSE), sizeof(struct wire_reply), 0, NULL);
@@ -344,6 +423,10 @@ static const struct {
 	{"region-import", make_region_import, false},
 	{"region-close", make_region_close, false},
 	{"seq-open", make_seq_open, false},
+	{"seq-open", make_window_open, false},
+	{"scorer", make_scorer, false},
+	{"direct", make_direct, false},
+	{"segment", make_segment, false},
 	{"seq-truncate", make_truncate, false},
 	{"seq-close", make_close, false},
 	{"seq-info", make_seq_info, false},
@@ -363,6 +446,9 @@ static const struct {
 	{"fetch reply", make_fetch_reply, true},
 	{"recall reply", make_recall_reply, true},
 	{"admin reply", make_admin_reply, true},
+	{"scorer reply", make_scorer_reply, true},
+	{"direct reply", make_direct_reply, true},
+	{"segment reply", make_segment_reply, true},
 	{"seq-close reply", make_bare_reply, true},
 	{"hello reply", make_refusal, true},
 };
@@ -457,6 +543,14 @@ struct mutation {
 				offsetof(struct wire_layout, f),                                               \
 			4, v, KVT_E_INVAL                                                                      \
 	}
+#define WINDOW(f, v) M(make_window_open, wire_seq_open, f, v, KVT_E_INVAL)
+#define NO_ROWS(f)                                                                                             \
+	{                                                                                                      \
+		make_window_open, "layout[1]." #f,                                                             \
+			sizeof(struct wire_seq_open) + sizeof(struct wire_layout) +                            \
+				offsetof(struct wire_layout, f),                                               \
+			sizeof(((struct wire_layout *)0)->f), 64, KVT_E_INVAL                                  \
+	}
 #define NAN_BITS 0x7fc00000u
 #define INF_BITS 0x7f800000u
 #define MINUS_ONE_BITS 0xbf800000u
@@ -530,6 +624,50 @@ static const struct mutation mutations[] = {
 	M(make_seq_open, wire_seq_open, budget.slack_rows, WIRE_MAX_ROWS + 1, KVT_E_INVAL),
 	M(make_seq_open, wire_seq_open, budget.table_n, LAYERS - 1, KVT_E_INVAL),
 	M(make_seq_open, wire_seq_open, budget.table_n, UINT32_MAX, KVT_E_INVAL),
+	M(make_seq_open, wire_seq_open, budget.write_through, 2, KVT_E_INVAL),
+	M(make_seq_open, wire_seq_open, budget.pad, 1, KVT_E_PROTO),
+	M(make_seq_open, wire_seq_open, flags, W_OPEN_DIRECT, KVT_E_INVAL),
+	M(make_seq_open, wire_seq_open, flags, 4, KVT_E_INVAL),
+	M(make_seq_open, wire_seq_open, pad, 1, KVT_E_PROTO),
+	M(make_seq_open, wire_seq_open, window.out_off, 4096, KVT_E_INVAL),
+	M(make_seq_open, wire_seq_open, window.out_bytes, 4096, KVT_E_INVAL),
+	M(make_seq_open, wire_seq_open, window.in_off, 4096, KVT_E_INVAL),
+	M(make_seq_open, wire_seq_open, window.in_bytes, 4096, KVT_E_INVAL),
+	M(make_seq_open, wire_seq_open, scorer, 1, KVT_E_INVAL),
+	{make_window_open, "op: fork", offsetof(struct wire_seq_open, op), 4, W_OP_FORK, KVT_E_INVAL},
+	{make_window_open, "window.out_off", offsetof(struct wire_seq_open, flags), 4, 0, KVT_E_INVAL},
+	WINDOW(flags, 5),
+	WINDOW(window.out_off, 8192 + 64),
+	WINDOW(window.out_off, UINT64_MAX - 4095),
+	WINDOW(window.out_bytes, 0),
+	WINDOW(window.out_bytes, 8192 + 128),
+	WINDOW(window.out_bytes, UINT64_MAX - 4095),
+	WINDOW(window.in_off, 12288), /* over the other ring */
+	WINDOW(window.in_off, 1 << 20),
+	WINDOW(window.in_off, 4095),
+	WINDOW(window.in_bytes, 0),
+	{make_window_open, "window.in_off", offsetof(struct wire_seq_open, window.out_bytes), 8, 4 << 20,
+	 KVT_E_INVAL},
+	NO_ROWS(k_off),
+	NO_ROWS(v_off),
+	NO_ROWS(k_head_stride),
+	NO_ROWS(v_head_stride),
+	NO_ROWS(k_row_stride),
+	NO_ROWS(v_row_stride),
+	M(make_scorer, wire_scorer, model, 0, KVT_E_INVAL),
+	M(make_scorer, wire_scorer, policy[0], '.', KVT_E_INVAL),
+	M(make_scorer, wire_scorer, policy[1], 7, KVT_E_PROTO),
+	M(make_direct, wire_handle, handle, 0, KVT_E_INVAL),
+	M(make_segment, wire_segment, pad, 1, KVT_E_PROTO),
+	M(make_scorer_reply, wire_scorer_reply, id, 0, KVT_E_INVAL),
+	M(make_scorer_reply, wire_scorer_reply, bytes, 8, KVT_E_INVAL),
+	M(make_scorer_reply, wire_scorer_reply, coefs, 0, KVT_E_INVAL),
+	M(make_scorer_reply, wire_scorer_reply, coefs, 3, KVT_E_INVAL),
+	M(make_scorer_reply, wire_scorer_reply, pad, 1, KVT_E_PROTO),
+	M(make_scorer_reply, wire_scorer_reply, policy[1], 7, KVT_E_PROTO),
+	M(make_direct_reply, wire_direct_reply, bytes, 0, KVT_E_INVAL),
+	M(make_segment_reply, wire_segment_reply, bytes, 0, KVT_E_INVAL),
+	M(make_segment_reply, wire_segment_reply, bytes, UINT64_MAX, KVT_E_INVAL),
 	M(make_seq_open, wire_seq_open, budget.policy[0], '.', KVT_E_INVAL),
 	M(make_seq_open, wire_seq_open, budget.policy[1], '/', KVT_E_INVAL),
 	M(make_seq_open, wire_seq_open, budget.policy[1], '\n', KVT_E_PROTO),
@@ -821,6 +959,51 @@ static void test_layouts(void **state)
 	assert_int_equal(wire_layout_check(&l, &d, 3, bytes, 200, err, sizeof(err)), 0);
 }
 
+/* The parts of a window that need the model and the region. */
+static void test_window_check(void **state)
+{
+	static const struct wire_layer small = {.kv_heads = 2, .k_bytes = 256, .v_bytes = 256},
+				       wide = {.kv_heads = 2, .k_bytes = 4096, .v_bytes = 4096};
+	struct wire_layer y[LAYERS];
+	struct wire_seq_open *m = (void *)buf;
+	const uint64_t region = 8 << 20;
+
+	make_window_open();
+	for (int i = 0; i < LAYERS; i++)
+		y[i] = small;
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), 0);
+	assert_int_equal(wire_window_check(m, y, 2, (4 << 20) + 65536 * LAYERS, err, sizeof(err)), 0);
+	assert_int_equal(wire_window_check(m, y, 2, (4 << 20) + 65536 * LAYERS - 4, err, sizeof(err)),
+			 KVT_E_INVAL);
+	assert_non_null(strstr(err, "score_off"));
+	y[1] = wide; /* 128 rows of 8 KiB are 1 MiB, the header is too much */
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
+	assert_non_null(strstr(err, "window.out_bytes"));
+	m->window.out_bytes += KVT_UNIT;
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
+	assert_non_null(strstr(err, "window.in_bytes"));
+	m->window.in_bytes += KVT_UNIT;
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), 0);
+	wire_open_layouts(m)[2].score_off = (3 << 20) + 4092; /* its first bytes are the ring's last */
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
+	assert_non_null(strstr(err, "over a ring"));
+	wire_open_layouts(m)[2].score_off = 0;
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), 0);
+	wire_open_layouts(m)[0].score_head_stride = 32764;
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
+	assert_int_equal(wire_window_check(m, y, 1, region, err, sizeof(err)), 0);
+	wire_open_layouts(m)[0].score_head_stride = UINT64_MAX - 3;
+	assert_int_equal(wire_window_check(m, y, 1, region, err, sizeof(err)), KVT_E_INVAL);
+	wire_open_layouts(m)[0].score_head_stride = 32766;
+	assert_int_equal(wire_window_check(m, y, 1, region, err, sizeof(err)), KVT_E_INVAL);
+	make_window_open();
+	m->window.in_off = region - m->window.in_bytes + KVT_UNIT;
+	for (int i = 0; i < LAYERS; i++)
+		y[i] = small;
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
+	assert_non_null(strstr(err, "window.in_off"));
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -829,7 +1012,7 @@ int main(void)
 		cmocka_unit_test(test_unterminated), cmocka_unit_test(test_model_limits),
 		cmocka_unit_test(test_open_ops),     cmocka_unit_test(test_argv),
 		cmocka_unit_test(test_reply_text),   cmocka_unit_test(test_layouts),
-		cmocka_unit_test(test_fd_counts),
+		cmocka_unit_test(test_fd_counts),    cmocka_unit_test(test_window_check),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
