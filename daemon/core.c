@@ -229,6 +229,7 @@ int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *er
 	LIST_INIT(&c->ended);
 	LIST_INIT(&c->models);
 	LIST_INIT(&c->all_regions);
+	LIST_INIT(&c->lingers);
 	LIST_INIT(&c->uses);
 	LIST_INIT(&c->pools);
 	LIST_INIT(&c->weights);

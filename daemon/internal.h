@@ -109,8 +109,9 @@ struct client {
 	uint32_t n_models;
 	struct policy_use **scorers; /* that it asked for, references */
 	uint32_t n_scorers;
-	struct seq *waits;     /* for this sequence to be free: nothing is read meanwhile */
-	struct wire_hdr *held; /* the request to handle again then, or NULL */
+	struct policy_use *building; /* it waits for this one's network: nothing is read meanwhile */
+	struct seq *waits;           /* for this sequence to be free: nothing is read meanwhile */
+	struct wire_hdr *held;       /* the request to handle again then, or NULL */
 };
 
 enum seq_state {
@@ -142,6 +143,7 @@ struct seq {
 	struct window_place window;
 	struct policy_use *scorer;  /* whose network its runtime runs, a reference; or NULL */
 	uint64_t gathered, drained; /* words of its slot as last seen */
+	bool look_twice;            /* it refused rows that it read in place: the next plan checks them */
 	uint32_t plane_from;        /* rows from here on have been given scores by this client */
 
 	uint32_t epoch, rows; /* as the client last said */
@@ -156,6 +158,7 @@ struct seq {
 	uint32_t *adaptive;     /* [lanes] device budgets of the last plan, where it chose them; else NULL */
 	struct share *share;    /* its seat among those that share their budgets, or NULL; see share.c */
 	bool budget_default, manual;
+	bool write_through;           /* rows that stay on the device get copies below */
 	uint32_t slack, device_cap;   /* device_cap: kvtierctl demote */
 	uint64_t *wanted, *pinned;    /* [BITS_WORDS(max_rows)] or NULL */
 	char policy[32];              /* asked for; empty: the default */
@@ -204,6 +207,31 @@ struct seq {
 	struct seq *hash_next;
 };
 
+/* Pages as a plan's copy_out is cut into them: see cut.c. */
+struct cut {
+	uint64_t word[PAGE_SPAN + 1]; /* positions from `first` on */
+	uint32_t first, span, rows;
+	uint32_t end; /* where the next page may begin */
+};
+struct cut_at {
+	uint32_t lane, pos;
+	int tier;
+};
+
+/* What a plan with a window adds: see window.c. */
+struct window_plan {
+	uint32_t pages, gathered, next,
+		taken;    /* of the list: all, announced, in hand, in buffers of ours in order */
+	uint64_t *copied; /* [BITS_WORDS(pages)] taken, in any order */
+	struct window_record {
+		uint64_t end;      /* of the in ring, counted as if it had no end */
+		struct page *page; /* pinned: read where it lies, until the record is drained; or NULL */
+		bool done;
+	} * record;
+	uint32_t records, room, staged, drained;
+	bool direct; /* some were to be read where they lie */
+};
+
 enum plan_phase { PHASE_SCORE, PHASE_DECIDE, PHASE_MOVE, PHASE_READY };
 
 /*
@@ -215,9 +243,11 @@ struct plan {
 	struct seq *seq;
 	uint64_t id;
 	uint32_t epoch, watermark, from, words; /* rows [from, watermark) have no key yet */
+	uint32_t plane_from;                    /* the sequence's */
 	enum plan_phase phase;
 	bool over; /* applied, cancelled or not to be published: forget it when nothing is lent */
 	bool requested, saving, private_tables, direct;
+	bool write_through;
 	bool lossless;     /* its budgets promise to drop nothing */
 	bool stuck;        /* rows stay on the device because nothing below takes them */
 	bool promote_none; /* too many plans before it missed */
@@ -240,10 +270,12 @@ struct plan {
 	int error; /* of a job: -errno */
 
 	/* mover: refs is 1 + pages in flight while it works */
-	uint32_t out_lane, out_pos, in_lane; /* cursors */
-	int out_tier;
-	uint64_t *need; /* scratch: rows of a lane without a source so far */
+	struct cut_at cut; /* of the page to be made next */
+	uint32_t in_lane;
+	uint64_t *need; /* scratch: rows of lane in_lane without a source so far */
+	bool in_begun;  /* lane in_lane's are in it */
 	bool out_done, in_done, moving, missed;
+	struct window_plan *win; /* NULL: the device rows are in the region */
 	TAILQ_ENTRY(plan) pump;
 };
 
@@ -262,6 +294,8 @@ struct core {
 	sd_event_source *reap_clients;
 	LIST_HEAD(, model) models;
 	LIST_HEAD(, region) all_regions;
+	LIST_HEAD(, linger) lingers; /* regions whose client left and whose process lives */
+	uint32_t n_lingers;
 	LIST_HEAD(, policy_use) uses;
 	LIST_HEAD(, share_pool) pools;
 	LIST_HEAD(, weights_path) weights; /* files loaded by hand */
@@ -367,6 +401,10 @@ void model_unref(struct core *c, struct model *m);
 int region_new(struct region **ret, struct client *cl, uint64_t bytes, int fd);
 struct region *region_ref(struct region *g);
 void region_unref(struct core *c, struct region *g);
+/* Its client is gone: give the region up now, or when the client's process has ended. Takes the reference. */
+void region_leave(struct client *cl, struct region *g);
+/* Give up all that wait for a process. */
+void region_linger_end(struct core *c);
 struct plan_mem *plan_mem_new(uint64_t bytes, int *ret_err);
 struct plan_mem *plan_mem_ref(struct plan_mem *m);
 void plan_mem_unref(struct plan_mem *m);
@@ -480,6 +518,9 @@ struct pio { /* one page on its way between a tier and us */
 	bool refused;                /* the verdict is on the region: the page itself is well */
 	void (*end)(struct pio *io); /* on the loop when the tier is done, io.res valid; owns io */
 	void *owner;
+	uint32_t nth;     /* with a window: place in the plan's list, or number of the record */
+	uint32_t segment; /* record: read in published memory, 1 + its number; 0: packed */
+	uint64_t segment_off, ring_at, wrap_at; /* of the record; of what says that it is at the ring's start */
 	struct recall_shape keys;
 	struct recall_sum *sum; /* write: made beside the page */
 	struct seq_record rec;
@@ -517,6 +558,44 @@ void mover_run(struct core *c);
 bool mover_busy(const struct core *c);
 int mover_open(struct core *c);
 void mover_close(struct core *c);
+
+/* ---- cut.c ----------------------------------------------------------------------------------- */
+/*
+ * From `at` on, which begins at {.tier = dram}: the plan's next page, and `at` moved to its lane and tier. The
+ * one behind it is found from at->pos = ret->end. false: no more.
+ */
+bool cut_find(const struct plan *p, struct cut_at *at, struct cut *ret);
+
+/* ---- window.c, window_out.c, window_in.c --------------------------------------------------------- */
+/* One look at slot.gathered and slot.drained. false: the client was ended. */
+bool window_poll(struct seq *s);
+/* The decided plan's list of pages. Worker. 0 or -ENOMEM, -ENOSPC. */
+int window_list(struct plan *p);
+void window_free(struct plan *p);
+/* Nothing of this plan is left in the rings (or it failed). */
+bool window_settled(const struct plan *p);
+/* The next page of the list is not in the ring yet. */
+static inline bool window_waits(const struct plan *p)
+{
+	return p->win->next == p->win->gathered && p->win->next < p->win->pages;
+}
+/* Copy a page from the ring into its buffer and check it: 0, or -EILSEQ: it is not what was announced. Worker.
+ */
+int window_take(const struct plan *p, struct pio *io);
+/* These are copied, or not. */
+void window_taken(struct plan *p, struct pio *const *io, unsigned n);
+/*
+ * A record for the rows io->words of its page, before it is read, or named where it lies (io->segment). 0,
+ * -EAGAIN (the ring is full), -ENOMEM. Once the plan missed there are no more records: WINDOW_NO_RECORD.
+ */
+#define WINDOW_NO_RECORD UINT32_MAX
+int window_reserve(struct plan *p, struct pio *io);
+/* Write the record of a checked page. Worker. 0 or -ENOSPC. */
+int window_pack(const struct plan *p, const struct pio *io);
+/* Announce the records that are there. */
+void window_stage(struct plan *p);
+/* The client needs records below n no longer. */
+void window_drained(struct plan *p, uint32_t n);
 
 /* ---- repack.c, settle.c: moves below the device tier ------------------------------------- */
 #define REPACK_SOURCES 16u
@@ -577,24 +656,31 @@ struct policy_use {
 	uint32_t coefs;                        /* that the index keeps of a row; 0: its score */
 	const struct calibration *calibration; /* what scores are worth: the policy's or `own`; NULL: unknown */
 	struct calibration own;
-	struct scorer { /* its network as clients run it; bytes 0: not made yet */
+	struct scorer { /* its network as clients run it; id 0: not made, or refused for a reason */
 		uint64_t id;
 		uint32_t coefs;
+		bool making;
 		struct seg seg;
+		char refusal[WIRE_TEXT];
 	} scorer;
 	uint32_t refs;
 	bool stale;     /* newer weights exist */
 	bool no_scores; /* the layouts have no score plane */
+	bool no_rows;   /* the daemon cannot read K and V */
 };
 /* What runs for this sequence; a reference. NULL: out of memory. */
 struct policy_use *policies_get(struct seq *s);
+/* What runs for a model where everything can be read; asked "": the default. A reference, or NULL. */
+struct policy_use *policies_of(struct core *c, struct model *m, const char *asked);
 struct policy_use *policies_ref(struct policy_use *u);
 void policies_put(struct core *c, struct policy_use *u); /* NULL is fine */
 void policies_drop(struct core *c, const char *model);   /* make them stale; NULL: all */
 void policies_forget_model(struct core *c, const struct model *m);
 void policies_free(struct core *c);
 
-/* ---- scorer.c ---- */
+/* ---- scorer.c ---------------------------------------------------------------------------- */
+/* W_SCORER. 0, or KVT_AGAIN: the network is being made. */
+int request_scorer(struct client *cl, const struct wire_scorer *m);
 /* What this client was given under this id, or NULL. */
 struct policy_use *scorer_find(struct client *cl, uint64_t id);
 /* The client ends. */
@@ -609,6 +695,11 @@ void scorer_forget(struct client *cl);
 static inline uint32_t policy_lane(const struct model *m, uint32_t lane)
 {
 	return (uint32_t)m->lane_layer[lane] * m->heads + m->lane_head[lane];
+}
+/* Its scores lie in planes of the region: nothing is computed. */
+static inline bool score_given(const struct plan *p)
+{
+	return p->use->ops->id == POLICY_CLIENT || (p->seq->scorer && p->use == p->seq->scorer);
 }
 int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w);
 /*

@@ -2,7 +2,8 @@
 /*
  * A sequence whose client goes: ephemeral ones end, leased ones are saved (what
  * only the region holds is demoted by a plan that nobody applies) and wait below the
- * device tier for a resume or the end of their lease.
+ * device tier for a resume or the end of their lease. Where a GPU had the device rows nothing is read any more:
+ * what its client did not have stored is lost.
  */
 #include <string.h>
 #include "daemon/internal.h"
@@ -70,18 +71,25 @@ static void detached(struct seq *s)
 	mover_kick(s->core);
 }
 
+/* Rows that nothing below has are gone: a GPU had them, or they could not be saved. */
+static void forget_device_rows(struct seq *s)
+{
+	if (index_extend(&s->ix, s->rows) < 0)
+		s->rows = s->ix.rows;
+	for (uint32_t l = 0; l < s->ix.lanes && s->ix.rows; l++) {
+		bits_clear_range(index_bits(&s->ix, KVT_TIER_DEVICE, l), 0, s->ix.rows);
+		s->ix.resident[l] = 0;
+	}
+	seq_recount(s);
+	detached(s);
+}
+
 void seq_save(struct seq *s)
 {
-	if (!holds_device_rows(s) || s->saves++ > 5) {
-		for (uint32_t l = 0; l < s->ix.lanes && s->ix.rows; l++) {
-			bits_clear_range(index_bits(&s->ix, KVT_TIER_DEVICE, l), 0, s->ix.rows);
-			s->ix.resident[l] = 0;
-		}
-		seq_recount(s);
-		detached(s);
-	} else if (manager_plan(s, true) < 0) {
+	if (seq_windowed(s) || !holds_device_rows(s) || s->saves++ > 5)
+		forget_device_rows(s);
+	else if (manager_plan(s, true) < 0)
 		seq_save(s); /* out of memory: counts as a try */
-	}
 }
 
 void seq_leave(struct seq *s, bool drop)
@@ -96,7 +104,7 @@ void seq_leave(struct seq *s, bool drop)
 	}
 	if (s->state != SEQ_LIVE)
 		return;
-	if (p && !p->over && p->phase == PHASE_READY)
+	if (p && !p->over && p->phase == PHASE_READY && !seq_windowed(s))
 		distrust(s, p);
 	if (p)
 		plan_cancel(p);

@@ -120,7 +120,7 @@ static int put_scoring(struct plan *p)
 /* Scores that are there already or cost next to nothing are read where the decision is made. */
 static bool cheap(const struct plan *p)
 {
-	return (p->from == p->watermark && !p->rescore) || p->use->ops->id == POLICY_CLIENT ||
+	return (p->from == p->watermark && !p->rescore) || score_given(p) ||
 	       !(p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_CONTEXT));
 }
 
@@ -152,10 +152,12 @@ int manager_plan(struct seq *s, bool save)
 	p->watermark = s->rows;
 	p->words = (uint32_t)BITS_WORDS(s->rows);
 	p->from = from;
+	p->plane_from = s->plane_from;
 	p->started_ns = now_ns();
 	p->requested = s->requested != 0;
 	p->saving = save;
-	p->out_tier = KVT_TIER_DRAM;
+	p->write_through = s->write_through && !save;
+	p->cut.tier = KVT_TIER_DRAM;
 	/* Copies: a reload or a request may change the originals while a worker decides. */
 	p->protect_first = c->cfg.protect_first;
 	p->protect_last = c->cfg.protect_last;
@@ -319,7 +321,10 @@ void manager_moved(struct plan *p)
 		bool again = s->retries++ < PLAN_RETRIES;
 
 		log_line(again ? 5 : 4, "plan %llu: seq %016llx: %s, %s", (unsigned long long)p->id,
-			 (unsigned long long)s->handle, p->missed ? "a promotion missed" : strerror(-p->error),
+			 (unsigned long long)s->handle,
+			 p->missed             ? "a promotion missed"
+			 : p->error == -EILSEQ ? "what the window holds is not what was announced"
+					       : strerror(-p->error),
 			 again ? "planned again" : "given up until the next rows");
 		plan_cancel(p);
 		s->again = again;
@@ -368,6 +373,8 @@ void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
 		c->stat.rows_dropped += p->dropped[l];
 		index_sweep(ix, &c->pages, l);
 	}
+	if (p->win)
+		s->look_twice = nack && p->win->direct;
 	c->stat.plans_acked += p->id != 0;
 	if (p->id)
 		core_feed(c, FEED_ACK, s, p->id, 0, NULL);
@@ -399,6 +406,8 @@ void manager_headroom(struct seq *s)
 		if (budget != ROWS_ALL)
 			head = MIN(head, budget + s->slack > have ? budget + s->slack - have : 0);
 	}
+	if (s->write_through)
+		head = MIN(head, s->slack);
 	/* A share of a growing length: due when the length grew by the slack and a sixteenth. */
 	if (s->budget_default && (cfg->budget_device || cfg->budget_dram || cfg->budget_nvme))
 		head = MIN(head, s->slack + s->ix.rows / 16);

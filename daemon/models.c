@@ -1,10 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /* Model descriptions and regions: what a client declares before it opens sequences. */
+#include <fcntl.h>
 #include <openssl/sha.h>
+#include <poll.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include "daemon/internal.h"
 #include "ipc/codec.h"
 #include "shm/util.h"
+
+#define MAX_LINGERS 256u /* regions whose process is waited for */
 
 /* Names what must agree for rows to be interchangeable: everything in the description. */
 static uint64_t fingerprint(const struct wire_model *m)
@@ -156,4 +161,63 @@ void region_unref(struct core *c, struct region *g)
 	g->ops->detach(g->mem);
 	seg_close(&g->seg);
 	free(g);
+}
+
+/*
+ * A GPU writes and reads registered memory as long as its process lives, whatever became of the connection:
+ * till then the memory is in use and its tenant is charged with it.
+ */
+struct linger {
+	LIST_ENTRY(linger) link;
+	struct core *core;
+	struct region *region;
+	sd_event_source *death;
+	int fd;
+};
+
+static void linger_end(struct linger *l)
+{
+	struct core *c = l->core;
+
+	LIST_REMOVE(l, link);
+	c->n_lingers--;
+	sd_event_source_disable_unref(l->death);
+	close_fdp(&l->fd);
+	region_unref(c, l->region);
+	free(l);
+}
+
+static int on_process_end(sd_event_source *src, int fd, uint32_t revents, void *arg)
+{
+	linger_end(arg);
+	return 0;
+}
+
+void region_leave(struct client *cl, struct region *g)
+{
+	struct core *c = cl->core;
+	struct pollfd dead = {.fd = cl->pid_fd, .events = POLLIN};
+	struct linger *l = NULL;
+
+	/* Each costs a descriptor, so there is an end to it. */
+	if (g->registered && !c->freeing && cl->pid_fd >= 0 && poll(&dead, 1, 0) == 0 &&
+	    c->n_lingers < MAX_LINGERS)
+		l = calloc(1, sizeof(*l));
+	if (!l) {
+		region_unref(c, g);
+		return;
+	}
+	l->core = c;
+	l->region = g;
+	LIST_INSERT_HEAD(&c->lingers, l, link);
+	c->n_lingers++;
+	l->fd = fcntl(cl->pid_fd, F_DUPFD_CLOEXEC, 3);
+	if (l->fd < 0 || sd_event_add_io(c->ev, &l->death, l->fd, EPOLLIN, on_process_end, l) < 0)
+		linger_end(l);
+}
+
+void region_linger_end(struct core *c)
+{
+	while (!LIST_EMPTY(&c->lingers))
+		linger_end(LIST_FIRST(&c->lingers));
 }

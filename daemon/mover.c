@@ -255,7 +255,7 @@ static void start_reads(struct core *c, int tier)
 
 static void check_moved(struct plan *p)
 {
-	if (!p->moving || !p->out_done || !p->in_done || p->refs != 1)
+	if (!p->moving || !p->out_done || !p->in_done || p->refs != 1 || !window_settled(p))
 		return;
 	TAILQ_REMOVE(&p->seq->core->mover->plans, p, pump);
 	p->moving = false;

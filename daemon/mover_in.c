@@ -77,8 +77,13 @@ static void in_run(struct job *j, struct worker_ctx *w)
 	for (unsigned i = 0; i < b->n; i++) {
 		struct pio *io = b->io[i];
 
-		if (!page_verify(io->page, io->io.buf)) {
+		const struct plan *p = io->owner;
+
+		if (!io->segment && !page_verify(io->page, io->io.buf)) {
 			io->error = -EBADMSG;
+		} else if (p->win) {
+			io->error = window_pack(p, io);
+			io->refused = io->error < 0;
 		} else if (!imported(io->owner)) {
 			io->error = scatter(io->owner, io, io->io.buf);
 			io->refused = io->error < 0;
@@ -112,6 +117,8 @@ static void in_finish(struct pio *io)
 		p->missed = true;
 		if (s->state != SEQ_CLOSING)
 			mover_lost(s, io->page, io->tier, r);
+	} else if (p->win && io->nth != WINDOW_NO_RECORD) {
+		p->win->record[io->nth].done = true;
 	}
 	pio_free(io);
 	plan_unref(p);
@@ -143,11 +150,16 @@ static void in_done(struct job *j)
 	c->in_jobs--;
 	mover_in_flush(c);
 
-	for (unsigned i = 0; i < b->n; i++)
+	for (unsigned i = 0; i < b->n; i++) {
+		struct plan *p = b->io[i]->owner; /* stays: while it moves the mover has a reference */
+
 		if (b->write[i])
 			write_put(b->write[i], b->io[i]);
 		else
 			in_finish(b->io[i]);
+		if (p->win && (i + 1 == b->n || b->io[i + 1]->owner != p))
+			window_stage(p);
+	}
 	free(b);
 }
 
@@ -166,16 +178,11 @@ void mover_in_flush(struct core *c)
 	workers_put(c->workers, &b->job);
 }
 
-static void in_end(struct pio *io)
+/* To a worker. */
+static void in_put(struct pio *io)
 {
 	struct core *c = io->core;
-	struct plan *p = io->owner;
 
-	if (io->io.res < 0 || p->over) {
-		io->error = io->io.res;
-		in_finish(io);
-		return;
-	}
 	if (!c->in_batch)
 		c->in_batch = calloc(1, sizeof(*c->in_batch));
 	if (!c->in_batch) {
@@ -187,6 +194,18 @@ static void in_end(struct pio *io)
 	c->in_batch->job.bytes += io->page->bytes;
 	if (c->in_batch->n == JOB_PAGES)
 		mover_in_flush(c);
+}
+
+static void in_end(struct pio *io)
+{
+	const struct plan *p = io->owner;
+
+	if (io->io.res < 0 || p->over) {
+		io->error = io->io.res;
+		in_finish(io);
+		return;
+	}
+	in_put(io);
 }
 
 /* Rows wanted back from a page that one of the last plans wrote left too early. */
@@ -202,7 +221,9 @@ static void count_refaults(struct seq *s, const struct page *page, int tier, con
 	s->core->stat.refaults[tier] += n;
 }
 
-/* Ask for the pages of one tier that hold needed rows of the lane; those rows leave p->need. */
+/* Ask for the pages of one tier that hold needed rows of the lane; those rows leave p->need. -EAGAIN: once
+ * more.
+ */
 static int lane_in(struct plan *p, uint32_t lane, int tier, unsigned *made)
 {
 	struct seq *s = p->seq;
@@ -222,16 +243,27 @@ static int lane_in(struct plan *p, uint32_t lane, int tier, unsigned *made)
 		}
 		if (!any)
 			continue;
-		for (uint32_t w = 0; w < page->span; w++)
-			for (uint64_t m = mask[w]; m; m &= m - 1)
-				bits_clear(p->need, page->first + w * 64 + (uint32_t)__builtin_ctzll(m));
 		io = pio_new(c, page, tier, in_end, p);
 		if (!io)
 			return -ENOMEM;
 		memcpy(io->words, mask, page->span * sizeof(uint64_t));
+		if (p->win) {
+			int r = window_reserve(p, io);
+
+			if (r < 0) {
+				pio_free(io);
+				return r;
+			}
+		}
+		for (uint32_t w = 0; w < page->span; w++)
+			for (uint64_t m = mask[w]; m; m &= m - 1)
+				bits_clear(p->need, page->first + w * 64 + (uint32_t)__builtin_ctzll(m));
 		count_refaults(s, page, tier, mask);
 		p->refs++;
-		pio_read(io);
+		if (io->segment)
+			in_put(io);
+		else
+			pio_read(io);
 		(*made)++;
 	}
 	return 0;
@@ -248,10 +280,15 @@ unsigned mover_in(struct plan *p, unsigned pages)
 
 		if (!p->in[l])
 			continue;
-		memcpy(p->need, p->t.bring_in + (uint64_t)l * p->words, p->words * sizeof(uint64_t));
+		if (!p->in_begun)
+			memcpy(p->need, p->t.bring_in + (uint64_t)l * p->words, p->words * sizeof(uint64_t));
+		p->in_begun = true;
 		r = lane_in(p, l, KVT_TIER_DRAM, &made);
 		if (!r)
 			r = lane_in(p, l, KVT_TIER_NVME, &made);
+		if (r == -EAGAIN)
+			break;
+		p->in_begun = false;
 		if (r < 0) {
 			p->error = r;
 			break;

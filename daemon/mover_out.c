@@ -35,25 +35,32 @@ static void page_slots(const struct index *ix, const struct page *p, uint32_t *s
 	}
 }
 
+/* The page's rows from the region into its buffer. */
+static int gather(const struct plan *p, struct pio *io)
+{
+	const struct region *g = p->region;
+	struct page *page = io->page;
+	uint32_t slots[PAGE_ROWS];
+	struct device_lane lane;
+	struct page_ident id;
+
+	page_ident(page, &id);
+	page->crc = page_crc_seed(&id);
+	page_slots(&p->seq->ix, page, slots);
+	seq_lane(p->seq, page->lane, &lane);
+	return g->ops->gather(g->mem, &lane, slots, page->rows, io->io.buf, &page->crc);
+}
+
 static void out_run(struct job *j, struct worker_ctx *w)
 {
 	struct out_job *o = container_of(j, struct out_job, job);
-	const struct region *g = o->plan->region;
-	struct seq *s = o->plan->seq;
-	uint32_t slots[PAGE_ROWS];
 
 	for (unsigned i = 0; i < o->n; i++) {
-		struct page *p = o->io[i]->page;
-		struct device_lane lane;
-		struct page_ident id;
+		struct pio *io = o->io[i];
 
-		page_ident(p, &id);
-		p->crc = page_crc_seed(&id);
-		page_slots(&s->ix, p, slots);
-		seq_lane(s, p->lane, &lane);
-		o->io[i]->error = g->ops->gather(g->mem, &lane, slots, p->rows, o->io[i]->io.buf, &p->crc);
-		if (!o->io[i]->error)
-			o->io[i]->sum = recall_sum_make(o->io[i]->keys, p, o->io[i]->io.buf);
+		io->error = o->plan->win ? window_take(o->plan, io) : gather(o->plan, io);
+		if (!io->error)
+			io->sum = recall_sum_make(io->keys, io->page, io->io.buf);
 	}
 }
 
@@ -63,6 +70,8 @@ static void out_failed(struct plan *p, int tier, int r)
 	struct core *c = p->seq->core;
 
 	p->error = r;
+	if (r == -EILSEQ)
+		return; /* the client's doing: counted page by page */
 	if (p->seq->retries)
 		p->seq->avoid[tier] = true;
 	if (r == -ENOSPC)
@@ -105,6 +114,8 @@ static void out_done(struct job *j)
 
 	o->plan->seq->core->out_jobs--;
 	mover_kick(o->plan->seq->core);
+	if (o->plan->win)
+		window_taken(o->plan, o->io, o->n);
 	for (unsigned i = 0; i < o->n; i++) {
 		if (o->io[i]->error || o->plan->over) {
 			if (!o->io[i]->error)
@@ -117,64 +128,6 @@ static void out_done(struct job *j)
 	free(o);
 }
 
-/* Rows of the lane that leave for this tier. */
-static uint64_t out_rows(const struct plan *p, uint32_t lane, int tier, uint32_t word)
-{
-	uint64_t i = (uint64_t)lane * p->words + word, dram = p->to_dram[i];
-
-	return p->t.copy_out[i] & (tier == KVT_TIER_DRAM ? dram : ~dram);
-}
-
-/* Keep the lowest n set bits. */
-static uint64_t lowest(uint64_t v, uint32_t n)
-{
-	uint64_t rest = v;
-
-	while (n-- && rest)
-		rest &= rest - 1;
-	return v & ~rest;
-}
-
-struct cut {
-	uint64_t word[PAGE_SPAN + 1];
-	uint32_t first, span, rows, end; /* end: where the next page may begin */
-};
-
-/* The next page of (lane, tier) from position `pos` on; rows 0: none. */
-static void next_cut(const struct plan *p, uint32_t lane, int tier, uint32_t pos, uint32_t max_rows,
-		     struct cut *c)
-{
-	uint32_t w = pos / 64, shift, n = 0;
-	uint64_t v = 0;
-
-	c->rows = 0;
-	for (; w < p->words; w++) {
-		v = out_rows(p, lane, tier, w);
-		if (w == pos / 64)
-			v &= ~UINT64_C(0) << (pos % 64);
-		if (v)
-			break;
-	}
-	if (w >= p->words)
-		return;
-	shift = (uint32_t)__builtin_ctzll(v);
-	c->first = w * 64 + shift;
-	memset(c->word, 0, sizeof(c->word));
-	for (; w < p->words && n < PAGE_SPAN && c->rows < max_rows; w++, n++) {
-		if (n)
-			v = out_rows(p, lane, tier, w);
-		v = lowest(v, max_rows - c->rows);
-		c->rows += (uint32_t)__builtin_popcountll(v);
-		c->word[n] |= v >> shift;
-		if (shift && n)
-			c->word[n - 1] |= v << (64 - shift);
-		if (v) {
-			c->end = w * 64 + 64 - (uint32_t)__builtin_clzll(v);
-			c->span = (c->end - c->first + 63) / 64;
-		}
-	}
-}
-
 /* 1 a page was prepared into *ret, 0 no more, -errno. */
 static int next_page(struct plan *p, struct pio **ret)
 {
@@ -185,28 +138,19 @@ static int next_page(struct plan *p, struct pio **ret)
 	struct pio *io;
 	int r;
 
-	for (;;) {
-		if (p->out_lane == s->ix.lanes)
-			return 0;
-		next_cut(p, p->out_lane, p->out_tier, p->out_pos,
-			 MIN(PAGE_ROWS, TIER_MAX_PAGE / lane_bytes(s->model, p->out_lane)), &cut);
-		if (cut.rows)
-			break;
-		p->out_pos = 0;
-		if (p->out_tier++ == KVT_TIER_NVME) {
-			p->out_tier = KVT_TIER_DRAM;
-			p->out_lane++;
-		}
-	}
-	page = page_new(&c->pages, s->origin, p->out_lane, cut.first, cut.span);
+	if (p->win && window_waits(p))
+		return -EAGAIN;
+	if (!cut_find(p, &p->cut, &cut))
+		return 0;
+	page = page_new(&c->pages, s->origin, p->cut.lane, cut.first, cut.span);
 	if (!page)
 		return -ENOMEM;
 	memcpy(page->pos, cut.word, cut.span * sizeof(uint64_t));
 	page->rows = (uint8_t)cut.rows;
 	page->epoch = p->epoch;
-	page->bytes = cut.rows * lane_bytes(s->model, p->out_lane);
+	page->bytes = cut.rows * lane_bytes(s->model, p->cut.lane);
 	page_ref(page);
-	io = pio_new(c, page, p->out_tier, out_end, p);
+	io = pio_new(c, page, p->cut.tier, out_end, p);
 	page_unref(&c->pages, page);
 	if (!io)
 		return -ENOMEM;
@@ -216,9 +160,11 @@ static int next_page(struct plan *p, struct pio **ret)
 		pio_free(io);
 		return r;
 	}
-	p->out_pos = cut.end;
-	if (p->out_tier == KVT_TIER_DRAM)
-		io->keys = recall_shape(s, p->out_lane);
+	p->cut.pos = cut.end;
+	if (p->win)
+		io->nth = p->win->next++;
+	if (p->cut.tier == KVT_TIER_DRAM)
+		io->keys = recall_shape(s, p->cut.lane);
 	*ret = io;
 	return 1;
 }
@@ -272,7 +218,7 @@ unsigned mover_out(struct plan *p, unsigned pages)
 	if (!r) {
 		p->out_done = true;
 	} else if (r < 0 && r != -EAGAIN) {
-		out_failed(p, p->out_tier, r);
+		out_failed(p, p->cut.tier, r);
 		p->out_done = true;
 	}
 	return made;

@@ -147,7 +147,8 @@ static void bind(struct opening *o, struct seq *s)
 	s->flags = o->m->flags;
 	s->window = o->m->window;
 	s->scorer = o->scorer ? policies_ref(o->scorer) : NULL;
-	s->plane_from = s->rows;
+	s->plane_from = seq_windowed(s) ? s->rows : 0;
+	s->look_twice = false;
 	if (seq_windowed(s))
 		s->region->registered = true;
 	s->state = SEQ_LIVE;

@@ -47,6 +47,14 @@ int plan_alloc(struct plan *p, bool private_tables)
 		bytes = s->plan_bytes;
 		area = (char *)p->mem->seg.addr + s->plan_off;
 	}
+	if (!private_tables && seq_windowed(s)) {
+		p->win = calloc(1, sizeof(*p->win));
+		if (!p->win)
+			return -ENOMEM;
+		r = plan_begin_window(area, bytes, s->ix.lanes, p->watermark, &p->t);
+		p->to_dram = p->t.to_dram; /* the client needs it too */
+		return r;
+	}
 	r = plan_begin(area, bytes, s->ix.lanes, p->watermark, &p->t);
 	if (r < 0 && p->private_tables)
 		free(area);
@@ -69,6 +77,7 @@ void plan_free(struct plan *p)
 {
 	struct core *c = p->seq->core;
 
+	window_free(p);
 	if (p->private_tables)
 		free(p->t.hdr);
 	plan_mem_unref(p->mem);
@@ -120,7 +129,9 @@ void plan_header(const struct plan *p)
 	struct seq *s = p->seq;
 
 	__atomic_store_n(&h->epoch, p->epoch, __ATOMIC_RELEASE);
-	__atomic_store_n(&h->flags, s->equal_lanes ? PLAN_F_EQUAL_LANES : 0, __ATOMIC_RELEASE);
+	__atomic_store_n(&h->flags, (s->equal_lanes ? PLAN_F_EQUAL_LANES : 0u) | (p->win ? PLAN_F_WINDOW : 0u),
+			 __ATOMIC_RELEASE);
+	__atomic_store_n(&h->out_pages, p->win ? p->win->pages : 0, __ATOMIC_RELEASE);
 	__atomic_store_n(&h->decided_ns, now_ns(), __ATOMIC_RELEASE);
 	__atomic_store_n(&h->rows_out, p->rows_out, __ATOMIC_RELEASE);
 	__atomic_store_n(&h->rows_in, p->rows_in, __ATOMIC_RELEASE);
@@ -170,5 +181,7 @@ int plan_decide(struct plan *p)
 
 	if (!r)
 		r = policy_decide(&in, &out);
-	return r < 0 ? r : budget_stage(p);
+	if (!r)
+		r = budget_stage(p);
+	return r < 0 || !p->win ? r : window_list(p);
 }

@@ -120,7 +120,8 @@ static const struct policy_ops *last_resort(void)
 	return policy_by_id(POLICY_STREAMING);
 }
 
-static struct policy_use *use_new(struct core *c, struct model *m, const char *asked, bool no_scores)
+static struct policy_use *use_new(struct core *c, struct model *m, const char *asked, bool no_scores,
+				  bool no_rows)
 {
 	struct policy_use *u = calloc(1, sizeof(*u));
 	const char *try[] = {asked, c->cfg.fallback, last_resort()->name};
@@ -132,6 +133,7 @@ static struct policy_use *use_new(struct core *c, struct model *m, const char *a
 	u->model = m;
 	snprintf(u->asked, sizeof(u->asked), "%s", asked);
 	u->no_scores = no_scores;
+	u->no_rows = no_rows;
 	for (unsigned i = 0; i < ARRAY_SIZE(try); i++) {
 		const struct policy_ops *ops = policy_find(try[i]);
 		int r = -ENOENT;
@@ -140,6 +142,8 @@ static struct policy_use *use_new(struct core *c, struct model *m, const char *a
 			snprintf(err, sizeof(err), "no such policy");
 		else if (ops->id == POLICY_CLIENT && no_scores)
 			snprintf(err, sizeof(err), "the layouts have no score plane");
+		else if (no_rows && ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V))
+			snprintf(err, sizeof(err), "rows are in GPU memory and come without its scores");
 		else
 			r = use_init(c, u, ops, err, sizeof(err));
 		if (!r)
@@ -171,19 +175,41 @@ struct policy_use *policies_ref(struct policy_use *u)
 	return u;
 }
 
-struct policy_use *policies_get(struct seq *s)
+static struct policy_use *use_get(struct core *c, struct model *m, const char *asked, bool no_scores,
+				  bool no_rows)
 {
-	struct core *c = s->core;
-	const char *asked = s->policy[0] ? s->policy : c->policy;
-	bool no_scores = !has_scores(s);
 	struct policy_use *u;
 
 	LIST_FOREACH(u, &c->uses, link)
-		if (!u->stale && u->model == s->model && u->no_scores == no_scores && !strcmp(u->asked, asked))
+		if (!u->stale && u->model == m && u->no_scores == no_scores && u->no_rows == no_rows &&
+		    !strcmp(u->asked, asked))
 			break;
 	if (!u)
-		u = use_new(c, s->model, asked, no_scores);
+		u = use_new(c, m, asked, no_scores, no_rows);
 	return u ? policies_ref(u) : NULL;
+}
+
+/* A sequence that brings a policy's scores runs that policy, unless it was asked for one that needs none. */
+static bool scorer_serves(const struct seq *s)
+{
+	const struct policy_ops *ops = s->policy[0] ? policy_find(s->policy) : NULL;
+
+	return s->scorer && (!ops || ops->id == POLICY_CLIENT || ops == s->scorer->ops ||
+			     ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V));
+}
+
+struct policy_use *policies_get(struct seq *s)
+{
+	struct core *c = s->core;
+
+	if (scorer_serves(s))
+		return policies_ref(s->scorer);
+	return use_get(c, s->model, s->policy[0] ? s->policy : c->policy, !has_scores(s), seq_windowed(s));
+}
+
+struct policy_use *policies_of(struct core *c, struct model *m, const char *asked)
+{
+	return use_get(c, m, *asked ? asked : c->policy, false, false);
 }
 
 static void drop_unused(struct policy_use *u)

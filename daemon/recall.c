@@ -324,6 +324,8 @@ int request_recall(struct client *cl, const struct wire_recall *m)
 		cl->waits = s;
 		seq_unref(s);
 		return KVT_AGAIN;
+	} else if (m->op == W_RECALL_FIND && seq_windowed(s)) {
+		client_fail(cl, &m->hdr, KVT_E_INVAL, "recall: the sequence has a window, its client searches");
 	} else if (m->op == W_RECALL_FIND) {
 		find(cl, s, m);
 	} else {

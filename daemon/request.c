@@ -305,6 +305,7 @@ int seq_set_budget(struct seq *s, const struct wire_budget *b, const uint32_t *t
 	s->budget[KVT_TIER_NVME] = b->nvme_rows;
 	s->slack = b->slack_rows ? b->slack_rows : s->core->cfg.slack_rows ? s->core->cfg.slack_rows : 64;
 	s->manual = b->manual;
+	s->write_through = b->write_through;
 	if (s->manual)
 		share_leave(s);
 	manager_headroom(s);
@@ -446,6 +447,8 @@ int request_handle(struct client *cl, const struct wire_hdr *m, int fd)
 		return on_fetch(cl, (const void *)m);
 	case W_RECALL:
 		return request_recall(cl, (const void *)m);
+	case W_SCORER:
+		return request_scorer(cl, (const void *)m);
 	case W_ADMIN:
 		return on_admin(cl, (const void *)m);
 	}

@@ -13,23 +13,33 @@
 
 #define CHUNK_ROWS 1024u
 
-/* The runtime's own scores: one copy per lane. */
+/*
+ * The runtime's own scores, or what it computed with a scorer's network: planes of the region, one copy of each
+ * per lane. Rows that an earlier client wrote have none of this one's.
+ */
 static int from_plane(struct plan *p, uint32_t lane, struct worker_ctx *w)
 {
 	struct seq *s = p->seq;
 	const struct wire_layout *y = &s->layout[s->model->lane_layer[lane]];
-	uint32_t from = p->rescore ? 0 : p->from, n = p->watermark - from;
+	uint16_t *to[] = {s->ix.key, s->ix.coef};
+	uint32_t from = MAX(p->rescore ? 0 : p->from, p->plane_from), n = p->watermark - from;
+	uint32_t planes = MAX(p->use->coefs, 1u);
 	uint64_t off = y->score_off + s->model->lane_head[lane] * y->score_head_stride +
 		       (uint64_t)from * sizeof(float);
-	float *buf = worker_scratch(w, n * sizeof(float));
-	uint16_t *key = s->ix.key + (size_t)lane * s->ix.cap + from;
-	int r = buf ? p->region->ops->read(p->region->mem, off, buf, n * sizeof(float)) : -ENOMEM;
+	float *buf = n ? worker_scratch(w, n * sizeof(float)) : NULL;
+	int r = buf || !n ? 0 : -ENOMEM;
 
-	if (!r)
-		score_keys(buf, key, n);
-	else if (r == -EIO)
-		memset(key, 0, n * sizeof(*key));
-	return r == -EIO ? 0 : r;
+	for (uint32_t i = 0; n && i < planes && !r; i++, off += (uint64_t)s->max_rows * sizeof(float)) {
+		uint16_t *key = to[i] + (size_t)lane * s->ix.cap + from;
+
+		r = p->region->ops->read(p->region->mem, off, buf, n * sizeof(float));
+		if (!r)
+			score_keys(buf, key, n);
+		else if (r == -EIO)
+			memset(key, 0, n * sizeof(*key));
+		r = r == -EIO ? 0 : r;
+	}
+	return r;
 }
 
 struct rows {
@@ -209,7 +219,7 @@ int score_lanes(struct plan *p, uint32_t lo, uint32_t hi, struct worker_ctx *w)
 			settle_keys(p, l);
 		if (!all && p->from >= p->watermark)
 			r = 0;
-		else if (ops->id == POLICY_CLIENT)
+		else if (score_given(p))
 			r = from_plane(p, l, w);
 		else
 			r = all ? score_all(p, l, w) : score_new(p, l, w);

@@ -254,6 +254,7 @@ void seq_truncate(struct seq *s, uint32_t rows)
 	s->rows = rows;
 	s->cut = MIN(s->cut, rows);
 	s->scored = MIN(s->scored, rows);
+	s->plane_from = MIN(s->plane_from, rows);
 	if (s->share) { /* what is left may need less, or nothing: its next plan tells */
 		share_leave(s);
 		free(s->adaptive);

@@ -186,8 +186,10 @@ static bool handle_message(struct client *cl, void *buf, size_t len, const int *
 		if (cl->held) {
 			memcpy(cl->held, buf, len);
 		} else {
-			cl->waits->waiter = NULL;
+			if (cl->waits)
+				cl->waits->waiter = NULL;
 			cl->waits = NULL;
+			cl->building = NULL;
 			client_fail(cl, h, KVT_E_NOMEM, "out of memory");
 		}
 	}
@@ -205,7 +207,7 @@ static int on_message(sd_event_source *src, int fd, uint32_t revents, void *arg)
 		ssize_t n;
 		bool on;
 
-		if (cl->waits) {
+		if (cl->waits || cl->building) {
 			/* Level-triggered: look away until it may go on, but notice the end. */
 			sd_event_source_set_io_events(cl->io, EPOLLRDHUP);
 			if (revents & (EPOLLHUP | EPOLLRDHUP | EPOLLERR))
@@ -239,7 +241,7 @@ static int on_retry(sd_event_source *src, void *arg)
 	struct client *cl = arg;
 	struct wire_hdr *held = cl->held;
 
-	if (cl->dead || cl->waits)
+	if (cl->dead || cl->waits || cl->building)
 		return 0;
 	sd_event_source_set_io_events(cl->io, EPOLLIN);
 	cl->held = NULL;
@@ -341,8 +343,9 @@ void client_end(struct client *cl, const char *fmt, ...)
 		cl->n_regions--;
 		g->client = NULL;
 		handle_del(c->regions, g->handle);
-		region_unref(c, g);
+		region_leave(cl, g);
 	}
+	cl->building = NULL;
 	scorer_forget(cl);
 	for (uint32_t i = 0; i < cl->n_models; i++)
 		model_unref(c, cl->models[i]);
@@ -420,6 +423,7 @@ void session_fini(struct core *c)
 	while ((cl = LIST_FIRST(&c->clients)))
 		client_end(cl, NULL);
 	on_reap_clients(NULL, c);
+	region_linger_end(c);
 	sd_event_source_disable_unref(c->reap_clients);
 	c->reap_clients = NULL;
 }

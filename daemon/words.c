@@ -75,7 +75,7 @@ bool seq_poll(struct seq *s)
 	bool live;
 
 	s->refs++; /* a client that lies ends here, and its sequences with it */
-	if (s->state == SEQ_LIVE && poll_acked(s) && poll_len(s))
+	if (s->state == SEQ_LIVE && poll_acked(s) && poll_len(s) && (!seq_windowed(s) || window_poll(s)))
 		seq_step(s);
 	live = s->state == SEQ_LIVE && s->client;
 	seq_unref(s);
