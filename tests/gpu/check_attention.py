@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 """The attention of kvtier.attention_cuda on a GPU against float64, on fresh random rows. TAP; no daemon.
 
-Slots past a lane's length, and memory that results will lie in, hold NaN: what is read or left unwritten by mistake shows.
+Slots past a lane's length, and memory that results will lie in, hold NaN: what is read or left unwritten by mistake
+shows.
 """
 import os
 import sys

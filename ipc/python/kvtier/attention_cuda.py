@@ -6,8 +6,8 @@
     cache = KvtierCudaCache(model.config, client, max_rows, ...)          # kvtier.hf_cuda
 
 A lane is (sequence, KV head). Its rows lie in slots [0, length) in any order; the last n of them are the n rows whose
-queries attend now, in order, and see each other causally. Lengths are read from GPU memory by the kernels, so a captured
-graph stays right while they change. Recalled rows, which everybody sees, lie in front of slot 0.
+queries attend now, in order, and see each other causally. Lengths are read from GPU memory by the kernels, so a
+captured graph stays right while they change. Recalled rows, which everybody sees, lie in front of slot 0.
 
 Three ways, chosen by shape: a split-KV kernel (Triton) for decode steps and questions; torch's flash attention with one
 varlen sequence per lane for long stretches of half-precision rows; plain torch for tensors in host memory.
@@ -128,8 +128,8 @@ def _flash(query, key, value, lengths, most, scale):
 if triton is not None:
 
     @triton.jit(do_not_specialize=["splits", "n"])
-    def _split_kernel(q_ptr, k_ptr, v_ptr, len_ptr, front_ptr, out_ptr, part_ptr, lse_ptr, scale, n, chunk, splits, room,
-                      q_b, q_h, q_n, lane_stride, kv_heads, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    def _split_kernel(q_ptr, k_ptr, v_ptr, len_ptr, front_ptr, out_ptr, part_ptr, lse_ptr, scale, n, chunk, splits,
+                      room, q_b, q_h, q_n, lane_stride, kv_heads, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
                       BN: tl.constexpr, FRONT: tl.constexpr, SINGLE: tl.constexpr):
         """One (lane, split, tile of queries): rows [split * chunk, + chunk) of the lane's front and own rows."""
         lane, split = tl.program_id(0), tl.program_id(1)
@@ -145,8 +145,8 @@ if triton is not None:
             token, head = m // G, h * G + m % G
             valid = m < n * G
             d = tl.arange(0, D)
-            q = tl.load(q_ptr + b.to(tl.int64) * q_b + head[:, None].to(tl.int64) * q_h + token[:, None] * q_n + d[None],
-                        mask=valid[:, None], other=0.0)
+            q_rows = b.to(tl.int64) * q_b + head.to(tl.int64) * q_h + token * q_n
+            q = tl.load(q_ptr + q_rows[:, None] + d[None], mask=valid[:, None], other=0.0)
             last = total - n + token  # the row that a query is the query of: it sees no later one
             top = tl.full([BM], float("-inf"), tl.float32)
             mass = tl.zeros([BM], tl.float32)
@@ -269,5 +269,5 @@ def _append(key, value, new_key, new_value, lengths, n):
     kv, d = key.shape[1], key.shape[3]
     bt = min(triton.next_power_of_2(n), 64)
     _append_kernel[key.shape[0] * kv, triton.cdiv(n, bt)](
-        new_key, new_value, key, value, lengths, n, *new_key.stride()[:3], *new_value.stride()[:3], key.stride(1), kv, d,
-        bt, num_warps=4 if bt > 8 else 1)
+        new_key, new_value, key, value, lengths, n, *new_key.stride()[:3], *new_value.stride()[:3], key.stride(1), kv,
+        d, bt, num_warps=4 if bt > 8 else 1)

@@ -152,7 +152,7 @@ class Scorer(_Handle):
 
 
 class CudaSequence(Sequence):
-    """A sequence whose rows are in GPU memory. layers: a CudaLayer array; the memory is the caller's and must outlive it.
+    """A sequence whose rows are in GPU memory. layers: a CudaLayer array; the memory is the caller's and outlives it.
     What Sequence does with a region (append, apply, recall) is replaced by the calls below."""
 
     def __init__(self, client, model, window, layers, cap, stage, max_rows, scorer=None, out_bytes=0, in_bytes=0,

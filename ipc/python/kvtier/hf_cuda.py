@@ -2,13 +2,13 @@
 """A Hugging Face cache whose rows lie in GPU memory and are tiered by kvtierd, each KV head keeping its own.
 
     attention_cuda.register()
-    model = AutoModelForCausalLM.from_pretrained(..., dtype=torch.bfloat16, attn_implementation="kvtier_cuda").to("cuda")
+    model = AutoModelForCausalLM.from_pretrained(..., dtype=torch.bfloat16, attn_implementation="kvtier_cuda").cuda()
     cache = KvtierCudaCache(model.config, client, max_rows=32768, cap=4096, budget=budget(3300, dram=32768))
     model.generate(ids, past_key_values=cache)
 
-The memory is LaneCache's (kvtier.lanes). Every so many rows they are scored and the daemon is told (push), between steps
-plans are looked for (poll: one call of the library), and one that is READY is applied. Nothing waits for the GPU or for the
-daemon unless its comment says so. DecodeGraph makes a CUDA graph of a decode step.
+The memory is LaneCache's (kvtier.lanes). Every so many rows they are scored and the daemon is told (push), between
+steps plans are looked for (poll: one call of the library), and one that is READY is applied. Nothing waits for the GPU
+or for the daemon unless its comment says so. DecodeGraph makes a CUDA graph of a decode step.
 """
 import ctypes
 import time
@@ -32,7 +32,7 @@ class KvtierCudaCache(LaneCache):
                  more: a pass that would overflow it waits for the plan that makes room
     stage        slots behind them for rows that come back; the more, the more rows one plan can bring
     budget       a kvtier.budget(), or None for the daemon's default
-    push_every   rows after which scoring is launched and the daemon told. A long pass may be pushed in chunks: run it so
+    push_every   rows after which scoring is launched and the daemon told, in the pass that reaches them
     scorer       a Scorer, None for the one of the budget's policy (if it needs one), False for none
     gpu, window, model   shared ones; None: its own
     side         kvtier's kernels on a stream of their own, beside the model's; False: on the model's

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """KV rows in GPU memory for Hugging Face transformers, each KV head with rows of its own number; no daemon.
 
-One tensor of fixed place, appended to and attended by kernels that read each head's count of rows from GPU memory, so that
-a decode step can be captured as a graph. kvtier.hf_cuda ties it to kvtierd.
+One tensor of fixed place, appended to and attended by kernels that read each head's count of rows from GPU memory, so
+that a decode step can be captured as a graph. kvtier.hf_cuda ties it to kvtierd.
 """
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
