@@ -44,6 +44,10 @@ static json_t *tier_json(const struct core_stat *s, unsigned t)
 	set_num(o, "used_bytes", ts->used);
 	set_num(o, "free_bytes", ts->free);
 	set_num(o, "overhead_bytes", ts->overhead);
+	if (t == KVT_TIER_DRAM) {
+		set_num(o, "published_bytes", ts->published);
+		set_num(o, "published_held_bytes", ts->held);
+	}
 	set_num(o, "free_min_permille", s->marks[t].min);
 	set_num(o, "free_low_permille", s->marks[t].low);
 	set_num(o, "free_high_permille", s->marks[t].high);
@@ -112,6 +116,7 @@ static json_t *status_all(const struct core_stat *s)
 	set_num(o, "index_bytes", s->index_bytes);
 	set_num(o, "staging_bytes", s->staging_bytes);
 	set_num(o, "plan_bytes", s->plan_bytes);
+	set_num(o, "directory_bytes", s->directory_bytes);
 	set_num(o, "loop_max_ns", s->loop_max_ns);
 	return o;
 }
@@ -120,7 +125,7 @@ static json_t *status_all(const struct core_stat *s)
 static json_t *status_own(struct admin_call *a, const struct core_stat *s)
 {
 	uint64_t seqs = 0, orphans = 0, plans = 0, misses = 0, dropped = 0, rows[KVT_TIERS] = {},
-		 bytes[KVT_TIERS] = {};
+		 bytes[KVT_TIERS] = {}, published, held;
 	json_t *o = status_head(s), *tiers = json_array();
 	struct core_seq_stat q;
 	uint32_t cursor = 0;
@@ -138,6 +143,8 @@ static json_t *status_own(struct admin_call *a, const struct core_stat *s)
 			bytes[t] += q.tier_bytes[t];
 		}
 	}
+	core_owner_published(a->core, a->peer->owner, &published, &held);
+	bytes[KVT_TIER_DRAM] += held;
 	set_text(o, "tenant", admin_tenant(a));
 	set_num(o, "sequences", seqs);
 	set_num(o, "orphans", orphans);
@@ -147,6 +154,10 @@ static json_t *status_own(struct admin_call *a, const struct core_stat *s)
 		set_text(tier, "name", tier_names[t]);
 		set_num(tier, "rows", rows[t]);
 		set_num(tier, "bytes", bytes[t]);
+		if (t == KVT_TIER_DRAM) {
+			set_num(tier, "published_bytes", published);
+			set_num(tier, "published_held_bytes", held);
+		}
 		json_array_append_new(tiers, tier);
 	}
 	json_object_set_new(o, "tiers", tiers);
@@ -207,6 +218,9 @@ static json_t *seq_json(const struct core_seq_stat *s)
 		set_num(o, "device_rows_brought", s->device_brought);
 	}
 	json_object_set_new(o, "tiers", tiers);
+	set_bool(o, "direct", s->direct);
+	if (s->direct)
+		set_num(o, "direct_pages", s->direct_pages);
 	set_num(o, "rows_dropped", s->dropped_rows);
 	set_num(o, "rows_pinned", s->pinned_rows);
 	set_num(o, "plans", s->plans);

@@ -11,12 +11,19 @@ static uint64_t room_in(const struct seq *s, int tier)
 	const struct config_watermarks *m = tier == KVT_TIER_DRAM ? &c->cfg.dram_marks : &c->cfg.nvme_marks;
 	uint64_t limit = tier == KVT_TIER_DRAM ? s->tenant->limit.dram_bytes : s->tenant->limit.nvme_bytes;
 	uint64_t used = c->pages.used[tier][s->tenant->index], floor;
+	struct tier_owner own;
 	struct tier_stat st;
 
 	if (!c->pages.tier[tier])
 		return 0;
 	c->pages.tier[tier]->ops->stat(c->pages.tier[tier], &st);
 	floor = st.capacity / 1000 * m->min;
+	if (tier == KVT_TIER_DRAM && !LIST_EMPTY(&c->owners)) {
+		/* What is free in another owner's segments is not free for this one. */
+		direct_stat(s->core, direct_owner_of(s), &own);
+		st.free = MIN(st.free, own.room);
+		used += direct_held(s->core, s->tenant->index, direct_owner_of(s));
+	}
 	if (st.offline || st.free <= floor || used >= limit)
 		return 0;
 	return MIN(st.free - floor, limit - used);

@@ -21,6 +21,7 @@ struct config_tenant { /* [tenant NAME] */
 	uint32_t max_clients_per_uid, max_seqs; /* sequences in the tenant */
 	uint64_t region_bytes;                  /* exchange memory of all its clients */
 	uint64_t dram_bytes, nvme_bytes;        /* quota per lower tier; UINT64_MAX: none */
+	bool direct;                            /* its clients may map the DRAM pages of their sequences */
 };
 
 enum { /* between what rows of a uniform device budget move */

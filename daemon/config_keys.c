@@ -124,6 +124,8 @@ const struct config_key config_keys[] = {
 	       "what it may hold in the DRAM tier"),
 	TENANT("max_nvme", KEY_QUOTA, true, false, nvme_bytes, 0, 64 * T, "none", "bytes",
 	       "what it may hold in the NVMe tier"),
+	TENANT("direct", KEY_BOOL, true, false, direct, 0, 1, "yes", NULL,
+	       "let its clients' GPUs read demoted rows of their own sequences where they lie in DRAM"),
 };
 const unsigned config_n_keys = ARRAY_SIZE(config_keys);
 _Static_assert(ARRAY_SIZE(config_keys) <= CONFIG_MAX_KEYS, "the parser keeps a line number per key");

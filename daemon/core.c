@@ -238,6 +238,8 @@ int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *er
 	TAILQ_INIT(&c->settles);
 	TAILQ_INIT(&c->compacts);
 	TAILQ_INIT(&c->pulls);
+	TAILQ_INIT(&c->fills);
+	LIST_INIT(&c->owners);
 	STAILQ_INIT(&c->repack_wait);
 	STAILQ_INIT(&c->recounts);
 	set_limits(c);
@@ -328,6 +330,7 @@ void core_free(struct core *c)
 	mover_close(c);
 	policies_free(c);
 	verify_free(c);
+	direct_owners_free(c);
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		if (c->pages.tier[t])
 			c->pages.tier[t]->ops->close(c->pages.tier[t]);

@@ -43,7 +43,7 @@ struct core_stat {
 	uint64_t miss_corrupt, miss_mutated, miss_io, miss_stale, miss_nospace;
 	uint64_t recalls, rows_recalled; /* searches asked for, rows copied out for them */
 	uint64_t direct_demotions, hangups_protocol, admin_mutations;
-	uint64_t index_bytes, staging_bytes, plan_bytes;
+	uint64_t index_bytes, staging_bytes, plan_bytes, directory_bytes;
 	uint64_t loop_max_ns; /* longest slice of the event loop */
 	bool observe, frozen, draining;
 	char policy[32];
@@ -63,8 +63,12 @@ struct core_seq_stat {
 	uint64_t device_held, device_brought;
 	uint64_t tier_rows[KVT_TIERS], tier_bytes[KVT_TIERS], dropped_rows;
 	uint64_t plans, plan_id, plan_ns_last, refaults, misses, index_bytes, pinned_rows;
+	bool direct; /* its client reads pages in published memory; so many are listed */
+	uint64_t direct_pages;
 	const char *plan_state;
 };
+/* Published memory of an owner, and what of it no page takes. */
+void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, uint64_t *ret_held);
 /* Iterate; *cursor starts at 0. false at the end. Strings live until the loop runs again. */
 bool core_seq_next(struct core *c, uint32_t *cursor, struct core_seq_stat *ret);
 /* By handle ("0x..."), by key (32 hex digits) or a unique prefix of one (at least 4). KVT_E_NOENT, KVT_E_INVAL

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include <string.h>
+#include "daemon/direct.h"
 #include "daemon/index.h"
 #include "shm/util.h"
 
@@ -225,6 +226,7 @@ int index_list_page(struct index *ix, struct page *p)
 	lp->v[i] = p;
 	lp->n++;
 	page_ref(p);
+	direct_add(ix, p);
 	return 0;
 }
 
@@ -317,6 +319,7 @@ void index_unlist(struct index *ix, struct page_store *ps, struct page *p)
 	if (i == lp->n)
 		return;
 	memmove(&lp->v[i], &lp->v[i + 1], (--lp->n - i) * sizeof(*lp->v));
+	direct_drop(ix, p);
 	page_unref(ps, p);
 }
 
@@ -355,18 +358,25 @@ void index_sweep(struct index *ix, struct page_store *ps, uint32_t lane)
 
 	for (uint32_t i = 0; i < lp->n; i++) {
 		struct page *p = lp->v[i];
-		bool alive = false;
+		bool alive = false, whole = false;
 
 		for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
-			if (index_alive(ix, p, t, NULL))
+			uint32_t n = index_alive(ix, p, t, NULL);
+
+			whole |= n == p->rows;
+			if (n)
 				alive = true;
 			else if (p->refs == 1 && !p->pins)
 				page_free_copy(ps, p, t);
 		}
-		if (alive)
+		if (alive && !whole)
+			direct_thin(ix, p);
+		if (alive) {
 			lp->v[out++] = p;
-		else
+		} else {
+			direct_drop(ix, p);
 			page_unref(ps, p);
+		}
 	}
 	lp->n = out;
 }

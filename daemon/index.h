@@ -41,6 +41,7 @@ struct index {
 	struct epoch_mark *epochs; /* rising in epoch and in start */
 	uint32_t n_epochs, cap_epochs;
 	uint64_t bytes; /* of heap; shared pages not counted */
+	struct direct *direct; /* directory of its pages, see direct.h; the sequence's, or NULL */
 };
 
 int index_init(struct index *ix, uint32_t lanes); /* -ENOMEM */

@@ -199,6 +199,9 @@ struct seq {
 	bool pulling;                /* rows that only nvme holds come up */
 	uint32_t pull_lane, pull_at; /* lane and position that are next */
 	TAILQ_ENTRY(seq) pulls;
+	bool filling;       /* its directory does not list all yet */
+	uint32_t fill_lane; /* lane that is next */
+	TAILQ_ENTRY(seq) fills;
 	struct recall *recall;        /* workers search its pages, or NULL */
 	STAILQ_HEAD(, repack) parked; /* finished while a worker decided */
 	LIST_ENTRY(seq) of_client;
@@ -318,6 +321,8 @@ struct core {
 	TAILQ_HEAD(, settle) settles;
 	TAILQ_HEAD(, seq) compacts;
 	TAILQ_HEAD(, seq) pulls;
+	TAILQ_HEAD(, seq) fills;
+	LIST_HEAD(, direct_owner) owners;
 	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
 
 	struct verify *verify;
@@ -645,6 +650,26 @@ void recall_prepare(struct seq *s);
 void recall_pull(struct seq *s);
 void recall_pull_stop(struct seq *s);
 void recall_pump(struct core *c);
+
+/* ---- direct.c, direct_seq.c -------------------------------------------------------------------- */
+/* Give a sequence that asked for one its directory; pages that it has are entered soon. 0, -ENOMEM, -errno. */
+int direct_open(struct seq *s);
+void direct_close(struct seq *s);
+void direct_pump(struct core *c);
+int request_direct(struct client *cl, const struct wire_handle *m);
+int request_segment(struct client *cl, const struct wire_segment *m);
+/* This client is gone, off the list: with an owner's last one its empty segments go. */
+void direct_left(const struct client *gone);
+/* What an owner's published memory takes; owner 0: all that is private. */
+void direct_stat(struct core *c, uint64_t owner, struct tier_owner *ret);
+/* Bytes that the segments of the tenant's owners hold back, without those of one of them (0: of none). */
+uint64_t direct_held(struct core *c, uint32_t tenant, uint64_t except);
+void direct_owners_free(struct core *c);
+/* Whose published memory the pages of s go to; 0: they are private. */
+static inline uint64_t direct_owner_of(const struct seq *s)
+{
+	return s->ix.direct ? s->tenant_hash : 0;
+}
 
 /* ---- policies.c ------------------------------------------------------------------------ */
 struct policy_use {

@@ -128,12 +128,21 @@ void pio_read(struct pio *io)
 }
 
 /* The quota is kept here, to the byte: plans only estimate what their pages will take. */
-static bool room_for(const struct pio *io, const struct seq *s)
+static bool room_for(struct pio *io, const struct seq *s)
 {
 	const struct config_tenant *l = &s->tenant->limit;
-	uint64_t limit = io->tier == KVT_TIER_DRAM ? l->dram_bytes : l->nvme_bytes;
-	uint64_t used = io->core->pages.used[io->tier][io->page->origin->charge];
+	struct core *c = io->core;
+	uint32_t charge = io->page->origin->charge;
+	bool dram = io->tier == KVT_TIER_DRAM;
+	uint64_t limit = dram ? l->dram_bytes : l->nvme_bytes, used = c->pages.used[io->tier][charge], held;
 
+	if (dram) {
+		/* Its own segments have room for it whatever is left; new ones only as far as something is. */
+		held = used + direct_held(c, charge, 0);
+		io->io.owner = direct_owner_of(s);
+		io->io.room = limit > held ? limit - held : 0;
+		used = io->io.owner ? used + direct_held(c, charge, io->io.owner) : held;
+	}
 	return used <= limit && limit - used >= page_room(io->page->bytes);
 }
 
@@ -299,6 +308,7 @@ void mover_run(struct core *c)
 		repack_pump(c);
 		settle_pump(c);
 		recall_pump(c);
+		direct_pump(c);
 		compact_pump(c);
 		verify_pump(c);
 		if (share_pump(c))

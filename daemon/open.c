@@ -70,6 +70,8 @@ static int check(struct opening *o)
 		return fail(o, KVT_E_STALE, "region: %016llx is gone", (unsigned long long)m->region);
 	if (m->n_layers != o->model->n_layers)
 		return fail(o, KVT_E_MODEL, "n_layers: %u, the model has %u", m->n_layers, o->model->n_layers);
+	if ((m->flags & W_OPEN_DIRECT) && !cl->tenant->limit.direct)
+		return fail(o, KVT_E_PERM, "flags: direct reads, tenant %s has direct = no", cl->tenant->name);
 	if (m->flags & W_OPEN_WINDOW)
 		return check_window(o);
 	for (uint32_t i = 0; i < m->n_layers; i++) {
@@ -219,6 +221,17 @@ static int set_budget(struct opening *o, struct seq *s)
 	return seq_set_budget(s, &o->m->budget, wire_open_table(o->m), o->err, sizeof(o->err));
 }
 
+/* What it asked for besides its place: budget and directory. */
+static int settings(struct opening *o, struct seq *s)
+{
+	int r = set_budget(o, s);
+
+	if (r < 0)
+		return r;
+	r = direct_open(s);
+	return r < 0 ? fail(o, KVT_E_NOMEM, "directory: %s", strerror(-r)) : 0;
+}
+
 static int open_fresh(struct opening *o)
 {
 	struct seq *s;
@@ -227,7 +240,7 @@ static int open_fresh(struct opening *o)
 	if (r)
 		return r;
 	bind(o, s);
-	r = set_budget(o, s);
+	r = settings(o, s);
 	if (r < 0) {
 		seq_end(s);
 		return r;
@@ -273,7 +286,7 @@ static int open_resume(struct opening *o)
 	s->orphan = false;
 	c->n_orphans--;
 	bind(o, s);
-	r = set_budget(o, s);
+	r = settings(o, s);
 	if (r < 0) {
 		seq_leave(s, false);
 		return r;
@@ -322,7 +335,7 @@ static int open_fork(struct opening *o)
 		seq_end(s);
 		return fail(o, KVT_E_NOMEM, "daemon: %s", strerror(-r));
 	}
-	r = set_budget(o, s);
+	r = settings(o, s);
 	if (r < 0) {
 		seq_end(s);
 		return r;

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include <string.h>
+#include "daemon/direct.h"
 #include "daemon/pages.h"
 #include "policy/recall.h"
 #include "shm/util.h"
@@ -192,6 +193,8 @@ void page_free_copy(struct page_store *ps, struct page *p, int tier)
 {
 	if (!page_in(p, tier))
 		return;
+	if (tier == KVT_TIER_DRAM)
+		direct_gone(p);
 	if (tier == KVT_TIER_DRAM && p->sum) {
 		ps->bytes -= sum_heap(p);
 		free(p->sum);

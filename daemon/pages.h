@@ -8,6 +8,7 @@
  */
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/queue.h>
 #include "ipc/kvtier.h"
 #include "shm/bits.h"
 #include "tiers/tier.h"
@@ -37,6 +38,7 @@ struct page {
 	bool moving;            /* a mover works on it: leave it alone */
 	bool summing;           /* its summary is being made */
 	struct recall_sum *sum; /* of the keys of its checked dram copy, or NULL */
+	LIST_HEAD(, direct_link) listed; /* entries of its published dram copy in directories */
 	uint64_t pos[];         /* bit i: position first + i is in the page */
 };
 

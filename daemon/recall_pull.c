@@ -69,7 +69,8 @@ static bool full(const struct seq *s)
 {
 	struct core *c = s->core;
 	struct tier *t = c->pages.tier[KVT_TIER_DRAM];
-	uint64_t used = c->pages.used[KVT_TIER_DRAM][s->origin->charge];
+	uint64_t used = c->pages.used[KVT_TIER_DRAM][s->origin->charge] +
+			direct_held(c, s->origin->charge, direct_owner_of(s));
 	struct tier_stat st;
 
 	t->ops->stat(t, &st);

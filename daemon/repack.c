@@ -10,6 +10,7 @@
  * The index changes only in commit; while a worker decides over it, commits wait.
  */
 #include <string.h>
+#include "daemon/direct.h"
 #include "daemon/internal.h"
 #include "shm/crc.h"
 #include "shm/util.h"
@@ -163,6 +164,8 @@ static void commit(struct repack *r)
 	}
 	if (!e && !r->whole)
 		e = index_list_page(&s->ix, p);
+	if (!e && r->to == KVT_TIER_DRAM)
+		direct_add(&s->ix, p); /* a whole page was listed before it came up */
 	if (!e && r->sum)
 		page_set_sum(&c->pages, p, TAKE_PTR(r->sum));
 	if (!e && r->to < r->from) { /* what is below stays */

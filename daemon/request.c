@@ -445,6 +445,10 @@ int request_handle(struct client *cl, const struct wire_hdr *m, int fd)
 		return on_plan_request(cl, (const void *)m);
 	case W_FETCH:
 		return on_fetch(cl, (const void *)m);
+	case W_DIRECT:
+		return request_direct(cl, (const void *)m);
+	case W_SEGMENT:
+		return request_segment(cl, (const void *)m);
 	case W_RECALL:
 		return request_recall(cl, (const void *)m);
 	case W_SCORER:

@@ -5,6 +5,7 @@
  */
 #include <openssl/crypto.h>
 #include <string.h>
+#include "daemon/direct.h"
 #include "daemon/internal.h"
 #include "ipc/codec.h"
 #include "shm/crc.h"
@@ -151,6 +152,7 @@ void seq_unbind(struct seq *s)
 	struct client *cl = s->client;
 
 	recall_orphan(s);
+	direct_close(s);
 	if (cl) {
 		bits_clear(cl->slot_used, s->slot);
 		plan_mem_give(cl->plans, s->plan_off, s->plan_bytes);
@@ -253,6 +255,7 @@ void seq_truncate(struct seq *s, uint32_t rows)
 	s->epoch++;
 	s->rows = rows;
 	s->cut = MIN(s->cut, rows);
+	direct_cut(&s->ix, s->cut); /* before the client hears of it and appends others there */
 	s->scored = MIN(s->scored, rows);
 	s->plane_from = MIN(s->plane_from, rows);
 	if (s->share) { /* what is left may need less, or nothing: its next plan tells */
@@ -289,6 +292,7 @@ void seq_step(struct seq *s)
 		if (index_truncate(&s->ix, &s->core->pages, s->cut, s->epoch) < 0)
 			return; /* no memory for one list entry: the next step tries again */
 		s->cut = ROWS_ALL;
+		direct_cut(&s->ix, ROWS_ALL);
 		settle_stop(s);
 		seq_recount(s);
 		manager_headroom(s);

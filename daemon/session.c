@@ -355,6 +355,7 @@ void client_end(struct client *cl, const char *fmt, ...)
 	c->stat.plan_bytes -= cl->plans ? cl->plans->seg.size : 0;
 	c->n_clients--;
 	LIST_REMOVE(cl, link);
+	direct_left(cl);
 	LIST_INSERT_HEAD(&c->ended, cl, link);
 	core_feed(c, FEED_CLIENT, NULL, cl->id, 0, NULL);
 	if (!c->freeing)

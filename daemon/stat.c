@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <strings.h>
+#include "daemon/direct.h"
 #include "daemon/internal.h"
 #include "shm/util.h"
 
@@ -21,8 +22,10 @@ void core_stat(struct core *c, struct core_stat *ret)
 	ret->seqs = c->n_seqs;
 	ret->orphans = c->n_orphans;
 	ret->models = c->n_models;
-	while ((s = handle_next(c->seqs, &cursor, NULL)))
+	while ((s = handle_next(c->seqs, &cursor, NULL))) {
 		ret->rows[KVT_TIER_DEVICE] += (uint64_t)(s->rows - MIN(s->rows, s->ix.rows)) * s->ix.lanes;
+		ret->directory_bytes += s->ix.direct ? direct_bytes(s->ix.direct) : 0;
+	}
 	LIST_FOREACH(g, &c->all_regions, all)
 		ret->bytes[KVT_TIER_DEVICE] += g->ops->resident(g->mem);
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
@@ -31,6 +34,7 @@ void core_stat(struct core *c, struct core_stat *ret)
 			for (uint32_t i = 0; i < c->tenants; i++)
 				ret->bytes[t] += c->pages.used[t][i];
 		}
+	ret->bytes[KVT_TIER_DRAM] += ret->tier[KVT_TIER_DRAM].held;
 	ret->marks[KVT_TIER_DRAM] = c->cfg.dram_marks;
 	ret->marks[KVT_TIER_NVME] = c->cfg.nvme_marks;
 	ret->index_bytes = c->seq_index_bytes + c->pages.bytes;
@@ -119,8 +123,19 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 		}
 	}
 	ret->index_bytes = s->index_seen + pages;
+	ret->direct = ix->direct;
+	ret->direct_pages = ix->direct ? direct_pages(ix->direct) : 0;
 	if (s->pinned)
 		ret->pinned_rows = bits_rank(s->pinned, s->rows);
+}
+
+void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, uint64_t *ret_held)
+{
+	struct tier_owner st;
+
+	direct_stat(c, owner, &st);
+	*ret_bytes = st.bytes;
+	*ret_held = st.bytes - st.used;
 }
 
 bool core_seq_next(struct core *c, uint32_t *cursor, struct core_seq_stat *ret)

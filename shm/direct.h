@@ -5,11 +5,26 @@
  * demoted rows where they lie, without a copy by the daemon. Published memory:
  * the daemon writes, the client reads.
  *
- * Reading takes no lock. `moved` rises before the bytes or the entry of any page
- * listed so far may change their meaning (freed, moved, cut). A reader notes
- * `moved`, reads entries and pages, and when it is done looks again: unchanged, all
- * of it was valid; changed, none of it is to be believed. `serial` rises
- * after an entry was added, which invalidates nothing.
+ * Reading takes no lock. When the bytes of a page that was listed so far may
+ * change their meaning (freed, moved, cut), its entry is first withdrawn (place 0) or cut
+ * (a lower limit), then `moved` rises, and only then the change happens. A reader
+ *
+ *   1. reads `moved` (acquire),
+ *   2. reads `used`, entries and pages: `place` first (acquire), then what is
+ *      behind it; all words whole,
+ *   3. fences (acquire) and reads `moved` again: unchanged, all that it read was
+ *      valid; changed, none of it is to be believed.
+ *
+ * Step 3 covers what was copied or computed from pages, not what will be read later
+ * through a place noted before. `serial` rises after an entry was added, which
+ * invalidates nothing; an entry whose `dead` gains bits, neither.
+ *
+ * What an entry does not say: whether its rows are in the device tier as well
+ * (residency is inclusive), or already in another page (while pages are merged a
+ * row lies in two; its bytes are the same). The reader knows what is resident and
+ * takes each position once. Rows that a plan drops are dead once the daemon has
+ * seen its acknowledgement; until then the reader knows better. Rows in private
+ * or NVMe pages, and those for which there was no room (`full`), have no entry.
  *
  *   struct direct_hdr, struct direct_page[capacity]
  */
@@ -34,7 +49,7 @@ struct direct_page {
 	_Atomic uint64_t place; /* segment number << 40 | offset of the K plane / 64, plus 1; 0: nothing here */
 	uint64_t serial;        /* of the directory when it was added: entries with a higher one are new */
 	uint32_t lane, first;   /* position of bit 0 */
-	uint32_t limit;         /* rows at and past this position are dead */
+	uint32_t limit;         /* rows at and past this position are dead; never rises */
 	uint8_t rows, span;     /* rows of the page: bits in pos */
 	uint16_t pad;
 	uint32_t crc;     /* of K plane then V plane, as window_out.crc */

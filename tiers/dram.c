@@ -184,12 +184,14 @@ static void dram_stat(struct tier *t, struct tier_stat *ret)
 	const struct dram *d = dram_of(t);
 	struct alloc_stat a, sum;
 	const struct pool *p;
+	uint64_t held = d->published;
 	bool huge = true;
 
 	alloc_stat(&d->private.alloc, &sum);
 	LIST_FOREACH(p, &d->pools, link) {
 		alloc_stat(&p->alloc, &a);
 		sum.used += a.used;
+		held -= a.used;
 		sum.stranded += a.stranded;
 		sum.padding += a.padding;
 		sum.segs += a.segs;
@@ -203,6 +205,7 @@ static void dram_stat(struct tier *t, struct tier_stat *ret)
 	ret->free = d->capacity - sum.used - sum.stranded;
 	ret->overhead = sum.stranded;
 	ret->published = d->published;
+	ret->held = held;
 	ret->huge = huge && sum.segs;
 	ret->node = d->node;
 	snprintf(ret->note, sizeof(ret->note), "%u segments, %u empty, padding %llu KiB%s%s", sum.segs,

@@ -92,8 +92,8 @@ struct tier_stat {
 	uint64_t device_write_bytes; /* bytes really sent to the device: / write_bytes = amplification */
 	uint64_t errors, inflight, leaked_bytes;
 	uint64_t cleaned_segments;
-	uint64_t published; /* bytes of published segments, whatever lies in them; only their owners can use
-			       them */
+	uint64_t published;           /* bytes of published segments, which only their owners can use */
+	uint64_t held;                /* of that, what no page takes */
 	bool offline, huge, io_uring; /* offline: a deadline passed; no new work */
 	int node;                     /* NUMA node, -1 interleaved or unknown */
 	char note[96];                /* one human line, e.g. why the fallback runs */
