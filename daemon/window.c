@@ -15,19 +15,19 @@ int window_list(struct plan *p)
 	const struct seq *s = p->seq;
 	struct window_plan *win = p->win;
 	struct cut_at at = {.tier = KVT_TIER_DRAM};
-	uint64_t end = 0, ring = s->window.out_bytes;
+	uint64_t end = 0, off = 0, ring = s->window.out_bytes;
 	struct cut cut;
 
 	for (; cut_find(p, &at, &cut); at.pos = cut.end) {
-		uint64_t bytes = window_out_bytes(cut.rows, lane_bytes(s->model, at.lane)), off = end % ring;
+		uint64_t bytes = window_out_bytes(cut.rows, lane_bytes(s->model, at.lane)), skip = 0;
 
 		if (win->pages == p->t.max_pages)
 			return -ENOSPC;
 		if (bytes > ring - off) { /* it does not fit before the ring's end */
-			end += ring - off;
+			skip = ring - off;
 			off = 0;
 		}
-		end += bytes;
+		end += MIN(skip + bytes, ring); /* no more than all of it: then it waits for all before it */
 		p->t.page[win->pages++] = (struct plan_page){
 			.off = off,
 			.end = end,
@@ -37,6 +37,7 @@ int window_list(struct plan *p)
 			.tier = (uint8_t)at.tier,
 			.rows = (uint8_t)cut.rows,
 		};
+		off += bytes;
 	}
 	win->copied = calloc(BITS_WORDS(win->pages) + 1, sizeof(*win->copied));
 	return win->copied ? 0 : -ENOMEM;

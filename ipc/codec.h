@@ -34,8 +34,8 @@ int wire_layout_check(const struct wire_layout *l, const struct wire_layer *m, u
 
 /*
  * A checked W_SEQ_OPEN with a window against its model's layers and a region of region_bytes: both rings lie in
- * the region and hold the largest page of any lane with its header, the planes of `coefs` scores per row lie
- * in the region and apart from rings and from each other. 0 or KVT_E_INVAL with a line.
+ * the region and hold the largest page of any lane with its header (the in ring two), the planes of `coefs`
+ * scores per row lie in the region and apart from rings and from each other. 0 or KVT_E_INVAL with a line.
  */
 int wire_window_check(const struct wire_seq_open *m, const struct wire_layer *layers, uint32_t coefs,
 		      uint64_t region_bytes, char *err, size_t errsize);

@@ -156,8 +156,8 @@ static int ring_check(const char *name, struct span ring, uint64_t least, uint64
 		      size_t errsize)
 {
 	if (ring.bytes < least) {
-		snprintf(err, errsize, "window.%s_bytes: %llu, must be at least %llu, the largest page", name,
-			 (unsigned long long)ring.bytes, (unsigned long long)least);
+		snprintf(err, errsize, "window.%s_bytes: %llu, must be at least %llu for the largest pages",
+			 name, (unsigned long long)ring.bytes, (unsigned long long)least);
 		return KVT_E_INVAL;
 	}
 	if (ring.off > region_bytes || ring.bytes > region_bytes - ring.off) {
@@ -223,7 +223,7 @@ int wire_window_check(const struct wire_seq_open *m, const struct wire_layer *la
 			   region_bytes, err, errsize);
 
 	if (!r)
-		r = ring_check("in", in, largest_record(layers, m->n_layers, sizeof(struct window_in)),
+		r = ring_check("in", in, 2 * largest_record(layers, m->n_layers, sizeof(struct window_in)),
 			       region_bytes, err, errsize);
 	for (uint32_t i = 0; i < m->n_layers && !r; i++) {
 		if (!wire_open_layouts(m)[i].score_off)

@@ -10,7 +10,8 @@
  *        place in the ring, in the order in which they are to be written. A page is a
  *        struct window_out, then its K plane, then its V plane. Page i may be
  *        written once page_end(i) - page_end(taken - 1) <= out_bytes, ends counted as if
- *        the ring had no end (plan_page.end; 0 before the first page). Announced by
+ *        the ring had no end (plan_page.end; 0 before the first page) and one page with what
+ *        a wrap before it skips as the whole ring at most. Announced by
  *        seq_slot.gathered; given back by plan_hdr.taken, in order.
  *   in   A run of struct window_in, each followed by its bytes, back to back from
  *        the ring's start when the plan begins; a record that does not fit before
@@ -29,7 +30,10 @@
 #define WINDOW_SPAN PLAN_PAGE_SPAN
 #define WINDOW_ROWS 128u /* of a page at most */
 
-/* Places in the region, multiples of 4 KiB; bytes of each at least one page of 128 rows with its header. */
+/*
+ * Places in the region and bytes, multiples of 4 KiB: the out ring at least one page of 128 rows with its
+ * header, the in ring two, so that what says "wrap" never lies under the record that it speaks of.
+ */
 struct window_place {
 	uint64_t out_off, out_bytes, in_off, in_bytes;
 };

@@ -14,7 +14,7 @@
 struct plan_page {
 	uint64_t off; /* of its struct window_out from the out ring's start */
 	uint64_t end; /* bytes of the ring that the pages up to and with this one take, what a wrap skips
-			 included */
+			 included, of one page at most the ring */
 	uint32_t first, last;
 	uint16_t lane;
 	uint8_t tier; /* enum kvtier_tier: dram or nvme */

@@ -983,8 +983,16 @@ static void test_window_check(void **state)
 	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
 	assert_non_null(strstr(err, "window.in_bytes"));
 	m->window.in_bytes += KVT_UNIT;
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
+	m->window.in_off = 5 << 20; /* two of them fit there */
+	m->window.in_bytes = (2 << 20) + KVT_UNIT;
 	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), 0);
-	wire_open_layouts(m)[2].score_off = (3 << 20) + 4092; /* its first bytes are the ring's last */
+	m->window.in_bytes -= KVT_UNIT;
+	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
+	y[1] = small;
+	m->window.in_off = 2 << 20;
+	m->window.in_bytes = 1 << 20;
+	wire_open_layouts(m)[2].score_off = (3 << 20) - 4; /* its first bytes are the ring's last */
 	assert_int_equal(wire_window_check(m, y, 2, region, err, sizeof(err)), KVT_E_INVAL);
 	assert_non_null(strstr(err, "over a ring"));
 	wire_open_layouts(m)[2].score_off = 0;
