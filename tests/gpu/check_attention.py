@@ -124,7 +124,7 @@ def append_fills_the_last_slots():
                     end = int(lengths[b, h])
                     for plane, rows in zip(want, new):
                         plane[b, h, end - n : end] = rows[b, h]
-            ours.append(key, value, *new, lengths.to(DEV), slots)
+            ours.append(key, value, *new, lengths.to(DEV))
             assert torch.equal(key, want[0]) and torch.equal(value, want[1])
 
 

@@ -9,12 +9,14 @@ A lane is (sequence, KV head). Its rows lie in slots [0, length) in any order; t
 queries attend now, in order, and see each other causally. Lengths are read from GPU memory by the kernels, so a
 captured graph stays right while they change. Recalled rows, which everybody sees, lie in front of slot 0.
 
-Three ways, chosen by shape: a split-KV kernel (Triton) for decode steps and questions; torch's flash attention with one
-varlen sequence per lane for long stretches of half-precision rows; plain torch for tensors in host memory.
+Four ways, chosen by shape: a split-KV kernel (Triton) for decode steps and questions; torch's own attention where the
+new rows are all there is; its flash attention with one varlen sequence per lane for long stretches of half-precision
+rows behind others; plain torch for tensors in host memory.
 """
 import functools
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from . import attention as _plain
 
@@ -25,7 +27,7 @@ except ImportError:  # CPU builds of torch come without it: the torch fallback s
     triton = None
 
 NAME = "kvtier_cuda"
-LONG = 64  # from so many new rows on flash attention is faster than re-reading K and V for every tile of queries
+LONG = 64  # new rows from which torch's kernels are asked: fewer do not fill their tiles
 WIDTHS = (16, 32, 64, 128, 256)  # of heads that the kernels take; others go through plain torch
 
 
@@ -42,6 +44,10 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     layer = getattr(key, "kvtier_layer", None)
     if layer is None:
         return _plain.attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    if layer.fresh is not None:
+        (key, value), layer.fresh = layer.fresh, None
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
     layer.cache.ask(layer, query, scaling)
     front, room = layer.front()
     return attend(query, key, value, layer.lengths, layer.cache.most, scaling, front, room), None
@@ -61,7 +67,7 @@ def attend(query, key, value, lengths, most, scale=None, front=None, room=0):
     return _torch(query, key, value, lengths, scale, front, room)
 
 
-def append(key, value, new_key, new_value, lengths, most):
+def append(key, value, new_key, new_value, lengths):
     """Write new_key and new_value [B, KV heads, n, d] to the last n slots of each lane. lengths count them already."""
     n = new_key.shape[2]
     if key.is_cuda and triton is not None and key.shape[3] in WIDTHS:
@@ -127,9 +133,9 @@ def _flash(query, key, value, lengths, most, scale):
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["splits", "n"])
+    @triton.jit(do_not_specialize=["splits", "n", "group", "kv_heads"])
     def _split_kernel(q_ptr, k_ptr, v_ptr, len_ptr, front_ptr, out_ptr, part_ptr, lse_ptr, scale, n, chunk, splits,
-                      room, q_b, q_h, q_n, lane_stride, kv_heads, G: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+                      room, q_b, q_h, q_n, lane_stride, kv_heads, group, D: tl.constexpr, BM: tl.constexpr,
                       BN: tl.constexpr, FRONT: tl.constexpr, SINGLE: tl.constexpr):
         """One (lane, split, tile of queries): rows [split * chunk, + chunk) of the lane's front and own rows."""
         lane, split = tl.program_id(0), tl.program_id(1)
@@ -142,8 +148,8 @@ if triton is not None:
         if lo < total:
             b, h = lane // kv_heads, lane % kv_heads
             m = tl.program_id(2) * BM + tl.arange(0, BM)
-            token, head = m // G, h * G + m % G
-            valid = m < n * G
+            token, head = m // group, h * group + m % group
+            valid = m < n * group
             d = tl.arange(0, D)
             q_rows = b.to(tl.int64) * q_b + head.to(tl.int64) * q_h + token * q_n
             q = tl.load(q_ptr + q_rows[:, None] + d[None], mask=valid[:, None], other=0.0)
@@ -171,20 +177,20 @@ if triton is not None:
                 acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
                 top = high
             if SINGLE:
-                at = ((b * n + token) * (kv_heads * G) + head).to(tl.int64)
+                at = ((b * n + token) * (kv_heads * group) + head).to(tl.int64)
                 tl.store(out_ptr + at[:, None] * D + d[None], (acc / mass[:, None]).to(out_ptr.dtype.element_ty),
                          mask=valid[:, None])
             else:
-                at = (lane.to(tl.int64) * splits + split) * (n * G) + m
+                at = (lane.to(tl.int64) * splits + split) * (n * group) + m
                 seen = mass > 0.0
                 tl.store(part_ptr + at[:, None] * D + d[None], acc / tl.where(seen, mass, 1.0)[:, None],
                          mask=valid[:, None])
                 tl.store(lse_ptr + at, tl.where(seen, top + tl.log2(tl.where(seen, mass, 1.0)), float("-inf")),
                          mask=valid)
 
-    @triton.jit(do_not_specialize=["splits", "n"])
-    def _join_kernel(part_ptr, lse_ptr, len_ptr, front_ptr, out_ptr, n, chunk, splits, kv_heads, G: tl.constexpr,
-                     D: tl.constexpr, BS: tl.constexpr, FRONT: tl.constexpr):
+    @triton.jit(do_not_specialize=["splits", "n", "group", "kv_heads"])
+    def _join_kernel(part_ptr, lse_ptr, len_ptr, front_ptr, out_ptr, n, chunk, splits, kv_heads, group, D: tl.constexpr,
+                     BS: tl.constexpr, FRONT: tl.constexpr):
         """One query of one lane: its splits' results by their shares of the whole."""
         lane, m = tl.program_id(0), tl.program_id(1)
         total = tl.load(len_ptr + lane)
@@ -197,7 +203,7 @@ if triton is not None:
         acc = tl.zeros([D], tl.float32)
         for first in range(0, used, BS):
             s = first + tl.arange(0, BS)
-            at = (lane.to(tl.int64) * splits + s) * (n * G) + m
+            at = (lane.to(tl.int64) * splits + s) * (n * group) + m
             lse = tl.load(lse_ptr + at, mask=s < used, other=float("-inf"))
             part = tl.load(part_ptr + at[:, None] * D + d[None], mask=(s < used)[:, None], other=0.0)
             high = tl.maximum(top, tl.max(lse, 0))
@@ -208,10 +214,10 @@ if triton is not None:
             acc = acc * shrink + tl.sum(w[:, None] * part, 0)
             top = high
         b, h = lane // kv_heads, lane % kv_heads
-        at = (b * n + m // G) * (kv_heads * G) + h * G + m % G
+        at = (b * n + m // group) * (kv_heads * group) + h * group + m % group
         tl.store(out_ptr + at.to(tl.int64) * D + d, (acc / mass).to(out_ptr.dtype.element_ty))
 
-    @triton.jit(do_not_specialize=["n"])
+    @triton.jit(do_not_specialize=["n", "kv_heads"])
     def _append_kernel(nk_ptr, nv_ptr, k_ptr, v_ptr, len_ptr, n, k_b, k_h, k_n, v_b, v_h, v_n, lane_stride, kv_heads,
                        D: tl.constexpr, BT: tl.constexpr):
         lane = tl.program_id(0)
@@ -230,11 +236,12 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def shape_of(queries, lanes, most, dim, device, rows=None, waves=2):
-    """(queries in a tile, rows in a block, rows of a split, splits): enough programs to fill the GPU `waves` times
-    with lanes x splits, no split shorter than two blocks."""
+@functools.lru_cache(maxsize=1024)
+def shape_of(queries, lanes, most, row_bytes, device, waves=2):
+    """(queries in a tile, rows in a block, rows of a split, splits): 16 KiB of K in a block, enough programs to fill the
+    GPU `waves` times with lanes x splits, no split shorter than two blocks."""
     bm = min(max(16, triton.next_power_of_2(queries)), 64)
-    bn = rows or (64 if dim >= 128 else 128)
+    bn = min(max(16, 16384 // row_bytes), 128)
     wanted = max(1, waves * _multiprocessors(device) // (lanes * triton.cdiv(queries, bm)))
     chunk = max(2 * bn, triton.cdiv(triton.cdiv(most, wanted), bn) * bn)
     return bm, bn, chunk, triton.cdiv(most, chunk)
@@ -246,7 +253,8 @@ def _split(query, key, value, lengths, most, scale, front, room, shape=None, war
     group, lanes = heads // kv, batch * kv
     if query.stride(3) != 1:
         query = query.contiguous()
-    bm, bn, chunk, splits = shape or shape_of(n * group, lanes, most + room, d, query.device)
+    shape = shape or shape_of(n * group, lanes, most + room + 63 & ~63, d * key.element_size(), query.device)
+    bm, bn, chunk, splits = shape
     out = query.new_empty(batch, n, heads, d)
     part = lse = out
     if splits > 1:

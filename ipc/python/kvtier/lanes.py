@@ -23,6 +23,7 @@ class LaneLayer(CacheLayerMixin):
         self.keys, self.values, self.lengths = keys, values, lengths
         self.dtype, self.device = keys.dtype, keys.device
         keys.kvtier_layer = self  # by which attention knows whose rows it was given
+        self.fresh = None         # the newest K and V, when there are no others and they are many
         self.is_initialized = True
 
     def lazy_initialization(self, key_states, value_states):
@@ -32,7 +33,9 @@ class LaneLayer(CacheLayerMixin):
         n = key_states.shape[2]
         if self.index == 0:
             self.cache.enter(key_states.shape[0], n)
-        attention_cuda.append(self.keys, self.values, key_states, value_states, self.lengths, self.cache.most)
+        attention_cuda.append(self.keys, self.values, key_states, value_states, self.lengths)
+        if n >= attention_cuda.LONG and n == self.cache.seen:
+            self.fresh = key_states, value_states
         if self.index == self.cache.last:
             self.cache.leave(n)
         return self.keys, self.values
