@@ -115,3 +115,12 @@ KERNEL(2) kvt_gather(struct gather_args a)
 		__syncwarp();
 	}
 }
+
+/* What kernels before this on the stream wrote is in place when it runs; the fence says so to the host too. */
+KERNEL(1) kvt_word(struct word_args a)
+{
+	if (threadIdx.x == 0) {
+		__threadfence_system();
+		store_release_system(at<uint64_t>(a.addr), a.value);
+	}
+}
