@@ -3,6 +3,7 @@
 /* A kvtierd of one's own and a GPU, for programs that measure or check the whole way. One thread. */
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -125,10 +126,12 @@ static inline void rig_write_conf(struct rig *g, const struct rig_conf *c, const
 static inline void rig_daemon(struct rig *g, const struct rig_conf *c)
 {
 	struct kvtier_open_opts o = {.size = sizeof(o), .socket = g->sock, .name = "e2e", .timeout_ms = 20000};
-	char conf[320], log[320], binary[300];
+	char base[PATH_MAX], conf[320], log[320], binary[300];
 	int r = 0;
 
-	snprintf(g->dir, sizeof(g->dir), "%s/e2e-XXXXXX", c->base);
+	if (!realpath(c->base, base))
+		die("%s: %s", c->base, strerror(errno));
+	snprintf(g->dir, sizeof(g->dir), "%.200s/e2e-XXXXXX", base);
 	if (!mkdtemp(g->dir))
 		die("%s: %s", g->dir, strerror(errno));
 	rig_last = g;
@@ -149,7 +152,7 @@ static inline void rig_daemon(struct rig *g, const struct rig_conf *c)
 		_exit(127);
 	}
 	for (int i = 0; i < 600; i++) { /* a minute */
-		r = kvtier_open(&o, &g->c);
+		r = access(g->sock, F_OK) ? KVT_E_DAEMON : kvtier_open(&o, &g->c);
 		if (!r)
 			return;
 		if (waitpid(g->daemon, NULL, WNOHANG) == g->daemon) {
