@@ -70,3 +70,8 @@ int kern_recall_sum(struct kvtier_cuda *g, const struct find_sum_args *a, uint32
 int kern_recall_mark(struct kvtier_cuda *g, const struct find_mark_args *a, void *stream);
 /* One layer's search: `pages` of its lane that has most, `rows` likewise (an upper bound is fine). */
 int kern_recall(struct kvtier_cuda *g, const struct find_args *a, uint32_t pages, uint32_t rows, void *stream);
+/* What it consists of, in this order. */
+#define KERN_RECALL_STEPS 8
+extern const enum cuda_kernel kern_recall_steps[KERN_RECALL_STEPS];
+int kern_recall_step(struct kvtier_cuda *g, enum cuda_kernel k, const struct find_args *a, uint32_t pages,
+		     uint32_t rows, void *stream);

@@ -9,6 +9,11 @@
 #define WARPS (THREADS / 32)
 #define PER_SM 3u /* blocks of what reads host memory: several times what hides its latency */
 
+const enum cuda_kernel kern_recall_steps[KERN_RECALL_STEPS] = {
+	K_kvt_recall_select, K_kvt_recall_bound, K_kvt_recall_choose, K_kvt_recall_probe,
+	K_kvt_recall_score,  K_kvt_recall_near,  K_kvt_recall_top,    K_kvt_recall_pick,
+};
+
 static unsigned tile_bytes(uint32_t dim)
 {
 	return FIND_GROUP * (dim + 4) * (unsigned)sizeof(float);
@@ -37,33 +42,53 @@ static unsigned near_bytes(const struct find_args *a)
 	return 2 * (FIND_NEAR_TILE + a->before + a->after) * (unsigned)sizeof(uint32_t);
 }
 
-int kern_recall(struct kvtier_cuda *g, const struct find_args *a, uint32_t pages, uint32_t rows, void *stream)
+int kern_recall_step(struct kvtier_cuda *g, enum cuda_kernel k, const struct find_args *a, uint32_t pages,
+		     uint32_t rows, void *stream)
 {
 	struct find_args args = *a;
-	uint32_t sms = (uint32_t)g->sms, groups = MAX(pages * FIND_PARTS, 1u), tiles = 0, clear, one, each;
-	int r;
+	uint32_t sms = (uint32_t)g->sms, groups = MAX(pages * FIND_PARTS, 1u), tiles = 0, x = a->heads,
+		 y = a->heads;
+	uint32_t one = MAX(sms / a->heads, 1u), each = MAX(sms * PER_SM / a->heads, 1u); /* blocks of a head */
+	unsigned shared = 0;
 
 	for (uint32_t h = 0; h < a->heads; h++)
 		tiles = MAX(tiles, DIV_UP(a->resident[h], FIND_GROUP));
-	clear = MIN(DIV_UP((uint64_t)a->heads * MAX(rows, 1u), THREADS * 4), sms);
-	one = MAX(sms / a->heads, 1u); /* blocks of a head: one a multiprocessor; as many as read at once */
-	each = MAX(sms * PER_SM / a->heads, 1u);
-#define GO(kernel, x, y, shared) cuda_launch(g, K_kvt_recall_##kernel, x, y, THREADS, shared, &args, stream)
-	r = GO(select, a->heads * a->group + clear, 1, 0);
-	if (!r && a->probe < 1000)
-		r = GO(bound, DIV_UP(groups, FIND_GROUP), a->heads, tile_bytes(a->dim));
-	if (!r)
-		r = GO(choose, a->heads, 1, 0);
-	if (!r)
-		r = GO(probe, MIN(groups + tiles, each), a->heads, tile_bytes(a->dim));
-	if (!r)
-		r = GO(score, MIN(DIV_UP(groups, WARPS), one), a->heads, 0);
-	if (!r)
-		r = GO(near, DIV_UP(MAX(rows, 1u), FIND_NEAR_TILE), a->heads, near_bytes(a));
-	if (!r)
-		r = GO(top, a->heads, 1, 0);
-	if (!r)
-		r = GO(pick, MIN(DIV_UP(groups, WARPS), each), a->heads, 0);
-#undef GO
+	switch (k) {
+	case K_kvt_recall_select:
+		x = a->heads * a->group + MIN(DIV_UP((uint64_t)a->heads * MAX(rows, 1u), THREADS * 4), sms);
+		y = 1;
+		break;
+	case K_kvt_recall_bound:
+		if (a->probe >= 1000)
+			return 0; /* all groups are looked into */
+		x = DIV_UP(groups, FIND_GROUP);
+		shared = tile_bytes(a->dim);
+		break;
+	case K_kvt_recall_probe:
+		x = MIN(groups + tiles, each);
+		shared = tile_bytes(a->dim);
+		break;
+	case K_kvt_recall_score:
+		x = MIN(DIV_UP(groups, WARPS), one);
+		break;
+	case K_kvt_recall_near:
+		x = DIV_UP(MAX(rows, 1u), FIND_NEAR_TILE);
+		shared = near_bytes(a);
+		break;
+	case K_kvt_recall_pick:
+		x = MIN(DIV_UP(groups, WARPS), each);
+		break;
+	default: /* one block per head */
+		y = 1;
+	}
+	return cuda_launch(g, k, x, y, THREADS, shared, &args, stream);
+}
+
+int kern_recall(struct kvtier_cuda *g, const struct find_args *a, uint32_t pages, uint32_t rows, void *stream)
+{
+	int r = 0;
+
+	for (size_t i = 0; i < ARRAY_SIZE(kern_recall_steps) && !r; i++)
+		r = kern_recall_step(g, kern_recall_steps[i], a, pages, rows, stream);
 	return r;
 }
