@@ -155,12 +155,29 @@ static void give_up(struct plan *p, uint32_t lane, uint64_t *set, uint32_t n, bo
 				bits_clear(p->t.bring_in + base, i);
 				p->in[lane]--;
 			} else if (!bits_test(dram, i) && !bits_test(nvme, i)) {
+				p->out[lane] +=
+					!bits_test(p->t.copy_out + base, i); /* written through as it is */
 				bits_set(p->t.copy_out + base, i);
-				p->out[lane]++;
 			}
 			bits_set((bits_test(dram, i) || !bits_test(nvme, i) ? p->to_dram : p->to_nvme) + base,
 				 i);
 		}
+	}
+}
+
+/* Copies of rows that stay are not made where writing failed again and again. */
+static void copy_no_more(struct plan *p, uint32_t lane)
+{
+	const bool *avoid = p->seq->avoid;
+	uint64_t base = (uint64_t)lane * p->words;
+
+	for (uint64_t i = base; i < base + p->words; i++) {
+		uint64_t stay = p->t.copy_out[i] & p->t.resident[i], dram = stay & p->to_dram[i];
+		uint64_t lost = (avoid[KVT_TIER_DRAM] ? dram : 0) | (avoid[KVT_TIER_NVME] ? stay & ~dram : 0);
+
+		p->t.copy_out[i] &= ~lost;
+		p->to_dram[i] &= ~lost;
+		p->out[lane] -= (uint32_t)__builtin_popcountll(lost);
 	}
 }
 
@@ -231,6 +248,8 @@ int budget_stage(struct plan *p)
 		if (n)
 			give_up(p, l, p->t.resident + base, n, false);
 	}
+	for (uint32_t l = 0; p->write_through && l < s->ix.lanes; l++)
+		copy_no_more(p, l);
 	for (uint32_t l = 0; l < s->ix.lanes; l++)
 		if (!p->lossless && (s->avoid[KVT_TIER_DRAM] || s->avoid[KVT_TIER_NVME]))
 			write_no_more(p, l);

@@ -154,6 +154,7 @@ int plan_decide(struct plan *p)
 		.granularity = s->granularity,
 		.block_rows = 16,
 		.equal_lanes = s->equal_lanes,
+		.write_through = p->write_through,
 		.hysteresis_permille = p->hysteresis,
 		.scores = plan_keys(p, 0),
 		.on_device = s->ix.on[KVT_TIER_DEVICE],

@@ -305,7 +305,7 @@ int seq_set_budget(struct seq *s, const struct wire_budget *b, const uint32_t *t
 	s->budget[KVT_TIER_NVME] = b->nvme_rows;
 	s->slack = b->slack_rows ? b->slack_rows : s->core->cfg.slack_rows ? s->core->cfg.slack_rows : 64;
 	s->manual = b->manual;
-	s->write_through = b->write_through;
+	s->write_through |= b->write_through;
 	if (s->manual)
 		share_leave(s);
 	manager_headroom(s);

@@ -17,7 +17,7 @@ int decide_check(const struct decide_in *in)
 		return -EINVAL;
 	if (in->granularity > DECIDE_BLOCK || (in->granularity == DECIDE_BLOCK && in->block_rows < 1))
 		return -EINVAL;
-	if (in->equal_lanes > 1 || in->hysteresis_permille > 1000)
+	if (in->equal_lanes > 1 || in->write_through > 1 || in->hysteresis_permille > 1000)
 		return -EINVAL;
 	if (!in->scores || !in->on_device || !in->on_dram || !in->on_nvme)
 		return -EINVAL;
@@ -97,6 +97,38 @@ static void emit_lane(const struct decide_in *in, const struct decide_out *out, 
 	out->dropped[lane] = kern->count(out->drop + to, out->words);
 }
 
+/* Rows that stay on the device get copies below, where there is room. w: of rows, with their classes. */
+static void write_through(const struct decide_in *in, const struct decide_out *out, uint32_t lane,
+			  const struct place_work *w)
+{
+	const size_t from = (size_t)lane * in->words, to = (size_t)lane * out->words;
+	uint64_t *bare = w->tmp[0], *used = w->tmp[1], *best[] = {w->cut[0], w->cut[1]};
+	uint64_t room[2];
+	uint32_t k[2];
+
+	for (int t = 0; t < 2; t++) {
+		const uint64_t *on = (t ? in->on_nvme : in->on_dram) + from,
+			       *goes = (t ? out->to_nvme : out->to_dram) + to;
+		uint32_t budget = in->budget[1 + t][lane], n;
+
+		for (uint32_t i = 0; i < out->words; i++)
+			used[i] = goes[i] | (out->resident[to + i] & on[i]);
+		n = w->select.kern->count(used, out->words);
+		room[t] = budget > n ? budget - n : 0;
+	}
+	for (uint32_t i = 0; i < out->words; i++)
+		bare[i] = out->resident[to + i] & in->on_device[from + i] &
+			  ~(in->on_dram[from + i] | in->on_nvme[from + i]);
+	k[0] = (uint32_t)MIN(room[0], in->watermark);
+	k[1] = (uint32_t)MIN(room[0] + room[1], in->watermark);
+	place_top(w, in->scores + (size_t)lane * in->score_stride, bare, k, 2, best);
+	for (uint32_t i = 0; i < out->words; i++) {
+		out->to_dram[to + i] |= best[0][i];
+		out->copy_out[to + i] |= best[1][i];
+	}
+	out->out[lane] += w->select.kern->count(best[1], out->words);
+}
+
 /* Row bitmaps that a lane's turn needs: alive, nvme_only and the three results. */
 struct lane_maps {
 	uint64_t *map[5];
@@ -153,6 +185,8 @@ static int decide_heads(const struct decide_in *in, struct decide_out *out, stru
 		u.device = in->on_device + (size_t)l * in->words;
 		place(&w, &u, keep, in->budget[1][l], in->budget[2][l]);
 		emit_lane(in, out, l, u.alive, &u, w.select.kern);
+		if (in->write_through)
+			write_through(in, out, l, &w);
 	}
 	place_work_done(&w);
 	return 0;
@@ -215,6 +249,21 @@ static int decide_blocks(const struct decide_in *in, struct decide_out *out, str
 	return 0;
 }
 
+/* Copies are made row by row, in each lane's own order, whatever the plan moves. */
+static int write_lanes_through(const struct decide_in *in, const struct decide_out *out)
+{
+	struct place_work w;
+
+	if (place_work_init(&w, in->watermark, 0) < 0)
+		return -ENOMEM;
+	row_classes(in, w.cls);
+	place_work_classes(&w);
+	for (uint32_t l = 0; l < in->lanes; l++)
+		write_through(in, out, l, &w);
+	place_work_done(&w);
+	return 0;
+}
+
 static int decide_merged(const struct decide_in *in, struct decide_out *out, struct lane_maps *m)
 {
 	struct place_work w = {0};
@@ -229,6 +278,8 @@ static int decide_merged(const struct decide_in *in, struct decide_out *out, str
 		r = decide_blocks(in, out, m, &mg, &w);
 	place_work_done(&w);
 	merged_done(&mg);
+	if (r == 0 && in->write_through)
+		r = write_lanes_through(in, out);
 	return r;
 }
 

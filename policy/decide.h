@@ -17,6 +17,9 @@
  *   3. Waterfall: of the others the best dram + nvme survive, what fits nowhere is
  *      dropped. dram takes the best of those not only in nvme; rows that only nvme
  *      holds stay there, and the best of them rise only when nvme would overflow.
+ *   4. With write_through, rows that are on the device, stay there and have no copy below get one: the
+ *      best where dram has room, the next where nvme has, room being the budget less the rows whose
+ *      best copy the tier holds then and less the copies there of rows that stay on the device.
  * A tier's population is the rows whose best copy it holds. Budgets are rows per lane.
  * With equal_lanes every lane keeps min over lanes of what each could keep.
  *
@@ -42,6 +45,7 @@ struct decide_in {
 	uint32_t protect_first, protect_last;
 	uint32_t granularity, block_rows;
 	uint32_t equal_lanes;
+	uint32_t write_through;
 	uint32_t hysteresis_permille;                  /* of the device budget */
 	const uint16_t *scores;                        /* [lanes][score_stride] */
 	const uint64_t *on_device, *on_dram, *on_nvme; /* [lanes][words] residency now (inclusive) */
@@ -54,9 +58,9 @@ struct decide_in {
 struct decide_out {
 	uint32_t words;
 	uint64_t *resident;                  /* device tier after the plan */
-	uint64_t *copy_out;                  /* leave the device and have no copy below: bytes must be saved */
+	uint64_t *copy_out;                  /* have no copy below and get one: bytes must be saved */
 	uint64_t *bring_in;                  /* come up to the device */
-	uint64_t *to_dram;                   /* best tier after the plan is dram */
+	uint64_t *to_dram;                   /* best tier after the plan is dram; or a copy written through */
 	uint64_t *to_nvme;                   /* best tier after the plan is nvme */
 	uint64_t *drop;                      /* alive now, gone after */
 	uint32_t *kept, *out, *in, *dropped; /* per lane */

@@ -69,12 +69,9 @@ static uint32_t count(const struct place_work *w, const uint64_t *bits)
 	return w->select.kern->count(bits, w->words);
 }
 
-/*
- * out[j] = the best k[j] units of mask in rank order (all of them when it has
- * fewer). Walks the classes: each is below, above or across a cut.
- */
-static void top(const struct place_work *w, const uint16_t *keys, const uint64_t *mask, const uint32_t *k,
-		uint32_t cuts, uint64_t *const *out)
+/* Walks the classes: each is below, above or across a cut. */
+void place_top(const struct place_work *w, const uint16_t *keys, const uint64_t *mask, const uint32_t *k,
+	       uint32_t cuts, uint64_t *const *out)
 {
 	uint32_t before = 0; /* units of better classes */
 
@@ -151,7 +148,7 @@ static void seat_band(const struct place_work *w, const struct place_units *u, u
 		seats -= have;
 		without(w, some, band, u->device);
 	}
-	top(w, u->keys, some, &seats, 1, &best);
+	place_top(w, u->keys, some, &seats, 1, &best);
 	add(w, in, best);
 }
 
@@ -168,10 +165,10 @@ static void place_below(const struct place_work *w, const struct place_units *u,
 	uint32_t n_only = both(w, only, saved, u->nvme_only), up = n_only > nvme ? n_only - nvme : 0;
 
 	without(w, others, saved, only);
-	top(w, u->keys, others, &dram, 1, &picked);
+	place_top(w, u->keys, others, &dram, 1, &picked);
 	memcpy(u->to_dram, picked, w->words * sizeof(*picked));
 	if (up) {
-		top(w, u->keys, only, &up, 1, &picked);
+		place_top(w, u->keys, only, &up, 1, &picked);
 		add(w, u->to_dram, picked);
 	}
 	without(w, u->to_nvme, saved, u->to_dram);
@@ -187,7 +184,7 @@ void place(const struct place_work *w, const struct place_units *u, uint32_t kee
 	uint32_t cuts[SELECT_CUTS] = {core, edge, keep + MIN(below, dram), keep + n_saved};
 	uint64_t *saved = w->cut[3];
 
-	top(w, u->keys, u->alive, cuts, SELECT_CUTS, w->cut);
+	place_top(w, u->keys, u->alive, cuts, SELECT_CUTS, w->cut);
 	if (core < keep)
 		seat_band(w, u, keep - core);
 	else
@@ -198,7 +195,7 @@ void place(const struct place_work *w, const struct place_units *u, uint32_t kee
 		without(w, saved, saved, u->to_device);
 	} else {
 		without(w, w->tmp[0], u->alive, u->to_device);
-		top(w, u->keys, w->tmp[0], &n_saved, 1, &saved);
+		place_top(w, u->keys, w->tmp[0], &n_saved, 1, &saved);
 	}
 	if (cuts[2] < edge || both(w, w->segment, saved, u->nvme_only)) {
 		place_below(w, u, saved, dram, nvme);

@@ -38,6 +38,13 @@ void place_work_done(struct place_work *w);
 /* Make the classes disjoint and find CLASS_REST. Call once after the protected classes were filled. */
 void place_work_classes(struct place_work *w);
 
+/*
+ * out[j] = the best k[j] units of mask in rank order (all of them when it has fewer); k ascending, at most
+ * SELECT_CUTS cuts. out may not be w->segment.
+ */
+void place_top(const struct place_work *w, const uint16_t *keys, const uint64_t *mask, const uint32_t *k,
+	       uint32_t cuts, uint64_t *const *out);
+
 /* keep: units that the device tier holds afterwards, at most the alive ones. dram, nvme: units, UINT32_MAX =
  * all. */
 void place(const struct place_work *w, const struct place_units *u, uint32_t keep, uint32_t dram,

@@ -41,7 +41,8 @@ static struct map map_of(size_t lanes, size_t watermark, uint32_t flags)
 
 static struct map map_of_in(const struct decide_in *in, uint32_t *ret_flags)
 {
-	*ret_flags = (in->pinned ? SNAPSHOT_PINNED : 0) | (in->wanted ? SNAPSHOT_WANTED : 0);
+	*ret_flags = (in->pinned ? SNAPSHOT_PINNED : 0) | (in->wanted ? SNAPSHOT_WANTED : 0) |
+		     (in->write_through ? SNAPSHOT_WRITE_THROUGH : 0);
 	return map_of(in->lanes, in->watermark, *ret_flags);
 }
 
@@ -131,7 +132,7 @@ static size_t bad_field(const struct snapshot_hdr *h, size_t bytes)
 		{h->granularity == DECIDE_BLOCK && h->block_rows < 1, FIELD(block_rows)},
 		{h->equal_lanes > 1, FIELD(equal_lanes)},
 		{h->hysteresis_permille > 1000, FIELD(hysteresis_permille)},
-		{h->flags & ~(SNAPSHOT_PINNED | SNAPSHOT_WANTED), FIELD(flags)},
+		{h->flags & ~(SNAPSHOT_PINNED | SNAPSHOT_WANTED | SNAPSHOT_WRITE_THROUGH), FIELD(flags)},
 		{h->reserved != 0, FIELD(reserved)},
 	};
 
@@ -177,6 +178,7 @@ int snapshot_read(struct snapshot *ret, const void *buf, size_t bytes, size_t *e
 		.granularity = h.granularity,
 		.block_rows = h.block_rows,
 		.equal_lanes = h.equal_lanes,
+		.write_through = !!(h.flags & SNAPSHOT_WRITE_THROUGH),
 		.hysteresis_permille = h.hysteresis_permille,
 		.scores = (const uint16_t *)(base + m.scores),
 		.on_device = (const uint64_t *)(base + m.on_tier[0]),

@@ -17,7 +17,7 @@
 #define SNAPSHOT_MAGIC UINT64_C(0x31504e5354564b) /* "KVTSNP1" */
 #define SNAPSHOT_VERSION 1u
 
-enum { SNAPSHOT_PINNED = 1, SNAPSHOT_WANTED = 2 };
+enum { SNAPSHOT_PINNED = 1, SNAPSHOT_WANTED = 2, SNAPSHOT_WRITE_THROUGH = 4 };
 
 struct snapshot_hdr {
 	uint64_t magic;

@@ -41,6 +41,8 @@ int seq_budget(const struct kvtier_model *m, const struct kvtier_budget *b, stru
 		return r;
 	if (o.kind > KVT_BUDGET_PER_LANE)
 		return err_set(KVT_E_INVAL, "budget.kind: %u, must be 0..%d", o.kind, KVT_BUDGET_PER_LANE);
+	if (o.write_through > 1)
+		return err_set(KVT_E_INVAL, "budget.write_through: %u, must be 0 or 1", o.write_through);
 	want = o.kind == KVT_BUDGET_PER_LAYER ? m->msg->n_layers : m->lanes;
 	if (o.kind != KVT_BUDGET_UNIFORM && (!o.device_table || o.table_n != want))
 		return err_set(KVT_E_INVAL, "budget.table_n: %u, must be %u with a table", o.table_n, want);
@@ -53,6 +55,7 @@ int seq_budget(const struct kvtier_model *m, const struct kvtier_budget *b, stru
 				    .nvme_rows = o.nvme_rows,
 				    .slack_rows = o.slack_rows,
 				    .manual = o.manual,
+				    .write_through = o.write_through,
 				    .set = 1};
 	wire_string(ret->policy, sizeof(ret->policy), o.policy ? o.policy : "");
 	if (o.kind != KVT_BUDGET_UNIFORM) {

@@ -102,10 +102,10 @@ static void print_plan(const struct decide_in *in, const struct plan *p, bool la
 	uint64_t dram = 0, nvme = 0;
 
 	printf("snapshot lanes=%u watermark=%u granularity=%s block_rows=%u equal_lanes=%u "
-	       "hysteresis_permille=%u "
+	       "write_through=%u hysteresis_permille=%u "
 	       "protect=%u+%u\n",
 	       in->lanes, in->watermark, grans[in->granularity], in->block_rows, in->equal_lanes,
-	       in->hysteresis_permille, in->protect_first, in->protect_last);
+	       in->write_through, in->hysteresis_permille, in->protect_first, in->protect_last);
 	for (uint32_t l = 0; l < in->lanes; l++) {
 		uint32_t d = bits_rank(o->to_dram + (size_t)l * o->words, in->watermark);
 		uint32_t n = bits_rank(o->to_nvme + (size_t)l * o->words, in->watermark);

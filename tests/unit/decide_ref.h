@@ -94,6 +94,7 @@ static void random_in(struct decide_in *in)
 	in->granularity = rnd(3);
 	in->block_rows = rnd(20) ? 1 + rnd(rnd(2) ? 16 : 100) : UINT32_MAX - rnd(3);
 	in->equal_lanes = rnd(2);
+	in->write_through = rnd(3) == 0;
 	in->hysteresis_permille = rnd(3) ? 50 * rnd(4) : rnd(1001);
 	in->scores = &scores[0][0];
 	in->on_device = &where[0][0][0];
@@ -223,6 +224,35 @@ static void ref_place(struct unit *u, uint32_t n, uint32_t permille, uint32_t ke
 
 static struct unit units[MAX_ROWS];
 static enum where_to want[MAX_LANES][MAX_ROWS];
+
+/* Where rows that stay get a copy: DRAM, NVME; DEAD: nowhere. After want[l] is known. */
+static enum where_to through[MAX_LANES][MAX_ROWS];
+
+static void ref_through(const struct decide_in *in, uint32_t l)
+{
+	static struct unit rows[MAX_ROWS], *order[MAX_ROWS];
+	int64_t room[2] = {in->budget[1][l], in->budget[2][l]};
+	uint32_t n = 0;
+
+	memset(through[l], 0, sizeof(through[l]));
+	for (uint32_t p = 0; p < in->watermark && in->write_through; p++) {
+		bool stays = want[l][p] == DEVICE, dram = has(in, 1, l, p), nvme = has(in, 2, l, p);
+
+		room[0] -= want[l][p] == DRAM || (stays && dram);
+		room[1] -= want[l][p] == NVME || (stays && nvme);
+		rows[p] = (struct unit){.index = p, .key = MAX(scores[l][p], 1), .cls = class_of(in, p)};
+		if (stays && has(in, 0, l, p) && !dram && !nvme)
+			order[n++] = &rows[p];
+	}
+	qsort(order, n, sizeof(*order), by_rank);
+	for (uint32_t i = 0; i < n; i++)
+		for (int t = 0; t < 2; t++)
+			if (room[t] > 0) {
+				room[t]--;
+				through[l][order[i]->index] = t ? NVME : DRAM;
+				break;
+			}
+}
 
 static void ref_heads(const struct decide_in *in)
 {

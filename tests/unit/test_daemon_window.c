@@ -241,6 +241,53 @@ static void plans_come_by_themselves(void **state)
 	finish(&f);
 }
 
+/* Written through, rows leave the device at once, and nothing of them dies with their client. */
+static void rows_are_written_through(void **state)
+{
+	struct wire_budget b = wq_budget(KVT_ROWS_ALL, 300, KVT_ROWS_ALL);
+	struct fixture f;
+	struct wseq q, r;
+	uint64_t id;
+
+	begin(&f, true);
+	begin_seq(&f, &q, 9, KVT_LEASED, RING, 900);
+	b.write_through = 1;
+	assert_int_equal(wq_ask(&q, &b, &id), 0);
+	assert_int_equal(wq_follow(&q, id), 0);
+	for (uint32_t l = 0; l < f.l.lanes; l++)
+		assert_int_equal(q.count[l], 900);
+	assert_true(q.pages_out >= 900 / 128 * f.l.lanes);
+	assert_int_equal(harness_stat(&f.h).rows_demoted[KVT_TIER_DRAM], 300 * f.l.lanes);
+	assert_int_equal(harness_stat(&f.h).rows_demoted[KVT_TIER_NVME], 600 * f.l.lanes);
+	q.pages_out = 0;
+	assert_int_equal(wq_plan(&q, 200, 300, KVT_ROWS_ALL), 0);
+	assert_int_equal(q.pages_out, 0);
+	assert_int_equal(q.count[0], 200);
+	assert_int_equal(wq_append(&q, 100), 0);
+	assert_int_equal(wq_plan(&q, KVT_ROWS_ALL, 300, KVT_ROWS_ALL), 0); /* still set: the new ones */
+	assert_true(q.pages_out >= f.l.lanes && q.pages_out <= 4 * f.l.lanes);
+	assert_int_equal(wq_wrong(&q), 0);
+	assert_int_equal(q.count[0], 1000);
+	/* The client goes without a word. */
+	wl_close(&f.l);
+	assert_int_equal(wl_connect(&f.l, f.h.sock[0]), 0);
+	assert_int_equal(wl_model(&f.l, "bytes", KVT_DTYPE_OPAQUE, 0, 3, 3, K, V), 0);
+	assert_int_equal(wq_make(&r, &f.l, 9, 1200, 1200, 4096, RING, RING, 1), 0);
+	assert_int_equal(wq_open(&r, W_OP_RESUME, KVT_LEASED, 0, 0, &b), 0);
+	assert_int_equal(r.rows, 1000);
+	memcpy(r.salts, q.salts, r.max_rows * sizeof(*r.salts));
+	assert_int_equal(wq_info(&r).dropped_rows, 0);
+	assert_int_equal(wq_plan(&r, KVT_ROWS_ALL, 300, KVT_ROWS_ALL), 0);
+	assert_int_equal(r.count[0], 1000);
+	assert_int_equal(wq_wrong(&r), 0);
+	assert_no_miss(&f);
+	assert_int_equal(wq_close(&r, true), 0);
+	assert_empty(&f);
+	wq_free(&q);
+	wq_free(&r);
+	finish(&f);
+}
+
 /* ---- what a GPU gets wrong ---------------------------------------------------------------- */
 
 static void a_page_that_is_not_what_was_said_is_a_miss(void **state)
@@ -531,6 +578,7 @@ int main(void)
 		cmocka_unit_test(scores_of_the_plane_decide),
 		cmocka_unit_test(any_life_keeps_every_byte),
 		cmocka_unit_test(plans_come_by_themselves),
+		cmocka_unit_test(rows_are_written_through),
 		cmocka_unit_test(a_page_that_is_not_what_was_said_is_a_miss),
 		cmocka_unit_test(pages_that_rot_are_not_brought_in),
 		cmocka_unit_test(cursors_that_cannot_be_end_the_client),

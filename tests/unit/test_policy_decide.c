@@ -23,8 +23,8 @@ static enum where_to got_of(uint32_t lane, uint32_t row)
 	enum where_to to = DEAD;
 
 	for (int i = 0; i < 4; i++) {
-		if (!bits_test(at[i] + (size_t)lane * plan.o.words, row))
-			continue;
+		if (!bits_test(at[i] + (size_t)lane * plan.o.words, row) || (i == 1 && to == DEVICE))
+			continue;           /* a copy of what stays says nothing about where it is */
 		assert_int_equal(to, DEAD); /* one place only */
 		to = (enum where_to)(DEVICE + i);
 	}
@@ -44,7 +44,12 @@ static void check_lane(const struct decide_in *in, uint32_t l)
 		assert_int_equal(to, want[l][p]);
 		assert_int_equal(to == DEAD,
 				 !exists(in, l, p)); /* dropped rows never come back, no other vanishes */
-		assert_int_equal(copy, has(in, 0, l, p) && !below && (to == DRAM || to == NVME));
+		if (to == DEVICE) {
+			assert_int_equal(copy, through[l][p] != DEAD);
+			assert_int_equal(bits_test(plan.o.to_dram + at, p), through[l][p] == DRAM);
+		} else {
+			assert_int_equal(copy, has(in, 0, l, p) && !below && (to == DRAM || to == NVME));
+		}
 		assert_int_equal(bring, to == DEVICE && !has(in, 0, l, p));
 		n[to]++;
 		out += copy;
@@ -100,6 +105,7 @@ static void random_snapshots_match_the_reference(void **state)
 			ref_blocks(&in);
 		assert_int_equal(policy_decide(&in, &plan.o), 0);
 		for (uint32_t l = 0; l < in.lanes; l++) {
+			ref_through(&in, l);
 			check_lane(&in, l);
 			check_protection(&in, l);
 		}
@@ -131,7 +137,8 @@ static void settled_plans_stay(void **state)
 			for (uint32_t w = 0; w < words; w++) {
 				uint64_t keep = plan.o.resident[l * words + w],
 					 dram = plan.o.to_dram[l * words + w],
-					 nvme = plan.o.to_nvme[l * words + w];
+					 nvme = plan.o.to_nvme[l * words + w] |
+						(plan.o.copy_out[l * words + w] & ~dram); /* written through */
 
 				where[0][l][w] = keep;
 				where[1][l][w] =
@@ -268,6 +275,34 @@ static void protection_order_inside_a_small_budget(void **state)
 	}
 }
 
+static void copies_of_what_stays_fill_what_is_left(void **state)
+{
+	struct decide_in in;
+
+	/* Row p has rank p. 0..59 stay, 60..79 go to dram, 80..99 to nvme; dram has room for 8 more, nvme
+	 * for 5. */
+	plain(&in, 100, 60, 28, 25);
+	for (uint32_t p = 0; p < 100; p++)
+		scores[0][p] = (uint16_t)(5000 - p);
+	bits_set_range(where[2][0], 80, 100);
+	bits_set_range(where[1][0], 2, 4); /* two of those that stay have a copy, which takes room */
+	in.write_through = 1;
+	budgets[1][0] = 20 + 2 + 8;
+	assert_int_equal(policy_decide(&in, &plan.o), 0);
+	for (uint32_t p = 0; p < 100; p++) {
+		bool dram = p < 2 || (p >= 4 && p < 10), nvme = p >= 10 && p < 15;
+
+		assert_int_equal(got_of(0, p), p < 60 ? DEVICE : p < 80 ? DRAM : NVME);
+		assert_int_equal(bits_test(plan.o.copy_out, p), dram || nvme || (p >= 60 && p < 80));
+		assert_int_equal(bits_test(plan.o.to_dram, p), dram || (p >= 60 && p < 80));
+	}
+	assert_int_equal(plan.o.out[0], 8 + 5 + 20);
+	assert_int_equal(plan.o.kept[0], 60);
+	in.write_through = 0;
+	assert_int_equal(policy_decide(&in, &plan.o), 0);
+	assert_int_equal(plan.o.out[0], 20);
+}
+
 /* ---- refusals ------------------------------------------------------------------------- */
 
 #define REFUSED(change)                                                                                        \
@@ -291,6 +326,7 @@ static void impossible_fields_are_refused(void **state)
 	REFUSED(in.granularity = 3);
 	REFUSED((in.granularity = DECIDE_BLOCK, in.block_rows = 0));
 	REFUSED(in.equal_lanes = 2);
+	REFUSED(in.write_through = 2);
 	REFUSED(in.hysteresis_permille = 1001);
 	REFUSED(in.scores = NULL);
 	REFUSED(in.on_device = NULL);
@@ -321,6 +357,7 @@ int main(void)
 		cmocka_unit_test(hysteresis_holds_the_band_only),
 		cmocka_unit_test(nvme_rows_rise_only_when_nvme_is_full),
 		cmocka_unit_test(protection_order_inside_a_small_budget),
+		cmocka_unit_test(copies_of_what_stays_fill_what_is_left),
 		cmocka_unit_test(impossible_fields_are_refused),
 	};
 

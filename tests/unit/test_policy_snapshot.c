@@ -39,6 +39,7 @@ static void random_in(struct decide_in *in)
 	in->granularity = rnd(3);
 	in->block_rows = 1 + rnd(40);
 	in->equal_lanes = rnd(2);
+	in->write_through = rnd(2);
 	in->hysteresis_permille = rnd(1001);
 	in->scores = &scores[0][0];
 	in->on_device = &where[0][0][0];
@@ -265,7 +266,7 @@ static void impossible_fields_are_named(void **state)
 	REFUSE(block_rows, 0);
 	REFUSE(equal_lanes, 2);
 	REFUSE(hysteresis_permille, 1001);
-	REFUSE(flags, 4);
+	REFUSE(flags, 8);
 	REFUSE(reserved, 1);
 	free(edited);
 }
