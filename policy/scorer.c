@@ -41,26 +41,26 @@ static int served(const struct weights_header *h, char *err, size_t errsize)
 	return 0;
 }
 
-static uint64_t blocks(uint32_t rows, uint32_t cols)
+static uint64_t matrix(uint32_t rows, uint32_t cols)
 {
-	return (uint64_t)(rows / 32) * (cols / 32) * SCORER_BLOCK;
+	return (uint64_t)rows * cols * sizeof(uint16_t);
 }
 
-static uint64_t tri_blocks(uint32_t dim)
+static uint64_t triangle(uint32_t dim)
 {
-	return (uint64_t)(dim / 32) * (dim / 32 + 1) / 2 * SCORER_BLOCK;
+	return matrix(64, dim) + (dim > 64 ? matrix(64, dim - 64) : 0);
 }
 
 int scorer_header(struct scorer_hdr *ret, const struct weights *w, char *err, size_t errsize)
 {
 	const struct weights_header *h = &w->h;
 	const uint64_t bytes[SCORER_TENSORS] = {
-		[SCORER_RK] = tri_blocks(h->k_dim),
-		[SCORER_MK] = blocks(h->hidden, h->k_dim),
-		[SCORER_RV] = tri_blocks(h->v_dim),
-		[SCORER_MV] = blocks(h->hidden, h->v_dim),
-		[SCORER_WP] = blocks(h->hidden, SCORER_POS_PAD),
-		[SCORER_W2] = blocks(h->hidden, h->hidden),
+		[SCORER_RK] = triangle(h->k_dim),
+		[SCORER_MK] = matrix(h->hidden, h->k_dim),
+		[SCORER_RV] = triangle(h->v_dim),
+		[SCORER_MV] = matrix(h->hidden, h->v_dim),
+		[SCORER_WP] = matrix(h->hidden, SCORER_POS_PAD),
+		[SCORER_W2] = matrix(h->hidden, h->hidden),
 		[SCORER_VECS] = scorer_vecs(h->k_dim, h->hidden).floats * sizeof(float),
 		[SCORER_POS] = (uint64_t)h->pos_rows * SCORER_POS_PAD * 2,
 		[SCORER_POS_LN] = 2 * SCORER_POS_PAD * sizeof(float),
@@ -91,8 +91,6 @@ int scorer_header(struct scorer_hdr *ret, const struct weights *w, char *err, si
 	if (h->pos_kind == WEIGHTS_POS_LOG2)
 		s.flags |= SCORER_LOG2;
 	for (uint32_t t = 0; t < SCORER_TENSORS; t++) {
-		if (t == SCORER_RV || t == SCORER_WP || t == SCORER_VECS)
-			off = DIV_UP(off, SCORER_CHUNK) * SCORER_CHUNK;
 		off = ALIGN_UP(off, SCORER_ALIGN);
 		s.tensor_off[t] = off;
 		s.tensor_bytes[t] = bytes[t];
@@ -186,7 +184,7 @@ static void fold_projection(struct fold *f, char *out, const struct scorer_hdr *
 			f->col[i * proj + p] = f->w[p * cols + i];
 	triangulate(f->col, proj, cols);
 	for (uint32_t i = 0; i < dim; i++) {
-		for (uint32_t j = i / 32 * 32; j < dim; j++)
+		for (uint32_t j = i / 64 * 64; j < dim; j++)
 			r[scorer_tri_at(dim, i, j)] = float_bf16(j < i ? 0 : (float)f->col[j * proj + i]);
 		vec_r[i] = (float)f->col[dim * proj + i];
 	}

@@ -50,15 +50,15 @@ enum scorer_flag {
 };
 
 /*
- * Tensors of one lane, in this order. Matrices [out][in] are stored in blocks of 32 x 32, a block in the order
- * in which the threads of a warp want it (scorer_in_block()); a kernel streams RK to W2 as they lie.
+ * Tensors of one lane, in this order. Matrices [out][in] are stored as tensor cores take them (scorer_at()): a
+ * kernel streams RK to W2 as they lie, in chunks of SCORER_CHUNK, of which every matrix is a multiple.
  */
 enum scorer_tensor {
-	SCORER_RK,   /* bf16 [k_dim][k_dim], blocks on and above the diagonal, row by row */
-	SCORER_MK,   /* bf16 [hidden][k_dim], blocks column by column, as the other three */
-	SCORER_RV,   /* bf16 [v_dim][v_dim], as RK; begins a chunk */
+	SCORER_RK,   /* bf16 [k_dim][k_dim]: for every 64 rows, the columns from the diagonal on */
+	SCORER_MK,   /* bf16 [hidden][k_dim] */
+	SCORER_RV,   /* bf16 [v_dim][v_dim], as RK */
 	SCORER_MV,   /* bf16 [hidden][v_dim] */
-	SCORER_WP,   /* bf16 [hidden][SCORER_POS_PAD]; begins a chunk */
+	SCORER_WP,   /* bf16 [hidden][SCORER_POS_PAD] */
 	SCORER_W2,   /* bf16 [hidden][hidden] */
 	SCORER_VECS, /* fp32, where scorer_vecs() says */
 	SCORER_POS,  /* bf16 [pos_rows][SCORER_POS_PAD]: LOG2: raw rows (interpolated, then normalised); else p
@@ -67,10 +67,7 @@ enum scorer_tensor {
 	SCORER_TENSORS
 };
 
-#define SCORER_BLOCK 2048u /* bytes */
-#define SCORER_CHUNK                                                                                           \
-	(6u * SCORER_BLOCK) /* the unit of streaming: sections (K, V, the rest) are padded to it               \
-			     */
+#define SCORER_CHUNK 8192u /* bytes */
 
 struct scorer_hdr {
 	uint64_t magic;
@@ -96,27 +93,28 @@ struct scorer_hdr {
 };
 static_assert(sizeof(struct scorer_hdr) == 256, "one unit of alignment");
 
-/* Element (row, col), both below 32, of a block: SCORER_BLOCK / 2 elements. */
-SCORER_FN uint32_t scorer_in_block(uint32_t row, uint32_t col)
-{
-	uint32_t tile = row >> 1 & 3, in_tile = (row >> 3) * 2 + (row & 1);
-
-	return ((tile * 8 + in_tile) * 4 + (col >> 3)) * 8 + (col & 7);
-}
-
-/* Element (row, col) of a matrix of `rows` rows in blocks column by column. */
+/*
+ * Element (row, col) of a matrix of `rows` rows: slices of 16 columns; in a slice its halves, in a half tiles
+ * of 8 rows, in a tile its rows of 8 elements, 16 bytes. Rows and columns are shuffled within each 32, so that
+ * the thread of a warp that holds elements 8 t .. 8 t + 7 of 32 finds them in the places where the tensor cores
+ * want a thread's operands and leave its results: of column 8 t + 4 s + 2 h + i, s counts slices, h halves;
+ * row 8 a + 2 j + b is in tile j.
+ */
 SCORER_FN size_t scorer_at(uint32_t rows, uint32_t row, uint32_t col)
 {
-	return (size_t)(col / 32 * (rows / 32) + row / 32) * (SCORER_BLOCK / 2) +
-	       scorer_in_block(row % 32, col % 32);
+	uint32_t slice = col / 32 * 2 + (col >> 2 & 1), half = col >> 1 & 1,
+		 element = (col >> 3 & 3) * 2 + (col & 1), tile = row / 32 * 4 + (row >> 1 & 3),
+		 in_tile = (row >> 3 & 3) * 2 + (row & 1);
+
+	return ((size_t)slice * 2 + half) * rows * 8 + tile * 64 + in_tile * 8 + element;
 }
 
-/* The same of a triangular matrix [dim][dim] of blocks on and above the diagonal: col / 32 >= row / 32. */
+/* The same of a triangular matrix [dim][dim]; col at least row / 64 * 64. */
 SCORER_FN size_t scorer_tri_at(uint32_t dim, uint32_t row, uint32_t col)
 {
-	uint32_t r = row / 32, before = r * (dim / 32) - r * (r - 1) / 2; /* r = 0: 0 */
+	uint32_t panel = row / 64, before = panel ? dim / 16 : 0; /* slices; there are at most two panels */
 
-	return (size_t)(before + col / 32 - r) * (SCORER_BLOCK / 2) + scorer_in_block(row % 32, col % 32);
+	return (size_t)before * 16 * 64 + scorer_at(64, row % 64, col - panel * 64);
 }
 
 /* Where the vectors of a lane lie in SCORER_VECS, in floats. */

@@ -46,19 +46,18 @@ static inline uint32_t host_round_bf16(float x)
 #endif
 
 /* d += a b */
-static __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-						uint32_t b0, uint32_t b1)
+static __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
 #ifdef __CUDACC__
 	asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
 	    "{%0, %1, %2, %3};"
 	    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-	    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+	    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
 	struct operands {
 		uint32_t a[4], b[2];
 	};
-	const operands mine = {{a0, a1, a2, a3}, {b0, b1}}, *warp = host_gather_warp(mine);
+	const operands mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}}, *warp = host_gather_warp(mine);
 	const unsigned g = warp_lane() / 4, t = warp_lane() % 4;
 
 	for (unsigned k = 0; k < 16; k++) {
@@ -69,6 +68,30 @@ static __device__ __forceinline__ void mma_bf16(float (&d)[4], uint32_t a0, uint
 				host_bf16(warp[(2 * t + i % 2) * 4 + owner].b[eight], high);
 	}
 #endif
+}
+
+/*
+ * Four matrices of 8 x 8 bf16 from shared memory. Threads 8 i .. 8 i + 7 give the addresses of the rows of
+ * matrix i; of each matrix thread 4 g + t gets row g, columns 2 t and 2 t + 1.
+ */
+static __device__ __forceinline__ uint4 load_matrices(const void *row)
+{
+	uint4 x;
+
+#ifdef __CUDACC__
+	asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+		     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+		     : "r"((uint32_t)__cvta_generic_to_shared(row))
+		     : "memory");
+#else
+	const void *const *rows = host_gather_warp(row);
+	uint32_t word[4];
+
+	for (unsigned i = 0; i < 4; i++)
+		memcpy(&word[i], (const char *)rows[i * 8 + warp_lane() / 4] + warp_lane() % 4 * 4, 4);
+	x = make_uint4(word[0], word[1], word[2], word[3]);
+#endif
+	return x;
 }
 
 /* Two floats, rounded to nearest, as a pair of bf16. */

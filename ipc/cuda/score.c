@@ -5,7 +5,7 @@
 #include "ipc/cuda/kernels.h"
 
 #define BLOCK 256u
-#define WARPS (BLOCK / 32)
+#define TILE_ROWS 128u /* of a block, at least */
 
 static enum cuda_kernel kernel_of(const struct scorer_hdr *h)
 {
@@ -39,7 +39,9 @@ int kern_score(struct kvtier_cuda *g, const struct scorer_hdr *h, const struct s
 
 	if (r || !a->n || !a->lanes)
 		return r;
-	tiles = (uint64_t)a->lanes * DIV_UP(a->n, WARPS * SCORE_WARP_ROWS(h->k_dim, h->hidden));
+	tiles = (uint64_t)a->lanes * DIV_UP(a->n, TILE_ROWS);
 	return cuda_launch(g, kernel_of(h), (unsigned)MIN(tiles, (uint64_t)g->sms), 1, BLOCK,
-			   SCORE_SHARED(h->k_dim, scorer_vecs(h->k_dim, h->hidden).floats), &args, stream);
+			   SCORE_SHARED(g->major == 9 ? SCORE_STAGES_90 : SCORE_STAGES_80, h->k_dim,
+					scorer_vecs(h->k_dim, h->hidden).floats),
+			   &args, stream);
 }

@@ -3,10 +3,12 @@
 /* What score.cu and its launch (score.c) have to agree on. */
 #include "shm/scorer.h"
 
-#define SCORE_STAGES 4u /* chunks of weights in shared memory */
+/*
+ * Chunks of weights in shared memory. Compute capability 9.0 has room for many, so that a block's two groups of
+ * warps may be half a tile apart: one multiplies while the other is between layers.
+ */
+#define SCORE_STAGES_90 20u
+#define SCORE_STAGES_80 6u
 
-/* Rows that a warp takes at a time: 32 where its registers hold so many. */
-#define SCORE_WARP_ROWS(dim, hidden) ((dim) == 64 && (hidden) == 128 ? 32u : 16u)
-
-/* Bytes of shared memory: the chunks, the vectors of two lanes, RoPE's turns. */
-#define SCORE_SHARED(dim, vecs) (SCORE_STAGES * SCORER_CHUNK + 2 * (vecs)*4 + (dim) / 2 * 8)
+/* Bytes of shared memory: the chunks, the vectors of two lanes, RoPE's turns, two barriers a chunk. */
+#define SCORE_SHARED(stages, dim, vecs) ((stages) * (SCORER_CHUNK + 16) + 2 * (vecs) * 4 + (dim) / 2 * 8)
