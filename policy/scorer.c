@@ -41,30 +41,9 @@ static int served(const struct weights_header *h, char *err, size_t errsize)
 	return 0;
 }
 
-static uint64_t matrix(uint32_t rows, uint32_t cols)
-{
-	return (uint64_t)rows * cols * sizeof(uint16_t);
-}
-
-static uint64_t triangle(uint32_t dim)
-{
-	return matrix(64, dim) + (dim > 64 ? matrix(64, dim - 64) : 0);
-}
-
 int scorer_header(struct scorer_hdr *ret, const struct weights *w, char *err, size_t errsize)
 {
 	const struct weights_header *h = &w->h;
-	const uint64_t bytes[SCORER_TENSORS] = {
-		[SCORER_RK] = triangle(h->k_dim),
-		[SCORER_MK] = matrix(h->hidden, h->k_dim),
-		[SCORER_RV] = triangle(h->v_dim),
-		[SCORER_MV] = matrix(h->hidden, h->v_dim),
-		[SCORER_WP] = matrix(h->hidden, SCORER_POS_PAD),
-		[SCORER_W2] = matrix(h->hidden, h->hidden),
-		[SCORER_VECS] = scorer_vecs(h->k_dim, h->hidden).floats * sizeof(float),
-		[SCORER_POS] = (uint64_t)h->pos_rows * SCORER_POS_PAD * 2,
-		[SCORER_POS_LN] = 2 * SCORER_POS_PAD * sizeof(float),
-	};
 	struct scorer_hdr s = {.magic = SCORER_MAGIC,
 			       .version = SCORER_VERSION,
 			       .id = weights_id_of(w),
@@ -79,9 +58,7 @@ int scorer_header(struct scorer_hdr *ret, const struct weights *w, char *err, si
 			       .pos_rows = h->pos_rows,
 			       .octave = h->octave,
 			       .coefs = h->rank,
-			       .rope_theta = h->rope_theta,
-			       .turn_off = sizeof(s)};
-	uint64_t off = 0;
+			       .rope_theta = h->rope_theta};
 	int r = served(h, err, errsize);
 
 	if (r < 0)
@@ -90,15 +67,7 @@ int scorer_header(struct scorer_hdr *ret, const struct weights *w, char *err, si
 		s.flags |= SCORER_UNROTATE | (h->rope_type == WEIGHTS_ROPE_PAIRS ? SCORER_ROPE_PAIRS : 0);
 	if (h->pos_kind == WEIGHTS_POS_LOG2)
 		s.flags |= SCORER_LOG2;
-	for (uint32_t t = 0; t < SCORER_TENSORS; t++) {
-		off = ALIGN_UP(off, SCORER_ALIGN);
-		s.tensor_off[t] = off;
-		s.tensor_bytes[t] = bytes[t];
-		off += bytes[t];
-	}
-	s.lane_off = ALIGN_UP(s.turn_off + h->k_dim / 2 * sizeof(uint64_t), SCORER_ALIGN);
-	s.lane_stride = ALIGN_UP(off, SCORER_ALIGN);
-	s.bytes = s.lane_off + s.lane_stride * w->lanes;
+	scorer_lay_out(&s);
 	*ret = s;
 	return 0;
 }

@@ -149,3 +149,27 @@ SCORER_FN struct scorer_vecs scorer_vecs(uint32_t dim, uint32_t hidden)
 	s.floats = s.rest_k + 64;
 	return s;
 }
+
+/* All places of a network, from its layers, heads, dimensions and pos_rows: one way to lie, for those who make
+ * it and those who check it. */
+SCORER_FN void scorer_lay_out(struct scorer_hdr *h)
+{
+	uint64_t triangle = 2 * (uint64_t)(64 * h->k_dim + (h->k_dim > 64 ? 64 * (h->k_dim - 64) : 0)), off = 0;
+
+	h->tensor_bytes[SCORER_RK] = h->tensor_bytes[SCORER_RV] = triangle;
+	h->tensor_bytes[SCORER_MK] = h->tensor_bytes[SCORER_MV] = 2 * (uint64_t)h->hidden * h->k_dim;
+	h->tensor_bytes[SCORER_WP] = 2 * (uint64_t)h->hidden * SCORER_POS_PAD;
+	h->tensor_bytes[SCORER_W2] = 2 * (uint64_t)h->hidden * h->hidden;
+	h->tensor_bytes[SCORER_VECS] = scorer_vecs(h->k_dim, h->hidden).floats * sizeof(float);
+	h->tensor_bytes[SCORER_POS] = 2 * (uint64_t)h->pos_rows * SCORER_POS_PAD;
+	h->tensor_bytes[SCORER_POS_LN] = 2 * SCORER_POS_PAD * sizeof(float);
+	for (int t = 0; t < SCORER_TENSORS; t++) {
+		h->tensor_off[t] = off;
+		off = (off + h->tensor_bytes[t] + SCORER_ALIGN - 1) / SCORER_ALIGN * SCORER_ALIGN;
+	}
+	h->turn_off = sizeof(*h);
+	h->lane_off = (h->turn_off + h->k_dim / 2 * sizeof(uint64_t) + SCORER_ALIGN - 1) / SCORER_ALIGN *
+		      SCORER_ALIGN;
+	h->lane_stride = off;
+	h->bytes = h->lane_off + h->lane_stride * h->layers * h->heads;
+}

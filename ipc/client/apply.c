@@ -214,6 +214,8 @@ int kvtier_plan_apply(struct kvtier_seq *s, const struct kvtier_plan *p)
 		return err_set(KVT_E_INVAL, "%s: NULL, must be given", s ? "p" : "s");
 	r = seq_gate(s);
 	if (!r)
+		r = seq_on_host(s, "kvtier_cuda_apply()");
+	if (!r)
 		r = planes_mapped(s);
 	if (r)
 		return r;

@@ -99,6 +99,7 @@ struct kvtier_region {
 	uint32_t refs;
 	struct link *link;
 	uint64_t handle;
+	struct kvtier_cuda_window *window; /* registered with a GPU as this; or NULL */
 	struct seg seg; /* imported: without the seals of its class; addr NULL when it could not be mapped */
 };
 
@@ -130,6 +131,7 @@ enum seq_busy {
 	SEQ_HELD,  /* what is resident must stay so; appending is fine */
 };
 
+struct cuda_seq;
 struct kvtier_seq {
 	struct kvtier *c;
 	LIST_ENTRY(kvtier_seq) entry;
@@ -161,6 +163,8 @@ struct kvtier_seq {
 	uint64_t *resident;    /* [lanes][words] */
 	uint32_t *held;        /* [lanes] bits set below the watermark */
 	uint32_t *layer_slots; /* [n_layers] slots in use in the longest lane, as memory is now */
+
+	struct cuda_seq *cu; /* rows in GPU memory (ipc/cuda/cuda.h); NULL: in the region */
 };
 
 /* ---- error.c ---- */
@@ -240,8 +244,13 @@ void region_free(struct kvtier_region *r);
 /* ---- seq.c, rows.c ---- */
 /* May this sequence be used now? 0, FORKED, DAEMON or STALE. No lock, no system call. */
 int seq_gate(struct kvtier_seq *s);
-/* Everything of a sequence that is known before the daemon answers; opts are checked and layouts copied. */
-int seq_new(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o, struct kvtier_seq **ret);
+/*
+ * Everything of a sequence that is known before the daemon answers; opts are checked and layouts copied. With
+ * `cu` its rows are in GPU memory: layouts say no more than their number, and cu is the sequence's from success
+ * on.
+ */
+int seq_new(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o, struct cuda_seq *cu,
+	    struct kvtier_seq **ret);
 /* Ask the daemon for it, op OPEN, RESUME or FORK of the parent's first `prefix` rows. On failure s is as
  * before. */
 int seq_ask(struct kvtier_seq *s, const struct kvtier_seq_opts *o, enum wire_open_op op,
@@ -249,7 +258,11 @@ int seq_ask(struct kvtier_seq *s, const struct kvtier_seq_opts *o, enum wire_ope
 /* Forget it here, without a word to the daemon; lock held, or nobody left to race with. The region reference
  * stays. */
 void seq_free(struct kvtier_seq *s);
-/* seq_free() and the reference to its region. */
+/* Tell the daemon that it ends; it is gone whatever is returned. */
+int seq_over(struct kvtier_seq *s, bool drop);
+/* KVT_E_INVAL with a line for a sequence whose rows are in GPU memory. */
+int seq_on_host(const struct kvtier_seq *s, const char *instead);
+/* seq_free(), what it has on a GPU, and the reference to its region. */
 void seq_discard(struct kvtier_seq *s);
 /* The wire form of a budget; table (room for CTL_MAX_LANES) is filled. b NULL: keep. */
 int seq_budget(const struct kvtier_model *m, const struct kvtier_budget *b, struct wire_budget *ret,
@@ -296,3 +309,9 @@ uint32_t pick_farthest(const float *x, size_t stride, uint32_t dim, uint32_t n, 
 /* The plan with this id as it stands now, READY and of this epoch. 0, KVT_E_STALE, KVT_E_BUSY (not ready yet).
  */
 int plan_current(struct kvtier_seq *s, uint64_t id, struct plan_view *ret);
+/* The lanes' residency becomes the plan's, but not that of lanes in `nack`; lock held. */
+void plan_settle(struct kvtier_seq *s, const struct plan_view *v, const uint64_t *nack);
+/* Tell the daemon that the plan is done with; lock held. true: look whether the link is lost. */
+bool plan_acked(struct kvtier_seq *s, uint64_t id, const uint64_t *nack);
+/* Send a request for a plan; see kvtier_plan_request(). */
+int plan_ask(struct kvtier_seq *s, struct wire_hdr *req, uint64_t *ret_id);

@@ -78,6 +78,8 @@ const char *kvtier_strerror(int code)
 		return "busy, try later";
 	case KVT_E_INTERNAL:
 		return "internal error";
+	case KVT_E_GPU:
+		return "GPU error";
 	default:
 		return code >= 0 ? "success" : "unknown error";
 	}

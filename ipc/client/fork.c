@@ -97,11 +97,13 @@ int kvtier_seq_fork(struct kvtier_seq *parent, uint32_t prefix, const struct kvt
 		return err_set(KVT_E_INVAL, "%s: NULL, must be given", parent ? "ret" : "parent");
 	if (forked(parent->c))
 		return err_forked();
-	r = opts_take(&o, sizeof(o), opts, "opts");
+	r = seq_on_host(parent, "another sequence");
+	if (!r)
+		r = opts_take(&o, sizeof(o), opts, "opts");
 	if (!r && prefix > o.max_rows)
 		r = err_set(KVT_E_INVAL, "prefix: %u, must be at most max_rows %u", prefix, o.max_rows);
 	if (!r)
-		r = seq_new(parent->c, parent->m, &o, &s);
+		r = seq_new(parent->c, parent->m, &o, NULL, &s);
 	if (r)
 		return r;
 	r = planes_mapped(parent);

@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include "ipc/client/client.h"
+#include "ipc/cuda/cuda.h"
 
 #define SOCKET_DEFAULT "/run/kvtier/kvtierd.sock"
 #define RETRY_NS 20000000u
@@ -104,10 +105,14 @@ void kvtier_close(struct kvtier *c)
 	if (!c)
 		return;
 	/* In a child the parent's socket is shared: closing our copy says nothing to the daemon. */
-	while (!LIST_EMPTY(&c->seqs))
+	while (!LIST_EMPTY(&c->seqs)) {
+		cuda_seq_free(LIST_FIRST(&c->seqs));
 		seq_free(LIST_FIRST(&c->seqs));
-	while (!LIST_EMPTY(&c->regions))
+	}
+	while (!LIST_EMPTY(&c->regions)) {
+		window_detach(LIST_FIRST(&c->regions));
 		region_free(LIST_FIRST(&c->regions));
+	}
 	while (!LIST_EMPTY(&c->models)) {
 		LIST_FIRST(&c->models)->refs = 1;
 		model_put_locked(LIST_FIRST(&c->models));

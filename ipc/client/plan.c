@@ -2,6 +2,7 @@
 /* Asking for plans, seeing them, acknowledging them. */
 #include <string.h>
 #include "ipc/client/client.h"
+#include "ipc/cuda/cuda.h"
 
 #define SPIN_NS 20000u
 
@@ -132,7 +133,7 @@ int kvtier_plan_wait(struct kvtier_seq *s, uint64_t min_id, uint32_t state, uint
 
 /* ---- asking ------------------------------------------------------------------------------ */
 
-static int ask(struct kvtier_seq *s, struct wire_hdr *req, uint64_t *ret_id)
+int plan_ask(struct kvtier_seq *s, struct wire_hdr *req, uint64_t *ret_id)
 {
 	struct wire_plan_reply reply;
 	struct call k = {.req = req, .reply = &reply, .reply_size = sizeof(reply), .link = s->link};
@@ -167,7 +168,10 @@ int kvtier_plan_request(struct kvtier_seq *s, const struct kvtier_budget *b, uin
 	m.req.hdr.len = (uint32_t)wire_plan_request_len(budget.table_n);
 	m.req.seq = s->handle;
 	m.req.budget = budget;
-	return ask(s, &m.req.hdr, ret_id);
+	r = plan_ask(s, &m.req.hdr, ret_id);
+	if (!r && s->cu)
+		cuda_seq_budget(s, &budget, m.table);
+	return r;
 }
 
 int kvtier_fetch(struct kvtier_seq *s, uint32_t pos, uint32_t n, uint64_t *ret_id)
@@ -184,7 +188,7 @@ int kvtier_fetch(struct kvtier_seq *s, uint32_t pos, uint32_t n, uint64_t *ret_i
 	m.seq = s->handle;
 	m.pos = pos;
 	m.n = n;
-	return ask(s, &m.hdr, ret_id);
+	return plan_ask(s, &m.hdr, ret_id);
 }
 
 /* ---- reading ------------------------------------------------------------------------------ */
@@ -251,7 +255,7 @@ static void settle_lane(struct kvtier_seq *s, const struct plan_view *v, uint32_
 	}
 }
 
-static void settle(struct kvtier_seq *s, const struct plan_view *v, const uint64_t *nack)
+void plan_settle(struct kvtier_seq *s, const struct plan_view *v, const uint64_t *nack)
 {
 	struct tally t = {0};
 
@@ -262,6 +266,15 @@ static void settle(struct kvtier_seq *s, const struct plan_view *v, const uint64
 	atomic_fetch_add(t.nacked == s->lanes ? &s->c->count.plans_nacked : &s->c->count.plans_applied, 1);
 	atomic_fetch_add(&s->c->count.rows_promoted, t.in);
 	atomic_fetch_add(&s->c->count.rows_evicted, t.out);
+}
+
+bool plan_acked(struct kvtier_seq *s, uint64_t id, const uint64_t *nack)
+{
+	for (size_t i = 0; i < ARRAY_SIZE(s->slot->nack); i++)
+		__atomic_store_n(&s->slot->nack[i], nack[i], __ATOMIC_RELAXED);
+	atomic_store_explicit(&s->acked, id, memory_order_relaxed);
+	atomic_store_explicit(&s->slot->acked, id, memory_order_release);
+	return events_dirty(s);
 }
 
 static int ack_check(struct kvtier_seq *s, uint64_t id, bool any_nack, struct plan_view *v)
@@ -287,6 +300,9 @@ int kvtier_plan_ack(struct kvtier_seq *s, uint64_t id, const uint64_t *nack_lane
 		return err_set(KVT_E_INVAL, "s: NULL, must be a sequence");
 	if (forked(s->c))
 		return err_forked();
+	r = seq_on_host(s, "kvtier_cuda_apply()");
+	if (r)
+		return r;
 	for (uint32_t lane = 0; nack_lanes && lane < s->lanes; lane++)
 		if (bits_test(nack_lanes, lane)) {
 			bits_set(nack, lane);
@@ -295,15 +311,11 @@ int kvtier_plan_ack(struct kvtier_seq *s, uint64_t id, const uint64_t *nack_lane
 	pthread_mutex_lock(&s->c->lock);
 	r = ack_check(s, id, any, &v);
 	if (!r) {
-		settle(s, &v, nack); /* before the daemon may write the next plan over this one */
+		plan_settle(s, &v, nack); /* before the daemon may write the next plan over this one */
 		s->applied = 0;
-		for (size_t i = 0; i < ARRAY_SIZE(nack); i++)
-			__atomic_store_n(&s->slot->nack[i], nack[i], __ATOMIC_RELAXED);
-		atomic_store_explicit(&s->acked, id, memory_order_relaxed);
-		atomic_store_explicit(&s->slot->acked, id, memory_order_release);
-		lost = events_dirty(s);
+		lost = plan_acked(s, id, nack);
 	} else if (s->applied == id && look(s, &v) == 1 && v.id == id && !s->busy && !any) {
-		settle(s, &v, nack); /* the daemon is gone, but the rows have moved: know where they are */
+		plan_settle(s, &v, nack); /* the daemon is gone, but the rows have moved: know where they are */
 		s->applied = 0;
 	}
 	pthread_mutex_unlock(&s->c->lock);

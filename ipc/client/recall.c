@@ -129,6 +129,8 @@ static int state_check(struct kvtier_seq *s)
 {
 	int r = seq_gate(s);
 
+	if (!r)
+		r = seq_on_host(s, "kvtier_cuda_recall()");
 	pthread_mutex_lock(&s->c->lock);
 	if (!r && (s->busy == SEQ_MOVES || s->applied))
 		r = err_set(KVT_E_BUSY, "recall: a plan is %s",

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include "ipc/client/client.h"
+#include "ipc/cuda/cuda.h"
 
 /* What both ways of getting a region check first. */
 static int args_check(const struct kvtier *c, uint64_t bytes, struct kvtier_region **ret)
@@ -189,6 +190,8 @@ void region_put(struct kvtier_region *r)
 	pthread_mutex_unlock(&c->lock);
 	if (!last)
 		return;
+	/* The GPU lets go of it before the daemon may. */
+	window_detach(r);
 	if (!atomic_load(&r->link->dead)) {
 		wire_init(&req.hdr, W_REGION_CLOSE, sizeof(req), 0);
 		req.handle = r->handle;

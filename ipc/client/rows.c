@@ -2,6 +2,7 @@
 /* Which rows there are, and which of them are in the device tier. */
 #include <string.h>
 #include "ipc/client/client.h"
+#include "ipc/cuda/cuda.h"
 
 uint64_t rows_word(const struct kvtier_seq *s, uint32_t lane, uint32_t w, uint32_t len)
 {
@@ -111,6 +112,9 @@ int kvtier_seq_append(struct kvtier_seq *s, int layer, uint32_t pos, uint32_t n)
 		return err_set(KVT_E_INVAL, "s: NULL, must be a sequence");
 	if (forked(s->c))
 		return err_forked();
+	r = seq_on_host(s, "kvtier_cuda_append()");
+	if (r)
+		return r;
 	if (layer != KVT_ALL_LAYERS && (layer < 0 || (uint32_t)layer >= s->n_layers))
 		return err_set(KVT_E_INVAL, "layer: %d, must be 0..%u or KVT_ALL_LAYERS", layer,
 			       s->n_layers - 1);
@@ -160,22 +164,15 @@ static int truncate_begin(struct kvtier_seq *s, uint32_t n, bool *ret_was_limbo)
 	return r;
 }
 
-int kvtier_seq_truncate(struct kvtier_seq *s, uint32_t n)
+/* The request and its outcome. */
+static int truncate_ask(struct kvtier_seq *s, uint32_t n, uint32_t *counts)
 {
-	_cleanup_free_ uint32_t *counts = NULL;
 	struct wire_seq_truncate req;
 	struct wire_seq_truncate_reply reply;
 	struct call k = {.req = &req.hdr, .reply = &reply, .reply_size = sizeof(reply)};
 	bool was_limbo;
 	int r;
 
-	if (!s)
-		return err_set(KVT_E_INVAL, "s: NULL, must be a sequence");
-	if (forked(s->c))
-		return err_forked();
-	counts = calloc(s->lanes, sizeof(*counts));
-	if (!counts)
-		return err_set(KVT_E_NOMEM, "truncate: out of memory");
 	pthread_mutex_lock(&s->c->lock);
 	r = truncate_begin(s, n, &was_limbo);
 	pthread_mutex_unlock(&s->c->lock);
@@ -196,6 +193,27 @@ int kvtier_seq_truncate(struct kvtier_seq *s, uint32_t n)
 	if (!r || (!was_limbo && r != KVT_E_TIMEOUT && r != KVT_E_PROTO))
 		atomic_store(&s->limbo, false);
 	pthread_mutex_unlock(&s->c->lock);
+	return r;
+}
+
+int kvtier_seq_truncate(struct kvtier_seq *s, uint32_t n)
+{
+	_cleanup_free_ uint32_t *counts = NULL;
+	int r = 0;
+
+	if (!s)
+		return err_set(KVT_E_INVAL, "s: NULL, must be a sequence");
+	if (forked(s->c))
+		return err_forked();
+	counts = calloc(s->lanes, sizeof(*counts));
+	if (!counts)
+		return err_set(KVT_E_NOMEM, "truncate: out of memory");
+	if (s->cu)
+		r = cuda_truncate_begin(s, n);
+	if (!r)
+		r = truncate_ask(s, n, counts);
+	if (!r && s->cu)
+		r = cuda_truncate_end(s, n);
 	return r;
 }
 
@@ -229,7 +247,7 @@ uint32_t kvtier_seq_rows(struct kvtier_seq *s)
 	if (!s || forked(s->c))
 		return 0;
 	pthread_mutex_lock(&s->c->lock);
-	rows = s->rows;
+	rows = s->cu ? s->layer_rows[0] : s->rows;
 	pthread_mutex_unlock(&s->c->lock);
 	return rows;
 }

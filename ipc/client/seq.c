@@ -3,6 +3,7 @@
 #include <string.h>
 #include <sys/random.h>
 #include "ipc/client/client.h"
+#include "ipc/cuda/cuda.h"
 
 int seq_gate(struct kvtier_seq *s)
 {
@@ -22,6 +23,13 @@ int seq_gate(struct kvtier_seq *s)
 	if (unlikely(atomic_load_explicit(&s->limbo, memory_order_relaxed)))
 		return err_set(KVT_E_STALE, "sequence: a truncate got no answer, call it again");
 	return 0;
+}
+
+int seq_on_host(const struct kvtier_seq *s, const char *instead)
+{
+	if (likely(!s->cu))
+		return 0;
+	return err_set(KVT_E_INVAL, "sequence: its rows are in GPU memory, use %s", instead);
 }
 
 /* ---- before the daemon is asked ---------------------------------------------------------- */
@@ -105,7 +113,8 @@ static int seq_alloc(struct kvtier_seq *s)
 	return 0;
 }
 
-int seq_new(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o, struct kvtier_seq **ret)
+int seq_new(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o, struct cuda_seq *cu,
+	    struct kvtier_seq **ret)
 {
 	struct kvtier_seq *s;
 	int r;
@@ -135,14 +144,15 @@ int seq_new(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_op
 	r = seq_alloc(s);
 	if (!r) {
 		memcpy(s->layouts, o->layouts, s->n_layers * sizeof(*s->layouts));
-		r = check_layouts(s);
+		r = cu ? 0 : check_layouts(s);
 	}
-	if (!r)
+	if (!r && !cu)
 		r = planes_build(s);
 	if (r) {
 		seq_discard(s);
 		return r;
 	}
+	s->cu = cu;
 	*ret = s;
 	return 0;
 }
@@ -167,6 +177,7 @@ void seq_discard(struct kvtier_seq *s)
 	struct kvtier_region *r = s->r;
 	struct kvtier *c = s->c;
 
+	cuda_seq_free(s);
 	pthread_mutex_lock(&c->lock);
 	seq_free(s);
 	pthread_mutex_unlock(&c->lock);
@@ -207,6 +218,8 @@ static int build_open(const struct kvtier_seq *s, const struct kvtier_seq_opts *
 	for (uint32_t i = 0; i < s->n_layers; i++)
 		to_wire(&s->layouts[i], &wire_open_layouts(m)[i]);
 	memcpy(wire_open_table(m), table, b.table_n * sizeof(*table));
+	if (s->cu)
+		cuda_seq_wire(s, m);
 	*ret = TAKE_PTR(m);
 	return 0;
 }
@@ -246,6 +259,7 @@ int seq_ask(struct kvtier_seq *s, const struct kvtier_seq_opts *o, enum wire_ope
 
 	k.deadline_ns = call_deadline(c);
 	k.drop_late = op != W_OP_RESUME;
+	k.needs = !s->cu ? 0 : s->cu->flags & KVT_CUDA_DIRECT ? WIRE_F_WINDOW | WIRE_F_DIRECT : WIRE_F_WINDOW;
 	r = model_ensure(s->m, k.deadline_ns);
 	if (!r)
 		r = build_open(s, o, &m);
@@ -258,8 +272,12 @@ int seq_ask(struct kvtier_seq *s, const struct kvtier_seq_opts *o, enum wire_ope
 		return err_set(KVT_E_INVAL, "%s", err);
 	k.req = &m->hdr;
 	r = call_run(c, &k);
+	if (r == KVT_E_TIMEOUT)
+		cuda_seq_leak_place(s);
 	if (r)
 		return r;
+	if (s->cu)
+		cuda_seq_budget(s, &m->budget, wire_open_table(m));
 	pthread_mutex_lock(&c->lock);
 	s->link = l;
 	r = take_places(s, &reply, op, prefix);
@@ -284,7 +302,7 @@ static int open_common(struct kvtier *c, struct kvtier_model *m, const struct kv
 		return err_forked();
 	r = opts_take(&o, sizeof(o), opts, "opts");
 	if (!r)
-		r = seq_new(c, m, &o, &s);
+		r = seq_new(c, m, &o, NULL, &s);
 	if (r)
 		return r;
 	r = seq_ask(s, &o, op, NULL, 0);
@@ -314,7 +332,7 @@ int kvtier_seq_resume(struct kvtier *c, struct kvtier_model *m, const struct kvt
 
 /* ---- ending and asking about it -------------------------------------------------------------- */
 
-static int seq_end(struct kvtier_seq *s, bool drop)
+int seq_over(struct kvtier_seq *s, bool drop)
 {
 	struct wire_seq_close req;
 	struct wire_reply reply;
@@ -324,11 +342,15 @@ static int seq_end(struct kvtier_seq *s, bool drop)
 	if (atomic_load(&s->link->dead)) {
 		r = seq_gate(s);
 	} else if (!atomic_load(&s->gone)) {
+		if (s->cu)
+			(void)cuda_quiesce(s); /* what the GPU has done counts */
 		wire_init(&req.hdr, W_SEQ_CLOSE, sizeof(req), 0);
 		req.seq = s->handle;
 		req.drop = drop;
 		r = call_run(s->c, &k);
 	}
+	if (r == KVT_E_TIMEOUT)
+		cuda_seq_leak_place(s);
 	seq_discard(s);
 	return r;
 }
@@ -336,14 +358,14 @@ static int seq_end(struct kvtier_seq *s, bool drop)
 void kvtier_seq_close(struct kvtier_seq *s)
 {
 	if (s && !forked(s->c))
-		(void)seq_end(s, false);
+		(void)seq_over(s, false);
 }
 
 int kvtier_seq_drop(struct kvtier_seq *s)
 {
 	if (!s)
 		return err_set(KVT_E_INVAL, "s: NULL, must be a sequence");
-	return forked(s->c) ? err_forked() : seq_end(s, true);
+	return forked(s->c) ? err_forked() : seq_over(s, true);
 }
 
 int kvtier_seq_info(struct kvtier_seq *s, struct kvtier_seq_info *ret)

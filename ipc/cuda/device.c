@@ -15,7 +15,6 @@
 #define KERNELS_MAX ((off_t)256 << 20)
 #define OLDEST_MAJOR 8
 #define SHARED_PLAIN (48u << 10) /* what a launch gets without asking */
-#define STREAM_NON_BLOCKING 1u
 
 static const char *const kernel_names[] = {
 #define X(name) #name,
@@ -238,7 +237,7 @@ static int upload_tables(struct kvtier_cuda *g)
 	crc_tables_fill(tables);
 	r = cuda_try(g, g->d->alloc(&g->crc, crc_tables_bytes()), "checksum tables: cuMemAlloc");
 	if (!r)
-		r = cuda_try(g, g->d->stream_create(&stream, STREAM_NON_BLOCKING), "cuStreamCreate");
+		r = cuda_try(g, g->d->stream_create(&stream, CUDA_STREAM_NON_BLOCKING), "cuStreamCreate");
 	if (!r)
 		r = cuda_try(g, g->d->copy_in(g->crc, tables, crc_tables_bytes(), stream), "cuMemcpyHtoDAsync");
 	if (stream) {

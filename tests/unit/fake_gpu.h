@@ -2,6 +2,7 @@
 #pragma once
 /* The fake driver (tests/gpu/host/fake_cuda.h) as a test's libcuda.so.1. */
 #include <dlfcn.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -4,30 +4,7 @@
 
 #include <vector>
 
-#include "ipc/cuda/args.h"
-
-/* A kernel that is not there is found by its name and not to be launched. */
-#define ABSENT(name, args) extern "C" __attribute__((weak)) void name(struct args)
-ABSENT(kvt_extend, extend_args);
-ABSENT(kvt_word, word_args);
-ABSENT(kvt_gather, gather_args);
-ABSENT(kvt_scatter, scatter_args);
-ABSENT(kvt_compact, compact_args);
-ABSENT(kvt_compact_to, compact_args);
-ABSENT(kvt_score_64_128, score_args);
-ABSENT(kvt_score_64_256, score_args);
-ABSENT(kvt_score_128_128, score_args);
-ABSENT(kvt_score_128_256, score_args);
-#include "ipc/cuda/gather.cu"
-#if __has_include("ipc/cuda/scatter.cu")
-#include "ipc/cuda/scatter.cu"
-#include "ipc/cuda/compact.cu"
-#endif
-#if __has_include("ipc/cuda/score.cu")
-#include "ipc/cuda/score.cu"
-#endif
-#include "ipc/cuda/recall.cu"
-#include "ipc/cuda/recall_pick.cu"
+#include "ipc/cuda/all.cuh"
 
 #define _Atomic volatile /* of one field of a C struct that is not looked at here */
 #include "ipc/cuda/kernels.h"
