@@ -165,7 +165,7 @@ static struct direct_held *hold(struct cuda_direct *d, uint32_t number, int *ret
 	return &d->held[d->n_held++];
 }
 
-int direct_address(struct cuda_direct *d, uint32_t segment, uint64_t off, uint64_t n, uint64_t *ret)
+int view_address(struct cuda_direct *d, uint32_t segment, uint64_t off, uint64_t n, uint64_t *ret)
 {
 	struct direct_held *h;
 	int r;
@@ -220,8 +220,8 @@ static const struct direct_page *entry(const struct cuda_direct *d, uint32_t slo
 	return (const struct direct_page *)(header(d) + 1) + slot;
 }
 
-int direct_new(struct kvtier_cuda *g, const struct direct_source *src, const struct cuda_lane *lane,
-	       uint32_t lanes, struct cuda_direct **ret)
+int view_new(struct kvtier_cuda *g, const struct direct_source *src, const struct cuda_lane *lane,
+	     uint32_t lanes, struct cuda_direct **ret)
 {
 	struct cuda_direct *d = calloc(1, sizeof(*d));
 
@@ -232,7 +232,7 @@ int direct_new(struct kvtier_cuda *g, const struct direct_source *src, const str
 	return 0;
 }
 
-int direct_take(struct cuda_direct *d, struct seg *dir)
+int view_take(struct cuda_direct *d, struct seg *dir)
 {
 	const struct direct_hdr *h = dir->addr;
 
@@ -242,18 +242,18 @@ int direct_take(struct cuda_direct *d, struct seg *dir)
 	seg_close(&d->dir);
 	d->dir = *dir;
 	*dir = (struct seg)SEG_INIT;
-	direct_forget(d);
+	view_forget(d);
 	return 0;
 }
 
-void direct_forget(struct cuda_direct *d)
+void view_forget(struct cuda_direct *d)
 {
 	d->complete = false;
 	for (uint32_t i = 0; i < d->used; i++)
 		d->seen[i] = (struct direct_seen){.lane = NO_LANE_YET};
 }
 
-bool direct_still(const struct cuda_direct *d)
+bool view_still(const struct cuda_direct *d)
 {
 	return d->complete && atomic_load_explicit(&header(d)->moved, memory_order_acquire) == d->moved;
 }
@@ -303,71 +303,87 @@ static int take_entry(struct cuda_direct *d, uint32_t slot, struct direct_seen *
 	memcpy(ret->pos, p.pos, p.span * sizeof(p.pos[0]));
 	if (!seen->place)
 		return 0;
-	return direct_address(d, direct_segment(seen->place), direct_off(seen->place),
-			      (uint64_t)p.rows * (d->lane[p.lane].k_bytes + d->lane[p.lane].v_bytes), &ret->k);
+	return view_address(d, direct_segment(seen->place), direct_off(seen->place),
+			    (uint64_t)p.rows * (d->lane[p.lane].k_bytes + d->lane[p.lane].v_bytes), &ret->k);
 }
 
+/* Is the entry as it was? All that can change of one lies in its first cache line. */
+static bool unchanged(const struct direct_page *e, const struct direct_seen *old)
+{
+	bool same = atomic_load_explicit(&e->place, memory_order_acquire) == old->place &&
+		    e->serial == old->serial && e->limit == old->limit;
+
+	return same && !memcmp((const void *)e->dead, old->dead, sizeof(old->dead));
+}
+_Static_assert(offsetof(struct direct_page, dead) + sizeof(((struct direct_page *)0)->dead) <= 64, "one line");
+
 /* One entry: hand it over when it is news. */
-static int look_at(struct cuda_direct *d, uint32_t slot, direct_page_fn page, void *arg, bool *changed)
+static int look_at(struct cuda_direct *d, uint32_t slot, view_page_fn page, void *arg, bool *changed)
 {
 	const struct direct_page *e = entry(d, slot);
-	uint64_t place = atomic_load_explicit(&e->place, memory_order_acquire);
-	struct direct_seen now, *old = &d->seen[slot];
+	struct direct_seen now = {.lane = NO_LANE_YET}, *old = &d->seen[slot];
 	struct find_page p;
-	bool same;
-	int r;
+	int r = 0;
 
-	if (!place) {
-		*changed |= old->place != 0;
-		*old = (struct direct_seen){.lane = NO_LANE_YET};
+	if (unchanged(e, old))
 		return 0;
-	}
-	r = take_entry(d, slot, &now, &p);
-	if (r || !now.place)
+	if (atomic_load_explicit(&e->place, memory_order_acquire))
+		r = take_entry(d, slot, &now, &p);
+	if (!r && now.place)
+		r = page(arg, slot, old->place != now.place || old->serial != now.serial, &p);
+	if (r)
 		return r;
-	same = old->place == now.place && old->serial == now.serial;
-	if (same && old->limit == now.limit && !memcmp(old->dead, now.dead, sizeof(now.dead)))
-		return 0;
-	r = page(arg, slot, !same, &p);
-	if (!r) {
-		*old = now;
-		*changed = true;
-	}
+	*changed |= now.place || old->place;
+	*old = now;
+	return 0;
+}
+
+/* Segments that the entries name; the others wait until the stream has passed. */
+static int sort_segments(struct cuda_direct *d, void *stream)
+{
+	uint64_t at;
+	int r = 0;
+
+	for (uint32_t i = 0; i < d->n_held; i++)
+		d->held[i].used = false;
+	for (uint32_t i = 0; i < d->used && !r; i++)
+		if (d->seen[i].place)
+			r = view_address(d, direct_segment(d->seen[i].place), 0, 1, &at);
+	if (!r)
+		release_unused(d, stream);
 	return r;
 }
 
-int direct_look(struct cuda_direct *d, direct_page_fn page, void *arg, void *stream, bool *ret_changed)
+int view_look(struct cuda_direct *d, view_page_fn page, void *arg, void *stream, bool *ret_changed)
 {
 	const struct direct_hdr *h = header(d);
-	uint64_t moved = atomic_load_explicit(&h->moved, memory_order_acquire),
-		 serial = atomic_load_explicit(&h->serial, memory_order_acquire);
+	uint64_t moved = atomic_load_explicit(&h->moved, memory_order_acquire);
 	uint32_t used = MIN(atomic_load_explicit(&h->used, memory_order_acquire), h->capacity);
-	bool all = !d->complete || moved != d->moved;
 	int r = make_room(d, used);
 
 	*ret_changed = false;
 	reap(d);
-	for (uint32_t i = 0; all && i < d->n_held; i++)
-		d->held[i].used = false;
 	for (uint32_t i = 0; i < used && !r; i++)
-		if (all || entry(d, i)->serial > d->serial)
-			r = look_at(d, i, page, arg, ret_changed);
+		r = look_at(d, i, page, arg, ret_changed);
+	for (uint32_t i = used; i < d->used && !r; i++) { /* the daemon has ended it */
+		*ret_changed |= d->seen[i].place != 0;
+		d->seen[i] = (struct direct_seen){.lane = NO_LANE_YET};
+	}
 	/* What was being changed meanwhile is nobody's fault: recalls of this view will not be believed. */
 	if (r == KVT_E_PROTO && atomic_load_explicit(&h->moved, memory_order_acquire) != moved)
 		r = KVT_AGAIN;
 	if (r) {
-		direct_forget(d);
+		view_forget(d);
 		return r;
 	}
-	if (all)
-		release_unused(d, stream);
+	if (moved != d->moved || !d->complete)
+		r = sort_segments(d, stream);
 	d->moved = moved;
-	d->serial = serial;
-	d->complete = true;
-	return 0;
+	d->complete = !r;
+	return r;
 }
 
-void direct_end(struct cuda_direct *d)
+void view_end(struct cuda_direct *d)
 {
 	if (!d)
 		return;

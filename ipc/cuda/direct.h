@@ -34,7 +34,7 @@ struct cuda_direct {
 	const struct cuda_lane *lane; /* [lanes] bytes of rows; the maker's */
 	uint32_t lanes;
 	struct seg dir;           /* fd -1: none yet */
-	uint64_t moved, serial;   /* of the directory at the last look */
+	uint64_t moved;           /* of the directory at the last look */
 	bool complete;            /* every entry of it was seen */
 	struct direct_seen *seen; /* [used] */
 	uint32_t used, room;
@@ -43,25 +43,25 @@ struct cuda_direct {
 };
 
 /* Whoever reads entries: a page that is new (sum: its bytes too) or changed. 0 or KVT_E_*. */
-typedef int (*direct_page_fn)(void *arg, uint32_t slot, bool sum, const struct find_page *p);
+typedef int (*view_page_fn)(void *arg, uint32_t slot, bool sum, const struct find_page *p);
 
 /* lane: [lanes], must outlive the view. KVT_E_NOMEM. */
-int direct_new(struct kvtier_cuda *g, const struct direct_source *src, const struct cuda_lane *lane,
-	       uint32_t lanes, struct cuda_direct **ret);
+int view_new(struct kvtier_cuda *g, const struct direct_source *src, const struct cuda_lane *lane,
+	     uint32_t lanes, struct cuda_direct **ret);
 /* The directory; taken on success. KVT_E_PROTO when it is none. */
-int direct_take(struct cuda_direct *d, struct seg *dir);
+int view_take(struct cuda_direct *d, struct seg *dir);
 /*
- * Look at entries that are new, or at all of them when `moved` changed, and hand those over that matter.
- * *ret_changed: some came, went or changed. Segments that no entry names any more are let go of once the stream
- * has passed this point. After an error nothing counts as seen. Errors: of page() and of the source, PROTO
- * (an entry that cannot be), NOMEM, GPU.
+ * Compare one cache line of each entry with what was seen there, and hand over those that are new or changed
+ * (rows are dropped without a word). *ret_changed: some came, went or changed. Segments that no entry names any
+ * more are let go of once the stream has passed this point. After an error nothing counts as seen. Errors: of
+ * page() and of the source, PROTO (an entry that cannot be), NOMEM, GPU.
  */
-int direct_look(struct cuda_direct *d, direct_page_fn page, void *arg, void *stream, bool *ret_changed);
+int view_look(struct cuda_direct *d, view_page_fn page, void *arg, void *stream, bool *ret_changed);
 /* Forget what was seen: the next look hands over everything. */
-void direct_forget(struct cuda_direct *d);
+void view_forget(struct cuda_direct *d);
 /* Has no page that was listed at the last look changed since? */
-bool direct_still(const struct cuda_direct *d);
+bool view_still(const struct cuda_direct *d);
 /* Device address of [off, off + n) of a segment, mapped and registered when it is new. PROTO: not inside it. */
-int direct_address(struct cuda_direct *d, uint32_t segment, uint64_t off, uint64_t n, uint64_t *ret);
+int view_address(struct cuda_direct *d, uint32_t segment, uint64_t off, uint64_t n, uint64_t *ret);
 /* Let go of everything; nothing on the GPU reads it any more. NULL is fine. */
-void direct_end(struct cuda_direct *d);
+void view_end(struct cuda_direct *d);

@@ -284,9 +284,9 @@ static int take_pages(struct cuda_recall *f, struct cuda_direct *d, void *stream
 
 		r = make_slots(f, MIN(atomic_load(&h->used), h->capacity), &moved);
 		if (moved)
-			direct_forget(d);
+			view_forget(d);
 		if (!r)
-			r = direct_look(d, take_page, f, stream, &changed);
+			r = view_look(d, take_page, f, stream, &changed);
 		if (r >= 0 && flush(f)) /* of pages that are taken again, too: nothing is lost by it */
 			r = KVT_E_GPU;
 		*ret_changed |= changed || i > 0;
@@ -311,7 +311,7 @@ int find_prepare(struct cuda_recall *f, struct cuda_direct *d, const struct find
 		r = find_mark(f, resident, stream);
 	if (r) {
 		f->marked = false;
-		direct_forget(d);
+		view_forget(d);
 	}
 	return r;
 }

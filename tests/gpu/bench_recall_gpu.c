@@ -117,7 +117,7 @@ static void bench_prepare(struct bench *b)
 	for (int i = 0; i < 5; i++) {
 		float ms;
 
-		direct_forget(b->d);
+		view_forget(b->d);
 		start(b);
 		begin = now_ns();
 		prepare(b);
@@ -250,9 +250,9 @@ static void setup(struct bench *b, bool small)
 	cu(b, b->g->d->alloc(&b->positions, (uint64_t)HEADS * 4096 * 4), "alloc");
 	shape = (struct find_shape){
 		.lane = b->m.lane, .lanes = s.lanes, .max_rows = s.rows, .slots = b->m.cap, .dtype = s.dtype};
-	ok(direct_new(b->g, &src, b->m.lane, s.lanes, &b->d), "direct_new");
+	ok(view_new(b->g, &src, b->m.lane, s.lanes, &b->d), "view_new");
 	dir = made_directory(&b->m);
-	ok(direct_take(b->d, &dir), "direct_take");
+	ok(view_take(b->d, &dir), "view_take");
 	ok(find_new(b->g, &shape, &b->f), "find_new");
 }
 
@@ -298,7 +298,7 @@ int main(int argc, char **argv)
 		steps(&b, runs[i].want, runs[i].probe);
 	}
 	find_end(b.f);
-	direct_end(b.d);
+	view_end(b.d);
 	(void)b.g->d->free(b.q);
 	(void)b.g->d->free(b.k);
 	(void)b.g->d->free(b.v);

@@ -290,7 +290,7 @@ static bool search(struct bed *b, const struct search *s)
 				good &= tail[j] == (char)0xa5;
 		}
 	}
-	if (!direct_still(b->d)) {
+	if (!view_still(b->d)) {
 		printf("# the directory stands still and is said to have moved\n");
 		good = false;
 	}
@@ -330,9 +330,9 @@ static void bed_new(struct bed *b, struct kvtier_cuda *g, const struct made_shap
 				    .slots = b->m.cap,
 				    .dtype = s->dtype};
 	ok(cuda_try(g, g->d->stream_create(&b->stream, 1), "stream"), "stream");
-	ok(direct_new(g, &src, b->m.lane, s->lanes, &b->d), "direct_new");
+	ok(view_new(g, &src, b->m.lane, s->lanes, &b->d), "view_new");
 	dir = made_directory(&b->m);
-	ok(direct_take(b->d, &dir), "direct_take");
+	ok(view_take(b->d, &dir), "view_take");
 	ok(find_new(g, &shape, &b->f), "find_new");
 }
 
@@ -340,7 +340,7 @@ static void bed_free(struct bed *b)
 {
 	ok(cuda_try(b->g, b->g->d->stream_sync(b->stream), "sync"), "the end");
 	find_end(b->f);
-	direct_end(b->d);
+	view_end(b->d);
 	(void)b->g->d->stream_destroy(b->stream);
 	made_free(&b->m);
 }
@@ -558,13 +558,19 @@ static void check_change(struct kvtier_cuda *g, uint32_t by)
 	for (int i = 0; i < 3; i++)
 		bits_clear(b.m.resident + b.m.words, pos[i]);
 	made_page(&b.m, b.m.hdr->used, 1, 1, pos, 3);
-	report(direct_still(b.d), "a page that is added moves nothing");
+	report(view_still(b.d), "a page that is added moves nothing");
 	ok(prepare(&b), "find_prepare");
 	report(search(&b, &s), "a page is added, rows have left the device");
 
+	for (uint32_t i = 0; i < b.m.hdr->used; i += 2)
+		b.m.page[i].dead[0] |= 1u << below(32);
+	report(view_still(b.d), "rows that are dropped move nothing");
+	ok(prepare(&b), "find_prepare");
+	report(search(&b, &s), "rows were dropped");
+
 	/* Moved: entries go, change, are used again; the last of segment 2 goes. */
 	atomic_fetch_add(&b.m.hdr->moved, 1);
-	report(!direct_still(b.d), "moved pages are noticed");
+	report(!view_still(b.d), "moved pages are noticed");
 	used = b.m.hdr->used;
 	for (uint32_t i = 0; i < used; i++) {
 		struct direct_page *p = &b.m.page[i];
@@ -587,14 +593,14 @@ static void check_change(struct kvtier_cuda *g, uint32_t by)
 	/* Who reads the same segments shares them. */
 	maps = b.m.maps;
 	src = made_source(&b.m);
-	ok(direct_new(g, &src, b.m.lane, shape.lanes, &other), "direct_new");
-	ok(direct_address(b.d, 0, 64, 64, &here), "direct_address");
-	ok(direct_address(other, 0, 64, 64, &there), "direct_address");
+	ok(view_new(g, &src, b.m.lane, shape.lanes, &other), "view_new");
+	ok(view_address(b.d, 0, 64, 64, &here), "view_address");
+	ok(view_address(other, 0, 64, 64, &there), "view_address");
 	report(here == there && b.m.maps == maps, "segments are registered once");
-	report(direct_address(other, 0, b.m.seg[0].size - 32, 64, &there) == KVT_E_PROTO &&
-		       direct_address(other, 9, 0, 64, &there) == KVT_E_NOENT,
+	report(view_address(other, 0, b.m.seg[0].size - 32, 64, &there) == KVT_E_PROTO &&
+		       view_address(other, 9, 0, 64, &there) == KVT_E_NOENT,
 	       "places outside of segments are refused");
-	direct_end(other);
+	view_end(other);
 
 	/* A truncated sequence: the directory may lag, the end counts. */
 	b.m.s.rows = 300;
@@ -618,7 +624,7 @@ static void check_change(struct kvtier_cuda *g, uint32_t by)
 	report(prepare(&b) == KVT_E_PROTO, "an entry of other rows than bits: %s", kvtier_last_error());
 	dir = made_directory(&b.m);
 	b.m.hdr->capacity = 1u << 30;
-	report(direct_take(b.d, &dir) == KVT_E_PROTO, "a directory that is too small: %s", kvtier_last_error());
+	report(view_take(b.d, &dir) == KVT_E_PROTO, "a directory that is too small: %s", kvtier_last_error());
 	seg_close(&dir);
 	bed_free(&b);
 }
