@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from ._lib import PLAN_READY, Error
+from ._lib import PLAN_NONE, PLAN_READY, Error
 from .client import Model, budget
 from .cuda import CudaLayer, CudaSequence, Gpu, RecallOpts, Scorer, Window
 from .hf import _DTYPES, _GONE, within
@@ -72,6 +72,7 @@ class KvtierCudaCache(LaneCache):
                      for b in range(batch)]
         self.seq = self.seqs[0]
         self._pinned = cuda
+        self._manual = bool(budget and budget.manual)
         self._told = 0                  # rows that the library knows of
         self._lag = [0] * batch         # of each sequence: its fullest lane's rows, less self.seen
         self._applied = [0] * batch     # id of the last plan
@@ -147,6 +148,7 @@ class KvtierCudaCache(LaneCache):
 
     def push(self, b=None):
         """Have sequence b (None: all) scored and told of, as far as its rows have come."""
+        self._try(self.client.process)  # sees the daemon's end
         self._tell()
         self._follow()
         for i in range(self.batch) if b is None else (b,):
@@ -215,10 +217,11 @@ class KvtierCudaCache(LaneCache):
         """A lane would overflow: wait for the plan that was or will be decided."""
         end = time.monotonic() + timeout_s
         self.push()
-        while self.most + n > self.cap and not self.detached:
-            if not self.poll(everyone=True):
-                if time.monotonic() > end:
-                    break
+        while self.most + n > self.cap and not self.detached and time.monotonic() < end:
+            states = [seq.state(self._stream()) for seq in self.seqs]
+            if not sum(self._apply(b) for b, s in enumerate(states) if s.state == PLAN_READY):
+                if self._manual and all(s.state == PLAN_NONE and s.pushed == s.rows and not s.busy for s in states):
+                    break  # none will come by itself
                 time.sleep(0.0002)
 
     def _reach(self, idents, timeout_ms):
@@ -237,14 +240,24 @@ class KvtierCudaCache(LaneCache):
         self.settle(timeout_ms=timeout_ms)
         return [got[b] for b in range(self.batch)]
 
+    def _known(self, timeout_ms):
+        """Wait until the daemon knows of every row."""
+        self.push()
+        end = time.monotonic() + timeout_ms / 1000
+        for seq in self.seqs:
+            while (state := seq.state(self._stream())).pushed < state.rows:
+                if time.monotonic() > end:
+                    raise TimeoutError(f"push: {state.pushed} of {state.rows} rows within {timeout_ms} ms")
+
     def compress(self, b=None, timeout_ms=60000):
         """Ask for plans (under budget b), wait until they are READY, apply them. Waits."""
-        self.push()
+        self._known(timeout_ms)
+        self._manual = bool(b.manual) if b else self._manual
         return self._reach([seq.request(within(b, self.room)) for seq in self.seqs], timeout_ms)
 
     def recall_rows(self, pos, n, timeout_ms=60000):
         """Bring rows [pos, pos + n) back within the budget, by plans. Not the recall of queries. Waits."""
-        self.push()
+        self._known(timeout_ms)
         return self._reach([seq.fetch(pos, n) for seq in self.seqs], timeout_ms)
 
     def settle(self, save=False, timeout_ms=60000):
