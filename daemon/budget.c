@@ -11,22 +11,19 @@ static uint64_t room_in(const struct seq *s, int tier)
 	const struct config_watermarks *m = tier == KVT_TIER_DRAM ? &c->cfg.dram_marks : &c->cfg.nvme_marks;
 	uint64_t limit = tier == KVT_TIER_DRAM ? s->tenant->limit.dram_bytes : s->tenant->limit.nvme_bytes;
 	uint64_t used = c->pages.used[tier][s->tenant->index], floor;
-	struct tier_owner own;
+	uint64_t quota;
 	struct tier_stat st;
 
 	if (!c->pages.tier[tier])
 		return 0;
 	c->pages.tier[tier]->ops->stat(c->pages.tier[tier], &st);
 	floor = st.capacity / 1000 * m->min;
-	if (tier == KVT_TIER_DRAM && !LIST_EMPTY(&c->owners)) {
-		/* What is free in another owner's segments is not free for this one. */
-		direct_stat(s->core, direct_owner_of(s), &own);
-		st.free = MIN(st.free, own.room);
-		used += direct_held(s->core, s->tenant->index, direct_owner_of(s));
-	}
-	if (st.offline || st.free <= floor || used >= limit)
+	quota = limit > used ? limit - used : 0;
+	if (tier == KVT_TIER_DRAM && !LIST_EMPTY(&c->owners))
+		st.free = direct_room(s, &quota, st.free);
+	if (st.offline || st.free <= floor)
 		return 0;
-	return MIN(st.free - floor, limit - used);
+	return MIN(st.free - floor, quota);
 }
 
 /* What one position takes over all lanes, when its pages are full. */
@@ -220,6 +217,13 @@ static void write_no_more(struct plan *p, uint32_t lane)
 	}
 }
 
+/* Where writing to dram failed again and again, and nothing may be lost, what was to go there goes further. */
+static void write_below(struct plan *p, uint32_t lane)
+{
+	for (uint64_t i = (uint64_t)lane * p->words; i < (uint64_t)(lane + 1) * p->words; i++)
+		p->to_dram[i] &= ~p->t.copy_out[i];
+}
+
 int budget_stage(struct plan *p)
 {
 	struct seq *s = p->seq;
@@ -253,5 +257,8 @@ int budget_stage(struct plan *p)
 	for (uint32_t l = 0; l < s->ix.lanes; l++)
 		if (!p->lossless && (s->avoid[KVT_TIER_DRAM] || s->avoid[KVT_TIER_NVME]))
 			write_no_more(p, l);
+		else if (s->avoid[KVT_TIER_DRAM] && !s->avoid[KVT_TIER_NVME] &&
+			 s->core->pages.tier[KVT_TIER_NVME])
+			write_below(p, l);
 	return 0;
 }

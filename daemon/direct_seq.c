@@ -115,6 +115,19 @@ uint64_t direct_held(struct core *c, uint32_t tenant, uint64_t except)
 	return sum;
 }
 
+uint64_t direct_room(const struct seq *s, uint64_t *quota, uint64_t free_bytes)
+{
+	uint64_t owner = direct_owner_of(s), held = direct_held(s->core, s->tenant->index, 0);
+	struct tier_owner own;
+
+	/* What is free in another owner's segments is not free for this one. */
+	direct_stat(s->core, owner, &own);
+	*quota = *quota > held ? *quota - held : 0;
+	if (owner) /* in whole segments, and in those that it has */
+		*quota = *quota / TIER_SEGMENT_GRAIN * TIER_SEGMENT_GRAIN + own.bytes - own.used;
+	return MIN(free_bytes, own.room);
+}
+
 void direct_owners_free(struct core *c)
 {
 	struct direct_owner *o;

@@ -19,6 +19,7 @@
 
 #define DRAM_SLOTS ALLOC_MAX_SEGS
 #define DRAM_SLOT_BITS 12
+_Static_assert(TIER_SEGMENT_GRAIN == ALLOC_SLAB_BYTES, "segments are whole slabs");
 _Static_assert(DRAM_SLOTS == 1u << DRAM_SLOT_BITS, "a number is a slot and 12 bits of generation");
 
 struct pool {

@@ -99,6 +99,8 @@ struct tier_stat {
 	char note[96];                /* one human line, e.g. why the fallback runs */
 };
 
+#define TIER_SEGMENT_GRAIN (UINT64_C(2) << 20) /* published segments are multiples */
+
 /* What an owner takes; owner 0: all that is private. */
 struct tier_owner {
 	uint64_t bytes, used;     /* of its segments; what pages occupy of them, padding included */

@@ -24,24 +24,34 @@
 struct target {
 	const char *label, *ops, *lower; /* names in the registry */
 	struct tier_cfg cfg;
+	uint64_t owner; /* of its pages, in tiers with published memory */
 };
 
 static const struct target targets[] = {
-	{"dram", "dram", NULL, {.size = 64 * MIB, .segment = 16 * MIB, .node = -1}},
-	{"fault(dram)", "fault", "dram", {.size = 64 * MIB, .segment = 16 * MIB, .node = -1}},
-	{"fault(dram), delayed", "fault", "dram", {.size = 64 * MIB, .node = -1, .fault = "delay_us=200"}},
-	{"nvme, io_uring",
-	 "nvme",
-	 NULL,
-	 {.size = 64 * MIB, .segment = 8 * MIB, .staging = 4 * MIB, .depth = 16}},
-	{"nvme, threads",
-	 "nvme",
-	 NULL,
-	 {.size = 64 * MIB, .segment = 8 * MIB, .staging = 4 * MIB, .depth = 16, .no_uring = true}},
-	{"fault(nvme)",
-	 "fault",
-	 "nvme",
-	 {.size = 64 * MIB, .segment = 8 * MIB, .staging = 4 * MIB, .depth = 16}},
+	{.label = "dram", .ops = "dram", .cfg = {.size = 64 * MIB, .segment = 16 * MIB, .node = -1}},
+	{.label = "dram, published",
+	 .ops = "dram",
+	 .cfg = {.size = 64 * MIB, .segment = 16 * MIB, .node = -1},
+	 .owner = 7},
+	{.label = "fault(dram)",
+	 .ops = "fault",
+	 .lower = "dram",
+	 .cfg = {.size = 64 * MIB, .segment = 16 * MIB, .node = -1}},
+	{.label = "fault(dram), published, delayed",
+	 .ops = "fault",
+	 .lower = "dram",
+	 .cfg = {.size = 64 * MIB, .node = -1, .fault = "delay_us=200"},
+	 .owner = 7},
+	{.label = "nvme, io_uring",
+	 .ops = "nvme",
+	 .cfg = {.size = 64 * MIB, .segment = 8 * MIB, .staging = 4 * MIB, .depth = 16}},
+	{.label = "nvme, threads",
+	 .ops = "nvme",
+	 .cfg = {.size = 64 * MIB, .segment = 8 * MIB, .staging = 4 * MIB, .depth = 16, .no_uring = true}},
+	{.label = "fault(nvme)",
+	 .ops = "fault",
+	 .lower = "nvme",
+	 .cfg = {.size = 64 * MIB, .segment = 8 * MIB, .staging = 4 * MIB, .depth = 16}},
 };
 
 /* One open tier, and the pages that live in it. */
@@ -185,7 +195,13 @@ static int prepare_page(struct fixture *f, struct tier_io *io, struct page *p, u
 
 	*p = (struct page){.id = {.page = f->number, .tenant = 3, .lane = 1, .rows = 1}, .bytes = bytes};
 	memcpy(p->id.key, f->seq.key, sizeof(p->id.key));
-	*io = (struct tier_io){.op = TIER_WRITE, .bytes = bytes, .seq = &f->seq, .life = TIER_LONG, .user = p};
+	*io = (struct tier_io){.op = TIER_WRITE,
+			       .bytes = bytes,
+			       .seq = &f->seq,
+			       .life = TIER_LONG,
+			       .user = p,
+			       .owner = f->target->owner,
+			       .room = UINT64_MAX};
 	io->meta = (struct page_meta){.id = p->id, .bytes = bytes, .pos_words = 1, .pos = &pos};
 	for (unsigned tries = 0; (r = f->ops->prepare(f->t, io)) == -EAGAIN && tries < 1000; tries++)
 		tick(f);
