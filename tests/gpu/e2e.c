@@ -132,7 +132,7 @@ static void resumed(struct rig *g, const struct shape *m, double pcie_in)
 static void figures(struct rig *g)
 {
 	static const struct shape m = {28, 4, 512};
-	uint64_t bytes = (uint64_t)opt.rows * shape_lanes(&m) * m.row_bytes;
+	uint64_t bytes = (uint64_t)MAX(opt.rows, RESUME_ROWS) * shape_lanes(&m) * m.row_bytes;
 	struct rig_conf conf = {.base = opt.dir,
 				.workers = opt.workers,
 				.depth = 32,
