@@ -76,7 +76,7 @@ UNIT_BINS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(UNIT))
 BENCH_BINS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(BENCH))
 HELPER_BINS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(HELPERS))
 # What checks kernels and the library's CUDA side: on a GPU (make check-gpu), and small on the fake driver (make test).
-GPU_CHECKS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/check_train.c,$(wildcard tests/gpu/check_*.c)))
+GPU_CHECKS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/check_train.c,$(wildcard tests/gpu/check_*.c)) tests/gpu/e2e.c)
 SOLIB      := $(BUILD)/libkvtier.so.$(SOVERSION)
 MANSRC     := $(wildcard daemon/man/*.scd ipc/man/*.scd)
 MAN        := $(patsubst %.scd,$(BUILD)/man/%,$(notdir $(MANSRC)))

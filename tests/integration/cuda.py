@@ -96,32 +96,41 @@ def no_kernel_spills():
     assert not bad, f"(stack frame, spill stores, spill loads) in bytes: {bad}"
 
 
+def run(program, **env):
+    """Its number of checks, all of them passed."""
+    kernels = FAKE.parent / "kernels"  # the fake driver holds them itself; the library wants a file
+    kernels.write_text("kernels of the fake driver\n")
+    env = dict(os.environ, KVTIER_LIBCUDA=str(FAKE), KVTIER_CUDA_KERNELS=str(kernels), **env)
+    p = subprocess.run([program, "--small"], env=env, text=True, errors="replace", timeout=SMALL_S, cwd=ROOT,
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    good = len(re.findall(r"^ok\b", p.stdout, re.M))
+    plan = re.findall(r"^1\.\.(\d+)", p.stdout, re.M)
+    tail = "\n".join(p.stdout.splitlines()[-40:])
+    assert p.returncode == 0, f"exit status {p.returncode}\n{tail}"
+    assert "not ok" not in p.stdout and good > 0, tail
+    assert plan and int(plan[-1]) == good, f"{good} results, planned {plan}\n{tail}"
+    return good
+
+
 def small(program):
-    """A program of tests/gpu on the fake driver."""
+    """A program of tests/gpu on the fake driver: threads in rising order, work done at once; in falling order, work done
+    by another thread at its own pace."""
     def test():
         if not program.exists():
             raise Skip(f"{program} is not built (make tests-bin does)")
         if not FAKE.exists():
             raise Skip(f"no {FAKE.name} for tests in {FAKE.parent}")
-        kernels = FAKE.parent / "kernels"  # the fake driver holds them itself; the library wants a file
-        kernels.write_text("kernels of the fake driver\n")
-        env = dict(os.environ, KVTIER_LIBCUDA=str(FAKE), KVTIER_CUDA_KERNELS=str(kernels))
-        p = subprocess.run([program, "--small"], env=env, text=True, errors="replace", timeout=SMALL_S, cwd=ROOT,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        good = len(re.findall(r"^ok\b", p.stdout, re.M))
-        plan = re.findall(r"^1\.\.(\d+)", p.stdout, re.M)
-        tail = "\n".join(p.stdout.splitlines()[-40:])
-        assert p.returncode == 0, f"exit status {p.returncode}\n{tail}"
-        assert "not ok" not in p.stdout and good > 0, tail
-        assert plan and int(plan[-1]) == good, f"{good} results, planned {plan}\n{tail}"
-        return f"{good} checks"
+        n = run(program)
+        assert run(program, KVT_HOST_ORDER="falling", KVT_FAKE_CUDA="async") == n
+        return f"{n} checks, twice"
 
     test.__name__ = f"{program.name}_on_the_fake_driver"
     return test
 
 
 def main():
-    programs = [BUILD / "tests/gpu" / p.stem for p in sorted((ROOT / "tests/gpu").glob("check_*.c"))
+    sources = [*sorted((ROOT / "tests/gpu").glob("check_*.c")), ROOT / "tests/gpu/e2e.c"]
+    programs = [BUILD / "tests/gpu" / p.stem for p in sources
                 if p.stem != "check_train"]  # the trainer's has unit tests and tests/gpu/run host
     tests = [fatbin_holds_every_kernel, no_kernel_spills, *map(small, programs)]
     bad = 0
