@@ -1,220 +1,182 @@
 /* SPDX-License-Identifier: MIT */
 #pragma once
 /*
- * Rows in GPU memory that say which sequence, lane and position they are, so that a row in the wrong place
- * cannot go unnoticed: filled and compared through pinned host memory, by several threads.
+ * A sequence whose rows' content follows from (lane, position), in the GPU's memory and as it must be: what
+ * check_move.c compares.
  */
-#include <pthread.h>
-#include "tests/gpu/rig.h"
+#include "shm/bits.h"
+#include "tests/gpu/gpu.h"
 
-#define RIG_THREADS 8u
+#define SWAP(a, b)                                                                                             \
+	do {                                                                                                   \
+		__typeof__(a) swap = a;                                                                        \
+		a = b;                                                                                         \
+		b = swap;                                                                                      \
+	} while (0)
+#define POISON 0xe7
+#define PAGE_ROWS 128u
 
-/* Shape of one model: every lane's rows are K and V of row_bytes / 2 each. */
 struct shape {
-	uint32_t layers, heads, row_bytes;
-};
-static inline uint32_t shape_lanes(const struct shape *m)
-{
-	return m->layers * m->heads;
-}
-
-static inline uint64_t row_mix(uint64_t x)
-{
-	x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-	x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-	return x ^ x >> 31;
-}
-
-/* 64-bit word i of one row: K has words [0, n), V [n, 2 n). */
-static inline uint64_t row_base(uint32_t salt, uint32_t lane, uint32_t pos)
-{
-	return row_mix(((uint64_t)salt << 48) + ((uint64_t)lane << 32) + pos + 0x9e3779b97f4a7c15u);
-}
-static inline uint64_t row_word(uint64_t base, uint32_t i)
-{
-	return base + i * 0xd1342543de82ef95u;
-}
-
-/* The rows of one sequence in GPU memory: [layer][K|V][head][slots][row_bytes / 2]. */
-struct rows {
-	struct rig *g;
-	struct shape m;
-	uint32_t cap, stage, salt;
-	uint64_t base, bytes;
-	struct kvtier_cuda_layer *layer;
+	uint32_t lanes, cap, stage, k, v, rounds, append, ring; /* ring: bytes, 0: ample */
+	bool mixed;                                             /* lanes differ in width; strides have gaps */
 };
 
-static inline void rows_new(struct rows *r, struct rig *g, const struct shape *m, uint32_t cap, uint32_t stage)
-{
-	uint32_t half = m->row_bytes / 2;
-	uint64_t head = (uint64_t)(cap + stage) * half;
-
-	*r = (struct rows){.g = g, .m = *m, .cap = cap, .stage = stage};
-	r->bytes = head * m->heads * 2 * m->layers;
-	r->layer = calloc(m->layers, sizeof(*r->layer));
-	if (!r->layer)
-		die("no memory");
-	cu(g, g->d->alloc(&r->base, r->bytes), "cuMemAlloc");
-	for (uint32_t l = 0; l < m->layers; l++)
-		r->layer[l] = (struct kvtier_cuda_layer){.k = r->base + (uint64_t)(2 * l) * m->heads * head,
-							 .v = r->base + (uint64_t)(2 * l + 1) * m->heads * head,
-							 .k_head_stride = head,
-							 .v_head_stride = head,
-							 .k_row_stride = half,
-							 .v_row_stride = half};
-}
-
-static inline void rows_free(struct rows *r)
-{
-	if (r->base)
-		cu(r->g, r->g->d->free(r->base), "cuMemFree");
-	free(r->layer);
-	memset(r, 0, sizeof(*r));
-}
-
-static inline uint64_t rows_plane(const struct rows *r, uint32_t lane, bool v)
-{
-	const struct kvtier_cuda_layer *l = &r->layer[lane / r->m.heads];
-	uint32_t h = lane % r->m.heads;
-
-	return v ? l->v + h * l->v_head_stride : l->k + h * l->k_head_stride;
-}
-
-/* A run of slots of one plane, by several threads: written, or compared. */
-struct row_work {
-	uint64_t *at;
-	const uint32_t *pos; /* of each slot; NULL: slot i is position first + i */
-	uint32_t salt, lane, first, n, words, skip;
-	bool check;
-	uint64_t bad;
+struct run {
+	struct gpu *u;
+	struct shape s;
+	uint64_t salt;
+	struct cuda_lane *lane, *other; /* other: the second memory, for ordered compaction */
+	uint64_t d_lane, d_other, mem, spare, slot_of, pos_of, scratch;
+	uint64_t *lane_off; /* of K, of V in a memory */
+	size_t bytes;       /* of a memory */
+	uint8_t *now, *want, *got;
+	uint32_t rows, watermark, words, max_rows;
+	uint32_t *count, *h_slot, *h_pos, *after, *in;           /* maps as they must be */
+	uint64_t *resident, *stored, *kept, *out, *dram, *bring; /* [lanes][max words] */
 };
 
-static inline void *row_thread(void *arg)
+static inline uint32_t stride_words(const struct run *r)
 {
-	struct row_work *w = arg;
+	return (uint32_t)BITS_WORDS(r->max_rows);
+}
 
-	for (uint32_t s = 0; s < w->n; s++) {
-		uint64_t base = row_base(w->salt, w->lane, w->pos ? w->pos[s] : w->first + s);
-		uint64_t *row = w->at + (uint64_t)s * w->words, diff = 0;
+static inline uint64_t *row_bits(const struct run *r, uint64_t *bits, uint32_t lane)
+{
+	return bits + (size_t)lane * stride_words(r);
+}
 
-		if (!w->check) {
-			for (uint32_t i = 0; i < w->words; i++)
-				row[i] = row_word(base, w->skip + i);
-			continue;
+/* What a row holds. */
+static inline void row_fill(const struct run *r, uint32_t lane, uint32_t pos, int plane, uint8_t *to)
+{
+	uint32_t bytes = plane ? r->lane[lane].v_bytes : r->lane[lane].k_bytes;
+	uint64_t seed = mix(r->salt ^ mix((uint64_t)lane << 33 | (uint64_t)pos << 1 | (uint64_t)plane));
+
+	for (uint32_t i = 0; i < bytes; i += 8) {
+		uint64_t x = mix(seed + i);
+
+		memcpy(to + i, &x, 8);
+	}
+}
+
+static inline void put_row(const struct run *r, uint8_t *mem, uint32_t lane, uint32_t slot, uint32_t pos)
+{
+	row_fill(r, lane, pos, 0, mem + r->lane_off[2 * lane] + (size_t)slot * r->lane[lane].k_row);
+	row_fill(r, lane, pos, 1, mem + r->lane_off[2 * lane + 1] + (size_t)slot * r->lane[lane].v_row);
+}
+
+static inline bool memory_is(struct run *r, uint64_t addr, const uint8_t *want, const char *what)
+{
+	gpu_get(r->u, r->got, addr, r->bytes);
+	if (memcmp(r->got, want, r->bytes) == 0)
+		return true;
+	for (size_t i = 0; i < r->bytes; i++)
+		if (r->got[i] != want[i]) {
+			printf("# %s: byte %zu of %zu is %02x, must be %02x\n", what, i, r->bytes, r->got[i],
+			       want[i]);
+			break;
 		}
-		for (uint32_t i = 0; i < w->words; i++)
-			diff |= row[i] ^ row_word(base, w->skip + i);
-		w->bad += diff != 0;
-	}
-	return NULL;
+	return false;
 }
 
-static inline uint64_t row_run(const struct row_work *all)
+/* The GPU's maps are those that must be. */
+static inline bool maps_are(struct run *r)
 {
-	struct row_work part[RIG_THREADS];
-	pthread_t thread[RIG_THREADS];
-	uint64_t bad = 0;
+	size_t n = (size_t)r->s.lanes * r->max_rows, m = (size_t)r->s.lanes * r->s.cap;
+	uint32_t *slot = need(n, 4), *pos = need(m, 4);
+	bool good;
 
-	for (uint32_t t = 0; t < RIG_THREADS; t++) {
-		uint32_t from = (uint32_t)((uint64_t)all->n * t / RIG_THREADS);
-
-		part[t] = *all;
-		part[t].n = (uint32_t)((uint64_t)all->n * (t + 1) / RIG_THREADS) - from;
-		part[t].at += (uint64_t)from * all->words;
-		part[t].first += from;
-		part[t].pos = all->pos ? all->pos + from : NULL;
-		if (pthread_create(&thread[t], NULL, row_thread, &part[t]))
-			die("pthread_create");
-	}
-	for (uint32_t t = 0; t < RIG_THREADS; t++) {
-		pthread_join(thread[t], NULL);
-		bad += part[t].bad;
-	}
-	return bad;
-}
-
-/* Slots [0, n) of every lane become rows [0, n) of this salt; everything behind them is poisoned. */
-static inline void rows_fill(struct rows *r, uint32_t salt, uint32_t n)
-{
-	struct rig *g = r->g;
-	uint32_t half = r->m.row_bytes / 2, step = (uint32_t)(RIG_CHUNK / half);
-
-	r->salt = salt;
-	cu(g, g->d->set8(r->base, 0xee, r->bytes, g->stream), "cuMemsetD8Async");
-	for (uint32_t lane = 0; lane < shape_lanes(&r->m); lane++)
-		for (int v = 0; v < 2; v++)
-			for (uint32_t at = 0; at < n; at += step) {
-				struct row_work w = {.at = (uint64_t *)g->pinned,
-						     .salt = salt,
-						     .lane = lane,
-						     .first = at,
-						     .n = MIN(step, n - at),
-						     .words = half / 8,
-						     .skip = v ? half / 8 : 0};
-
-				cu(g, g->d->stream_sync(g->stream), "cuStreamSynchronize");
-				row_run(&w);
-				cu(g,
-				   g->d->copy_in(rows_plane(r, lane, v) + (uint64_t)at * half, g->pinned,
-						 (uint64_t)w.n * half, g->stream),
-				   "cuMemcpyHtoDAsync");
-			}
-	cu(g, g->d->stream_sync(g->stream), "cuStreamSynchronize");
-}
-
-/* Entries of a lane's map that are no position below n, or one that another slot has too. */
-static inline uint64_t pos_wrong(const uint32_t *pos, uint32_t count, uint32_t n, uint8_t *seen)
-{
-	uint64_t bad = 0;
-
-	memset(seen, 0, n);
-	for (uint32_t i = 0; i < count; i++)
-		bad += pos[i] >= n || seen[pos[i]]++;
-	return bad;
-}
-
-/*
- * Rows in slots [0, counts[lane]) that are not, byte for byte, the rows of the positions that the map gives
- * them, positions below n and each one once; 0 is right.
- */
-static inline uint64_t rows_wrong(struct rows *r, struct kvtier_seq *s, const uint32_t *counts, uint32_t n)
-{
-	struct rig *g = r->g;
-	uint32_t half = r->m.row_bytes / 2, step = (uint32_t)(RIG_CHUNK / half), stride;
-	uint32_t *pos = malloc((r->cap + r->stage) * sizeof(*pos));
-	uint8_t *seen = malloc(n);
-	uint64_t map, bad = 0;
-
-	if (!pos || !seen)
-		die("no memory");
-	must(kvtier_cuda_map(s, &map, &stride), "kvtier_cuda_map");
-	for (uint32_t lane = 0; lane < shape_lanes(&r->m); lane++) {
-		cu(g,
-		   g->d->copy_out(pos, map + (uint64_t)lane * stride * sizeof(*pos),
-				  counts[lane] * sizeof(*pos), g->stream),
-		   "cuMemcpyDtoHAsync");
-		cu(g, g->d->stream_sync(g->stream), "cuStreamSynchronize");
-		bad += pos_wrong(pos, counts[lane], n, seen);
-		for (int v = 0; v < 2; v++)
-			for (uint32_t at = 0; at < counts[lane]; at += step) {
-				struct row_work w = {.at = (uint64_t *)g->pinned,
-						     .pos = pos + at,
-						     .salt = r->salt,
-						     .lane = lane,
-						     .n = MIN(step, counts[lane] - at),
-						     .words = half / 8,
-						     .skip = v ? half / 8 : 0,
-						     .check = true};
-
-				cu(g,
-				   g->d->copy_out(g->pinned, rows_plane(r, lane, v) + (uint64_t)at * half,
-						  (uint64_t)w.n * half, g->stream),
-				   "cuMemcpyDtoHAsync");
-				cu(g, g->d->stream_sync(g->stream), "cuStreamSynchronize");
-				bad += row_run(&w);
-			}
-	}
+	gpu_get(r->u, slot, r->slot_of, n * 4);
+	gpu_get(r->u, pos, r->pos_of, m * 4);
+	good = memcmp(slot, r->h_slot, n * 4) == 0 && memcmp(pos, r->h_pos, m * 4) == 0;
+	free(slot);
 	free(pos);
-	free(seen);
-	return bad;
+	return good;
+}
+
+static inline struct cuda_maps maps(const struct run *r)
+{
+	return (struct cuda_maps){r->slot_of, r->pos_of, r->max_rows, r->s.cap};
+}
+
+/* ---- memory ---- */
+
+static inline void lay_out(struct run *r)
+{
+	uint64_t off = 256;
+
+	for (uint32_t l = 0; l < r->s.lanes; l++) {
+		struct cuda_lane *c = &r->lane[l];
+
+		c->k_bytes = r->s.mixed && l % 3 == 1 ? 48 : r->s.k;
+		c->v_bytes = r->s.mixed && l % 3 == 2 ? 0 : r->s.v;
+		c->k_row = c->k_bytes + (r->s.mixed ? 16 * (l % 4) : 0);
+		c->v_row = c->v_bytes + (r->s.mixed ? 32 * (l % 2) : 0);
+		r->lane_off[2 * l] = off;
+		off += (uint64_t)c->k_row * (r->s.cap + r->s.stage) + 16 * (l % 5);
+		r->lane_off[2 * l + 1] = off;
+		off += (uint64_t)c->v_row * (r->s.cap + r->s.stage);
+	}
+	r->bytes = off + 256;
+}
+
+static inline uint64_t place_lanes(struct run *r, struct cuda_lane *lane, uint64_t mem)
+{
+	for (uint32_t l = 0; l < r->s.lanes; l++) {
+		lane[l] = r->lane[l];
+		lane[l].k = mem + r->lane_off[2 * l];
+		lane[l].v = mem + r->lane_off[2 * l + 1];
+	}
+	return gpu_new(r->u, lane, r->s.lanes * sizeof(*lane));
+}
+
+static inline void run_open(struct run *r, struct gpu *u, const struct shape *s)
+{
+	size_t words, none = compact_scratch(s->lanes, s->cap);
+	uint8_t *zero = need(1, none);
+
+	*r = (struct run){.u = u, .s = *s, .max_rows = s->append * s->rounds + 64};
+	r->salt = mix(random_state ^ below(1u << 31));
+	words = (size_t)s->lanes * stride_words(r);
+	r->lane = need(s->lanes, sizeof(*r->lane));
+	r->other = need(s->lanes, sizeof(*r->lane));
+	r->lane_off = need(2 * s->lanes, 8);
+	lay_out(r);
+	r->now = need(1, r->bytes);
+	r->want = need(1, r->bytes);
+	r->got = need(1, r->bytes);
+	memset(r->now, POISON, r->bytes);
+	r->mem = gpu_new(u, r->now, r->bytes);
+	r->spare = gpu_new(u, r->now, r->bytes);
+	r->d_other = place_lanes(r, r->other, r->spare);
+	r->d_lane = place_lanes(r, r->lane, r->mem);
+	r->h_slot = need((size_t)s->lanes * r->max_rows, 4);
+	r->h_pos = need((size_t)s->lanes * s->cap, 4);
+	memset(r->h_slot, POISON, (size_t)s->lanes * r->max_rows * 4);
+	memset(r->h_pos, POISON, (size_t)s->lanes * s->cap * 4);
+	r->slot_of = gpu_new(u, r->h_slot, (size_t)s->lanes * r->max_rows * 4);
+	r->pos_of = gpu_new(u, r->h_pos, (size_t)s->lanes * s->cap * 4);
+	r->scratch = gpu_new(u, zero, none);
+	r->count = need(s->lanes, 4);
+	r->after = need(s->lanes, 4);
+	r->in = need(s->lanes, 4);
+	for (uint64_t ***b =
+		     (uint64_t * *[]){&r->resident, &r->stored, &r->kept, &r->out, &r->dram, &r->bring, NULL};
+	     *b; b++)
+		**b = need(words, 8);
+	if (!s->ring)
+		r->s.ring = 64u << 20;
+	free(zero);
+}
+
+static inline void run_close(struct run *r)
+{
+	for (uint64_t *a = (uint64_t[]){r->d_lane, r->d_other, r->mem, r->spare, r->slot_of, r->pos_of,
+					r->scratch, 0};
+	     *a; a++)
+		gpu_free(r->u, *a);
+	for (void **p = (void *[]){r->lane, r->other, r->lane_off, r->now, r->want, r->got, r->h_slot, r->h_pos,
+				   r->count, r->after, r->in, r->resident, r->stored, r->kept, r->out, r->dram,
+				   r->bring, NULL};
+	     *p; p++)
+		free(*p);
 }
