@@ -70,7 +70,7 @@ uint32_t direct_crc(const struct page *p)
 static void moved(struct direct *d)
 {
 	atomic_store_explicit(&d->hdr->moved, ++d->moved, memory_order_release);
-	atomic_thread_fence(memory_order_seq_cst);
+	__sync_synchronize();
 }
 
 static void enter(struct direct *d, uint32_t e, const struct direct_page *from)

@@ -119,16 +119,31 @@ static uint32_t times(uint32_t a, uint32_t b)
 	return r;
 }
 
-uint32_t crc32c_shift(uint32_t crc, uint64_t len)
+/* x^(8 len) modulo P. */
+static uint32_t power(uint64_t len)
 {
-	uint32_t square = UINT32_C(1) << 23; /* x^8, then x^16, x^32, ... */
+	uint32_t square = UINT32_C(1) << 23, r = UINT32_C(1) << 31; /* x^8; 1 */
 
-	for (; len && crc; len >>= 1) {
+	for (; len; len >>= 1) {
 		if (len & 1)
-			crc = times(square, crc);
+			r = times(square, r);
 		square = times(square, square);
 	}
-	return crc;
+	return r;
+}
+
+uint32_t crc32c_shift(uint32_t crc, uint64_t len)
+{
+	static _Thread_local struct {
+		uint64_t len;
+		uint32_t power;
+	} last = {0, UINT32_C(1) << 31}; /* pages come in a few sizes, one after the other */
+
+	if (len != last.len) {
+		last.power = power(len);
+		last.len = len;
+	}
+	return times(last.power, crc);
 }
 
 uint32_t crc32c_plain(uint32_t seed, uint32_t crc, uint64_t len)

@@ -265,7 +265,8 @@ static inline void rt_close(struct runtime *rt)
 static inline uint8_t rt_byte(const struct rt_seq *q, uint32_t lane, uint32_t pos, uint32_t i, bool v)
 {
 	uint64_t x = q->id * 0x9e3779b97f4a7c15u + lane * 0xbf58476d1ce4e5b9u + pos * 0x94d049bb133111ebu +
-		     q->salts[pos] * 0xd6e8feb86659fd93u + (i / 8 + (v ? 1000 : 0)) * 0xff51afd7ed558ccdu;
+		     __atomic_load_n(&q->salts[pos], __ATOMIC_RELAXED) * 0xd6e8feb86659fd93u +
+		     (i / 8 + (v ? 1000 : 0)) * 0xff51afd7ed558ccdu;
 
 	x ^= x >> 29;
 	x *= 0xbf58476d1ce4e5b9u;
@@ -387,7 +388,7 @@ static inline int rt_append(struct rt_seq *q, uint32_t n)
 			uint32_t pos = q->rows + i;
 
 			if (!l)
-				q->salts[pos] = q->salt;
+				__atomic_store_n(&q->salts[pos], q->salt, __ATOMIC_RELAXED);
 			rt_write(q, l, (uint32_t)have + i, pos);
 			*rt_score(q, l, pos) = (float)(rt_random(q) % 10000) / 100.0f;
 		}

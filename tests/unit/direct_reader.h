@@ -157,7 +157,7 @@ static inline bool reader_look(struct reader *r, uint32_t from, uint32_t n)
 	}
 	for (uint32_t i = 0; i < have; i++)
 		bad += reader_page(r, &r->page[i], &rows);
-	atomic_thread_fence(memory_order_acquire);
+	__sync_synchronize();
 	if (atomic_load_explicit(&r->hdr->moved, memory_order_relaxed) != moved ||
 	    atomic_load(&r->cuts) != cuts) {
 		r->torn++;
