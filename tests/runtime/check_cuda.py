@@ -69,8 +69,8 @@ def fake_memory(nbytes):
 
 
 def fresh(client, b=None, **kw):
-    args = dict(name="tiny", dtype=torch.float32, device=DEV, gpu=GPU, memory=None if REAL else fake_memory, scorer=False,
-                budget=b or budget(manual=True), out_bytes=1 << 20, in_bytes=1 << 20, stage=ROWS)
+    args = dict(name="tiny", dtype=torch.float32, device=DEV, gpu=GPU, memory=None if REAL else fake_memory,
+                scorer=False, budget=b or budget(manual=True), out_bytes=1 << 20, in_bytes=1 << 20, stage=ROWS)
     args.update(kw)
     return KvtierCudaCache(MODEL.config, client, ROWS, **args)
 
@@ -400,6 +400,38 @@ def a_graph_equals_eager_steps(d, c):
     return None
 
 
+def rows_in_memory_that_is_shared(d, c):
+    """The cache in a pool; another mapping of it, as another process would make, sees the rows."""
+    pools = []
+
+    def tensor(pool):
+        if REAL:
+            return torch.as_tensor(pool, device=DEV)
+        return torch.frombuffer((ctypes.c_uint8 * pool.nbytes).from_address(pool.addr), dtype=torch.uint8)
+
+    def memory(nbytes):
+        pools.append(Pool(GPU, nbytes))
+        return tensor(pools[0])
+
+    ours = fresh(c, memory=memory)
+    run(MODEL, ours, MY_IDS[:, :300])
+    rows = originals(ours)
+    ours.compress(budget(100, 200, policy="random", manual=True))
+    fd = pools[0].fd()
+    other = Pool(GPU, pools[0].nbytes, fd=fd)
+    os.close(fd)
+    assert other.addr != pools[0].addr
+    seen = tensor(other)[: ours.rows.nbytes].view(torch.float32).view(ours.rows.shape)
+    assert torch.equal(seen[2, 0, 0, 1, :100], ours.layers[2].keys[0, 1, :100])
+    ours.compress(budget(300, policy="random", manual=True))
+    assert holds(ours, rows) == 300 * LANES
+    assert torch.equal(seen[:, :, :, :, :300], ours.rows[:, :, :, :, :300])
+    ours.close()
+    del seen
+    other.close()
+    pools[0].close()
+
+
 # ---- failure ------------------------------------------------------------------------------------------
 
 
@@ -442,6 +474,34 @@ def daemon_killed_runtime_goes_on(d, c):
     run(MODEL, again, MY_IDS[:, :100])
     again.compress(budget(32, 68, policy="random", manual=True))
     assert counts(again) == {32}
+
+
+class FakeCounts(ctypes.Structure):
+    """What the fake driver has in use, and what it objected to: struct fake_cuda_counts."""
+    _fields_ = [(n, ctypes.c_uint64) for n in (
+        "allocs", "bytes", "host_allocs", "registrations", "streams", "events", "modules", "contexts", "vmm_handles",
+        "vmm_maps", "vmm_ranges", "kernels", "copies", "pageable", "waits", "queries", "alloc_calls", "violations",
+        "queued")]
+
+    @classmethod
+    def now(cls):
+        got = cls()
+        DRIVER.fake_cuda_counts(ctypes.byref(got))
+        return got
+
+
+def nothing_is_left_behind(d, c):
+    """After all those sequences, closed or dropped with their client."""
+    if REAL:
+        return "SKIP the driver of a real GPU does not tell"
+    used, ours = FakeCounts.now(), fresh(c)
+    assert FakeCounts.now().allocs > used.allocs and FakeCounts.now().registrations == 1
+    ours.close()
+    used = FakeCounts.now()
+    assert used.violations == 0, f"{used.violations} addresses that are nobody's"
+    assert used.registrations == used.vmm_maps == used.queued == 0, used.registrations
+    assert used.allocs <= 1 + len(MEMORY), f"{used.allocs} allocations"  # the GPU's own
+    return None
 
 
 # ---- a real model, on a real GPU ----------------------------------------------------------------------
@@ -503,8 +563,8 @@ TESTS = [no_eviction_equals_dynamic_cache, eviction_equals_masked_full_cache, se
          heads_hold_different_numbers_of_rows, roll_back, several_sequences_in_step, rows_come_back_bit_for_bit,
          rows_come_back_in_few_slots, write_through, fetch_by_hand, save_leave_and_resume,
          the_network_ranks_as_the_daemon_does, the_scorer_of_a_policy_is_found, generate_accepts_the_cache,
-         a_small_cache_waits_for_its_plans, a_graph_equals_eager_steps, bad_input_is_one_line,
-         daemon_killed_runtime_goes_on, smollm2_answers]
+         a_small_cache_waits_for_its_plans, a_graph_equals_eager_steps, rows_in_memory_that_is_shared,
+         bad_input_is_one_line, daemon_killed_runtime_goes_on, nothing_is_left_behind, smollm2_answers]
 
 
 def weights(folder):

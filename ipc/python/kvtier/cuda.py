@@ -142,7 +142,7 @@ class Scorer(_Handle):
         self.client, self.gpu, self.model = client, gpu, model
         self.coefs = lib.cuda_scorer_coefs(p)
         self.policy = lib.cuda_scorer_policy(p).decode()
-        self._made(p, functools.partial(client.link.close_part, lib.cuda_scorer_put), gpu)
+        self._made(p, lib.cuda_scorer_put, gpu)
 
     def run(self, rows, heads, pos, n, out, out_stride, dtype="bfloat16", lane=0, stream=0):
         """Scores of n rows of `heads` lanes from `lane` on; rows: a CudaLayer. out: device address, see the header."""

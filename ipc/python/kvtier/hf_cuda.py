@@ -57,14 +57,19 @@ class KvtierCudaCache(LaneCache):
         cuda = self.device.type == "cuda"
         self.side = torch.cuda.Stream(self.device) if cuda and side else None
         self.gpu = gpu or Gpu(self.device.index or 0)
+        self._own = [] if gpu else [self.gpu]
         n_layers = len(self.layers)
         self.model = model or Model(client, name, n_layers, self.kv_heads, self.head_dim, _DTYPES[dtype],
                                     rope_theta=self.rope_theta)
         self.scorer = self._scorer(client, budget) if scorer is None else scorer or None
+        if scorer is None and self.scorer:
+            self._own.append(self.scorer)
         rings = {k: seq_args.get(k, 0) for k in ("out_bytes", "in_bytes")}
         coefs = self.scorer.coefs if self.scorer else 1
         self.window = window or Window(client, self.gpu,
                                        batch * Window.needed(self.model, max_rows, coefs, **rings))
+        if not window:
+            self._own.append(self.window)
         if recall_rows:
             seq_args["direct"] = True
         self.seqs = [CudaSequence(client, self.model, self.window, self._places(b), self.cap, stage, max_rows,
@@ -390,8 +395,8 @@ class KvtierCudaCache(LaneCache):
     def close(self):
         if self._pinned:
             torch.cuda.synchronize(self.device)
-        for seq in self.seqs:
-            seq.close()
+        for part in self.seqs + self._own[::-1]:
+            part.close()
         super().close()
 
 
