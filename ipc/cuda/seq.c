@@ -103,11 +103,12 @@ static uint64_t longest_page(const struct kvtier_model *m)
 static int take_place(struct cuda_seq *q, const struct kvtier_model *m, const struct kvtier_cuda_seq_opts *g,
 		      uint32_t max_rows)
 {
-	uint64_t least = ALIGN_UP(longest_page(m), KVT_UNIT), scores = 0;
+	uint64_t least = longest_page(m), scores = 0;
 	int r;
 
-	q->ring.out_bytes = MAX(ALIGN_UP(g->out_bytes ? g->out_bytes : RING_DEFAULT, KVT_UNIT), least);
-	q->ring.in_bytes = MAX(ALIGN_UP(g->in_bytes ? g->in_bytes : RING_DEFAULT, KVT_UNIT), least);
+	/* The daemon wants two records in the one: then one fits wherever the last one ended. */
+	q->ring.out_bytes = ALIGN_UP(MAX(g->out_bytes ? g->out_bytes : RING_DEFAULT, least), KVT_UNIT);
+	q->ring.in_bytes = ALIGN_UP(MAX(g->in_bytes ? g->in_bytes : RING_DEFAULT, 2 * least), KVT_UNIT);
 	if (q->scorer)
 		scores = (uint64_t)m->lanes * q->scorer->h.coefs * max_rows * sizeof(float);
 	r = extent_take(q->w, q->ring.out_bytes + q->ring.in_bytes + scores, &q->place);

@@ -55,14 +55,17 @@ static uint32_t page_rows(const struct cuda_plan *p, const struct plan_page *pag
 	return n;
 }
 
-/* Every page lies in the ring, behind the one before it, and has the rows that it says. */
+/*
+ * Every page has the rows that it says and lies in the ring right behind the one before it or, where it does
+ * not fit there, at the ring's start: what is skipped then counts as its own, up to the whole ring.
+ */
 static int check_pages(const struct kvtier_seq *s, const struct plan_view *v, const struct cuda_plan *p)
 {
-	uint64_t ring = s->cu->ring.out_bytes, end = 0;
+	uint64_t ring = s->cu->ring.out_bytes, end = 0, next = 0;
 
 	for (uint32_t i = 0; i < p->out_pages; i++) {
 		const struct plan_page *page = &p->page[i];
-		uint64_t bytes;
+		uint64_t bytes, skip = 0;
 		uint32_t layer;
 
 		if (page->lane >= s->lanes || page->first >= page->last || page->last > p->watermark ||
@@ -72,9 +75,13 @@ static int check_pages(const struct kvtier_seq *s, const struct plan_view *v, co
 		layer = layer_of(s->m, page->lane);
 		bytes = window_out_bytes(page->rows,
 					 plane_bytes(s, layer, false) + plane_bytes(s, layer, true));
-		if (page->off % WINDOW_ALIGN || bytes > ring || page->off > ring - bytes ||
-		    page->end < end + bytes || (page->end - bytes) % ring != page->off)
+		if (bytes > ring - next) {
+			skip = ring - next;
+			next = 0;
+		}
+		if (bytes > ring || page->off != next || page->end != end + MIN(skip + bytes, ring))
 			return plan_refuse(v, "a page's place", page->lane);
+		next += bytes;
 		if (page_rows(p, page) != page->rows)
 			return plan_refuse(v, "a page's rows", page->lane);
 		end = page->end;

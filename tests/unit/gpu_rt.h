@@ -199,16 +199,17 @@ static inline int gpu_append(struct gpu_seq *q, uint32_t n)
 	return kvtier_cuda_append(q->rt.s, q->rt.rows - n, n);
 }
 
-/* Rows on the GPU that are not what the library says, or -1 with a line. Waits for the stream. */
+/* Rows on the GPU that are not what the library says, after pushing them. Waits for the stream. */
 static inline int gpu_wrong(struct gpu_seq *q)
 {
 	struct runtime *rt = q->rt.rt;
 	uint32_t stride, bad = 0, most = (uint32_t)kvtier_cuda_counts(q->rt.s, q->counts);
 	_cleanup_free_ uint32_t *map = NULL, *resident = calloc(q->rt.max_rows, sizeof(*resident));
 	_cleanup_free_ uint8_t *rows = malloc((size_t)q->slots * (rt->k_bytes + rt->v_bytes + 2 * q->pad) + 1);
-	_cleanup_free_ uint8_t *want = malloc(rt->k_bytes + rt->v_bytes);
+	_cleanup_free_ uint8_t *want = malloc(rt->k_bytes + rt->v_bytes), *seen = calloc(q->rt.max_rows, 1);
 	uint64_t addr;
 
+	GPU_CHECK(kvtier_cuda_push(q->rt.s, q->stream));
 	GPU_CHECK(kvtier_cuda_map(q->rt.s, &addr, &stride));
 	map = malloc((size_t)rt->lanes * stride * sizeof(*map));
 	GPU_CHECK(cuda_enter(q->gpu->g));
@@ -222,11 +223,11 @@ static inline int gpu_wrong(struct gpu_seq *q)
 			bad++;
 			continue;
 		}
+		if (!n)
+			continue;
 		for (int v = 0; v < 2; v++) {
 			uint32_t bytes = v ? rt->v_bytes : rt->k_bytes;
 
-			if (!n)
-				continue;
 			GPU_CHECK(q->gpu->d->copy_out(rows, gpu_slot(q, lane, 0, v),
 						      (size_t)n * (bytes + q->pad), q->stream));
 			GPU_CHECK(q->gpu->d->stream_sync(q->stream));
@@ -252,16 +253,15 @@ static inline int gpu_wrong(struct gpu_seq *q)
 							slot, pos, v ? 'V' : 'K');
 					bad++;
 				}
-				if (!v)
-					continue;
-				/* no row is in two slots */
-				resident[lo] = pos;
+				/* every slot has another row: found once, it is not there any more */
+				if (v && seen[lo]++) {
+					fprintf(stderr, "# lane %u slot %u: row %u is there twice\n", lane,
+						slot, pos);
+					bad++;
+				}
 			}
 		}
-		/* every slot has another row */
-		for (uint32_t slot = 0; slot < n; slot++)
-			for (uint32_t i = slot + 1; i < n && i < slot + 8; i++)
-				bad += map[(size_t)lane * stride + slot] == map[(size_t)lane * stride + i];
+		memset(seen, 0, n);
 	}
 	cuda_leave(q->gpu->g);
 	return (int)bad;
@@ -336,4 +336,71 @@ static inline int gpu_plan(struct gpu_seq *q, uint32_t dev, uint32_t dram, uint3
 	int r = kvtier_plan_request(q->rt.s, &b, &id);
 
 	return r < 0 ? r : gpu_follow(q, id, step);
+}
+
+/* ---- a long life ------------------------------------------------------------------------------------- */
+
+/*
+ * Appends, plans of all kinds, fetches and truncates at random, with polls between them that may come at any
+ * time; every so often all rows on the GPU are compared. A reason, or NULL when all was well.
+ */
+static inline const char *gpu_live(struct gpu_seq *q, uint32_t rounds, int (*step)(int))
+{
+	struct kvtier_budget b = {.size = sizeof(b), .manual = 1, .policy = "random"};
+	uint64_t id = 0;
+	int r;
+
+	for (uint32_t i = 0; i < rounds; i++) {
+		uint32_t n = 1 + rt_random(&q->rt) % (rt_random(&q->rt) % 4 ? 8 : 80),
+			 what = rt_random(&q->rt) % 16;
+
+		if (q->rt.rows + n <= q->rt.max_rows) {
+			r = gpu_append(q, n);
+			if (r && r != KVT_E_NOSPC)
+				return "append";
+			if (r) { /* the lanes are full: fewer rows, and wait for that */
+				if (gpu_plan(q, q->rt.cap / 3, q->rt.cap / 2, KVT_ROWS_ALL, step))
+					return kvtier_last_error();
+				continue;
+			}
+		}
+		if (what % 3 == 0 && kvtier_cuda_push(q->rt.s, q->stream))
+			return kvtier_last_error();
+		if (what == 1 || what == 2) {
+			b.device_rows = rt_random(&q->rt) % (q->rt.cap * 3 / 4);
+			b.dram_rows = rt_random(&q->rt) % q->rt.cap;
+			b.nvme_rows = KVT_ROWS_ALL;
+			b.write_through = rt_random(&q->rt) % 4 == 0;
+			if (kvtier_plan_request(q->rt.s, &b, &id))
+				return kvtier_last_error();
+		}
+		if (what == 3 && q->state.pushed) {
+			uint32_t pos = rt_random(&q->rt) % q->state.pushed;
+
+			r = kvtier_fetch(q->rt.s, pos, 1 + rt_random(&q->rt) % (q->state.pushed - pos), &id);
+			if (r)
+				return kvtier_last_error();
+		}
+		if (what == 4 && rt_random(&q->rt) % 3 == 0) {
+			uint32_t to = q->rt.rows - rt_random(&q->rt) % (q->rt.rows / 2 + 1);
+
+			if (kvtier_seq_truncate(q->rt.s, to))
+				return kvtier_last_error();
+			q->rt.rows = to;
+			q->rt.salt++;
+			if (gpu_wrong(q))
+				return "rows after a truncate";
+		}
+		for (uint32_t looks = rt_random(&q->rt) % 5; looks; looks--)
+			if (gpu_poll(q, step) < 0)
+				return kvtier_last_error();
+		if (i % 8 == 0 && gpu_wrong(q))
+			return "rows";
+	}
+	if (kvtier_cuda_push(q->rt.s, q->stream) < 0 || gpu_follow(q, id, step) < 0)
+		return kvtier_last_error();
+	/* everything up again that fits: what was below is compared too */
+	if (gpu_plan(q, q->rt.cap * 3 / 4, q->rt.cap, KVT_ROWS_ALL, step))
+		return kvtier_last_error();
+	return gpu_wrong(q) ? "rows at the end" : NULL;
 }

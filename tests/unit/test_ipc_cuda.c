@@ -89,10 +89,53 @@ static void test_out_and_back(void **state)
 	end();
 }
 
+static void live(const char *words, uint32_t rounds, uint64_t ring, uint32_t pad, uint32_t id, bool nvme)
+{
+	struct gpu_seq q;
+	const char *bad;
+
+	begin(nvme, 1 << 20);
+	fake.set(words);
+	assert_ok(gpu_prepare(&q, &gpu, &rt, window, id, 500, 300, 4000, pad));
+	assert_ok(gpu_seq_open(&q, KVT_EPHEMERAL, NULL, ring));
+	bad = gpu_live(&q, rounds, strstr(words, "lazy") ? fake.step : NULL);
+	if (bad)
+		fail_msg("%s (seed %u)", bad, id);
+	assert_true(q.applied > 0 && q.moved > 0);
+	assert_true(q.state.bytes_in > 0 && q.state.bytes_out > 0);
+	assert_int_equal(rt_info(&q.rt).misses, 0);
+	gpu_seq_free(&q, false);
+	end();
+}
+
+static void test_live(void **state)
+{
+	live("", 150, 1 << 16, 0, 2, true);
+}
+
+static void test_live_small_ring(void **state)
+{
+	live("", 100, 1, 16, 3, false); /* one page at a time */
+}
+
+static void test_live_lazy(void **state)
+{
+	live("lazy", 150, 1 << 15, 32, 4, true);
+}
+
+static void test_live_async(void **state)
+{
+	live("async", 150, 1 << 15, 0, 5, true);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_out_and_back),
+		cmocka_unit_test(test_live),
+		cmocka_unit_test(test_live_small_ring),
+		cmocka_unit_test(test_live_lazy),
+		cmocka_unit_test(test_live_async),
 	};
 	int r;
 
