@@ -6,9 +6,13 @@
  * of its rows first and with all of them, against the prefill that it spares (--prefill) and the disk. Every
  * row that comes back is compared. JSON lines; progress on stderr; exit status 77 without a GPU or fio.
  *
- *    e2e [--dir D] [--rounds N] [--rows N] [--workers N] [--staging MIB] [--ring MIB] [--prefill MS] [--step
- * MS] e2e --small     the same way for a few rows, no figures: TAP (for the fake driver, and compute-sanitizer)
+ *    e2e [--rounds N] [--rows N] [--workers N] [--staging MIB] [--depth N] [--ring MIB] [--dir D]
+ *        [--prefill MS] [--step MS] [--idle]
  *
+ *    e2e --small
+ *
+ * --small: the same way for a few rows, no figures, TAP; for the fake driver, and compute-sanitizer.
+ * --idle: without the second part.
  * --prefill, --step: milliseconds of a prefill of 32,768 tokens and of one decode step, as tests/gpu/prefill.py
  * measures.
  */
@@ -22,10 +26,10 @@
 
 static struct {
 	const char *dir;
-	unsigned rounds, rows, workers, staging, ring; /* MiB the last two */
+	unsigned rounds, rows, workers, depth, staging, ring; /* MiB the last two */
 	double prefill, step;
-	bool small;
-} opt = {.dir = "build", .rounds = 3, .rows = 74898, .workers = 8, .staging = 128, .ring = 64};
+	bool small, idle;
+} opt = {.dir = "build", .rounds = 3, .rows = 74898, .workers = 8, .depth = 32, .staging = 128, .ring = 64};
 
 /* ---- figures ------------------------------------------------------------------------------------ */
 
@@ -62,6 +66,7 @@ static void idle(struct rig *g, const struct shape *m, double pcie_out, double p
 	for (unsigned i = 0; i < opt.rounds; i++) {
 		session_new(&x, g, m, opt.rows, 1 + i, opt.ring * MIB);
 		session_fill(&x, opt.rows);
+		session_move(&x, KVT_ROWS_ALL, &bytes); /* an idle session was ranked while it was busy */
 		if (i & 1)
 			fw[i] = floor_disk(g->dir, "write", fio);
 		out[i] = session_move(&x, 0, &bytes);
@@ -135,7 +140,7 @@ static void figures(struct rig *g)
 	uint64_t bytes = (uint64_t)MAX(opt.rows, RESUME_ROWS) * shape_lanes(&m) * m.row_bytes;
 	struct rig_conf conf = {.base = opt.dir,
 				.workers = opt.workers,
-				.depth = 32,
+				.depth = opt.depth,
 				.dram = 256 * MIB,
 				.nvme = (bytes / MIB * 2 + 1024) * MIB,
 				.staging = opt.staging * MIB};
@@ -146,7 +151,8 @@ static void figures(struct rig *g)
 	in = floor_pcie(g, false);
 	fprintf(stderr, "# %s; PCIe out %.1f, in %.1f GB/s\n", g->info.name, out / 1e9, in / 1e9);
 	idle(g, &m, out, in);
-	resumed(g, &m, in);
+	if (!opt.idle)
+		resumed(g, &m, in);
 }
 
 /* ---- small --------------------------------------------------------------------------------------- */
@@ -198,45 +204,32 @@ static void small(struct rig *g)
 
 static void arguments(int argc, char **argv)
 {
-	static const struct option longs[] = {{"dir", 1, NULL, 'd'},     {"rounds", 1, NULL, 'r'},
-					      {"rows", 1, NULL, 'n'},    {"workers", 1, NULL, 'w'},
-					      {"staging", 1, NULL, 's'}, {"ring", 1, NULL, 'i'},
-					      {"prefill", 1, NULL, 'p'}, {"step", 1, NULL, 't'},
-					      {"small", 0, NULL, 'S'},   {}};
+	enum { ROUNDS, ROWS, WORKERS, STAGING, DEPTH, RING, DIR, PREFILL, STEP, IDLE, SMALL };
+	static const struct option longs[] = {
+		{"rounds", 1, NULL, ROUNDS},   {"rows", 1, NULL, ROWS},   {"workers", 1, NULL, WORKERS},
+		{"staging", 1, NULL, STAGING}, {"depth", 1, NULL, DEPTH}, {"ring", 1, NULL, RING},
+		{"dir", 1, NULL, DIR},         {"step", 1, NULL, STEP},   {"prefill", 1, NULL, PREFILL},
+		{"idle", 0, NULL, IDLE},       {"small", 0, NULL, SMALL}, {}};
+	unsigned *const numbers[] = {&opt.rounds, &opt.rows, &opt.workers, &opt.staging, &opt.depth, &opt.ring};
 	int c;
 
-	while ((c = getopt_long(argc, argv, "", longs, NULL)) != -1)
-		switch (c) {
-		case 'd':
+	while ((c = getopt_long(argc, argv, "", longs, NULL)) != -1) {
+		if (c >= ROUNDS && c <= RING)
+			*numbers[c] = (unsigned)atoi(optarg);
+		else if (c == DIR)
 			opt.dir = optarg;
-			break;
-		case 'r':
-			opt.rounds = MAX(1u, MIN((unsigned)atoi(optarg), MAX_ROUNDS));
-			break;
-		case 'n':
-			opt.rows = (unsigned)atoi(optarg);
-			break;
-		case 'w':
-			opt.workers = (unsigned)atoi(optarg);
-			break;
-		case 's':
-			opt.staging = (unsigned)atoi(optarg);
-			break;
-		case 'i':
-			opt.ring = (unsigned)atoi(optarg);
-			break;
-		case 'p':
+		else if (c == PREFILL)
 			opt.prefill = atof(optarg);
-			break;
-		case 't':
+		else if (c == STEP)
 			opt.step = atof(optarg);
-			break;
-		case 'S':
+		else if (c == IDLE)
+			opt.idle = true;
+		else if (c == SMALL)
 			opt.small = true;
-			break;
-		default:
+		else
 			exit(2);
-		}
+	}
+	opt.rounds = MAX(1u, MIN(opt.rounds, MAX_ROUNDS));
 }
 
 int main(int argc, char **argv)

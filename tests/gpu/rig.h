@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #pragma once
 /* A kvtierd of one's own and a GPU, for programs that measure or check the whole way. One thread. */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -167,6 +168,45 @@ static inline void rig_daemon(struct rig *g, const struct rig_conf *c)
 		usleep(100000);
 	}
 	must(r, "kvtier_open");
+}
+
+/* Seconds of CPU that the daemon's threads have used so far. */
+struct rig_cpu {
+	double loop, workers, io;
+};
+static inline struct rig_cpu rig_cpu(const struct rig *g)
+{
+	struct rig_cpu ret = {0};
+	struct dirent *e;
+	char path[300];
+	DIR *d;
+
+	snprintf(path, sizeof(path), "/proc/%d/task", g->daemon);
+	d = opendir(path);
+	while (d && (e = readdir(d))) {
+		char comm[32] = "";
+		double ns = 0;
+		FILE *f;
+
+		snprintf(path, sizeof(path), "/proc/%d/task/%.20s/comm", g->daemon, e->d_name);
+		f = fopen(path, "r");
+		if (!f || !fgets(comm, sizeof(comm), f))
+			comm[0] = '\0';
+		if (f)
+			fclose(f);
+		snprintf(path, sizeof(path), "/proc/%d/task/%.20s/schedstat", g->daemon, e->d_name);
+		f = fopen(path, "r");
+		if (f && fscanf(f, "%lf", &ns) != 1)
+			ns = 0;
+		if (f)
+			fclose(f);
+		*(atoi(e->d_name) == g->daemon       ? &ret.loop
+		  : !strncmp(comm, "kvt-worker", 10) ? &ret.workers
+						     : &ret.io) += ns / 1e9;
+	}
+	if (d)
+		closedir(d);
+	return ret;
 }
 
 /* ---- the GPU --------------------------------------------------------------------------------- */

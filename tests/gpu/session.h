@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #pragma once
 /* One leased sequence whose rows are in GPU memory, moved by plans that are asked for. One thread. */
-#include "tests/gpu/rows.h"
+#include "tests/gpu/rig_rows.h"
 
 #define WAIT_NS (60 * UINT64_C(1000000000))
 
@@ -102,16 +102,22 @@ static inline double session_move(struct session *x, uint32_t device, uint64_t *
 	struct kvtier_budget b = budget_of(device);
 	struct kvtier_cuda_state st = {.size = sizeof(st)}, was = st;
 	struct kvtier_plan p = {.size = sizeof(p)};
-	uint64_t id, start = now_ns(), decided = 0;
+	struct rig_cpu c0 = rig_cpu(x->g), c1;
+	uint64_t id, start, decided = 0, moved = 0, last = 0;
 	double ready, all;
 	int state;
 
 	must(kvtier_cuda_poll(x->s, x->g->stream, &was), "kvtier_cuda_poll");
+	start = now_ns();
 	must(kvtier_plan_request(x->s, &b, &id), "kvtier_plan_request");
 	for (;;) {
 		state = must(kvtier_cuda_poll(x->s, x->g->stream, &st), "kvtier_cuda_poll");
 		if (!decided && st.plan >= id)
 			decided = now_ns() - start;
+		if (st.bytes_out + st.bytes_in != moved) {
+			moved = st.bytes_out + st.bytes_in;
+			last = now_ns() - start;
+		}
 		if (st.plan >= id && state == KVT_PLAN_READY)
 			break;
 		if (now_ns() - start > WAIT_NS)
@@ -125,12 +131,15 @@ static inline double session_move(struct session *x, uint32_t device, uint64_t *
 	cu(x->g, x->g->d->stream_sync(x->g->stream), "cuStreamSynchronize");
 	all = seconds(start);
 	must(kvtier_cuda_settle(x->s, 0, 20000, x->g->stream), "kvtier_cuda_settle");
+	c1 = rig_cpu(x->g);
 	fprintf(stderr,
-		"#   to %u rows a lane: decided after %.1f ms, ready %.1f, applied %.1f; window out %.0f MB, "
-		"in "
-		"%.0f MB\n",
-		MIN(device, x->n), (double)decided / 1e6, ready * 1e3, all * 1e3,
-		(double)(st.bytes_out - was.bytes_out) / 1e6, (double)(st.bytes_in - was.bytes_in) / 1e6);
+		"#   to %u rows a lane: decided after %.1f ms, last bytes %.1f, ready %.1f, applied %.1f; out "
+		"%.0f MB, "
+		"in %.0f MB; daemon's loop busy %.0f %%, workers %.0f %%, I/O %.0f %%\n",
+		MIN(device, x->n), (double)decided / 1e6, (double)last / 1e6, ready * 1e3, all * 1e3,
+		(double)(st.bytes_out - was.bytes_out) / 1e6, (double)(st.bytes_in - was.bytes_in) / 1e6,
+		100 * (c1.loop - c0.loop) / all, 100 * (c1.workers - c0.workers) / all,
+		100 * (c1.io - c0.io) / all);
 	return all;
 }
 
