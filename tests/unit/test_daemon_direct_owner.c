@@ -207,6 +207,67 @@ static void a_resumed_sequence_is_listed_again(void **state)
 	finish(&f);
 }
 
+static void on_drained(void *arg)
+{
+	atomic_store((_Atomic int *)arg, 1);
+}
+
+static void start_drain(struct core *c, void *arg)
+{
+	core_drain(c, on_drained, arg);
+}
+
+/* Published segments die with the daemon; what was mapped stays readable, and leased rows are on nvme. */
+static void a_restart_keeps_rows_and_mappings(void **state)
+{
+	_Atomic int drained = 0;
+	struct fixture f;
+	struct rt_seq q, again;
+	struct kvtier_seq_opts o;
+	struct reader r, late;
+
+	begin(&f, true);
+	begin_seq(&f, &q, 13, KVT_LEASED, 1000);
+	assert_int_equal(reader_open(&r, &q, f.eye.c), 0);
+	assert_int_equal(rt_plan(&q, 10, KVT_ROWS_ALL, 0, NULL), 0);
+	assert_int_equal(look(&r), 990 * q.rt->lanes);
+	kvtier_seq_close(q.s);
+	q.s = NULL;
+	rt_close(&f.eye);
+	harness_call(&f.h, start_drain, (void *)&drained);
+	for (int i = 0; i < 1000 && !atomic_load(&drained); i++)
+		usleep(10000);
+	assert_true(atomic_load(&drained));
+	harness_stop(&f.h);
+	for (uint32_t i = 0; i < r.segs; i++)
+		assert_int_equal(seg_resident(&r.seg[i]) > 0, 1);
+	for (uint32_t e = 0; e < READER_PAGES && e < 84;
+	     e++) /* copies of entries, as the last look left them */
+		assert_int_equal(reader_page(&r, &r.page[e], &(uint32_t){0}), 0);
+	rt_seq_free(&q, false);
+	rt_close(&f.rt);
+	for (int t = 0; t < 2; t++)
+		unlink(f.h.sock[t]);
+
+	assert_true(harness_start(&f.h));
+	assert_int_equal(harness_stat(&f.h).orphans, 1);
+	assert_int_equal(rt_open(&f.rt, f.h.sock[0], 4), 0);
+	assert_int_equal(rt_open(&f.eye, f.h.sock[0], 4), 0);
+	assert_int_equal(rt_prepare(&again, &f.rt, 13, 1200, 1200, 4096), 0);
+	o = rt_opts(&again, KVT_LEASED, &keep_all);
+	assert_int_equal(kvtier_seq_resume(f.rt.c, f.rt.m, &o, &again.s, &again.rows), 0);
+	assert_int_equal(again.rows, 1000);
+	assert_int_equal(harness_direct(&f.h, &again), 0);
+	assert_int_equal(reader_open(&late, &again, f.eye.c), 0);
+	assert_int_equal(look(&late), 0);
+	assert_int_equal(rt_plan(&again, 1000, 0, KVT_ROWS_ALL, NULL), 0);
+	assert_int_equal(rt_wrong(&again), 0);
+	reader_close(&late);
+	reader_close(&r);
+	rt_seq_free(&again, true);
+	finish(&f);
+}
+
 /* ---- what it costs -------------------------------------------------------------------------------- */
 
 static void small_quota(struct core *c, void *arg)
@@ -269,6 +330,7 @@ int main(void)
 		cmocka_unit_test(a_tenant_may_have_none),
 		cmocka_unit_test(segments_go_with_the_last_client),
 		cmocka_unit_test(a_resumed_sequence_is_listed_again),
+		cmocka_unit_test(a_restart_keeps_rows_and_mappings),
 		cmocka_unit_test(segments_are_charged),
 	};
 
