@@ -288,6 +288,82 @@ static void rows_are_written_through(void **state)
 	finish(&f);
 }
 
+/* ---- published memory ------------------------------------------------------------------------ */
+
+struct segments {
+	struct wlink *l;
+	struct seg seg[16];
+	uint32_t number[16], n;
+};
+
+/* As a client does: ask for the descriptor once, map it. */
+static const char *segment_at(void *arg, uint32_t number)
+{
+	struct segments *g = arg;
+	struct wire_segment m;
+
+	for (uint32_t i = 0; i < g->n; i++)
+		if (g->number[i] == number)
+			return g->seg[i].addr;
+	wire_init(&m.hdr, W_SEGMENT, sizeof(m), 11);
+	m.segment = number;
+	if (g->n == ARRAY_SIZE(g->seg) || wl_call(g->l, &m.hdr) || g->l->n_fds != 1)
+		return NULL;
+	g->seg[g->n] = (struct seg)SEG_INIT;
+	if (seg_map(&g->seg[g->n], SEG_PUBLISHED, g->l->fds[0],
+		    ((struct wire_segment_reply *)g->l->reply)->bytes) < 0)
+		return NULL;
+	g->number[g->n] = number;
+	return g->seg[g->n++].addr;
+}
+
+static void rows_in_published_memory_are_read_where_they_lie(void **state)
+{
+	struct wire_budget b = wq_budget(KVT_ROWS_ALL, 0, 0);
+	struct segments g = {.n = 0};
+	struct fixture f;
+	struct wseq q;
+	uint64_t before;
+
+	begin(&f, true);
+	g.l = &f.l;
+	strcpy(b.policy, "client");
+	assert_int_equal(wq_make(&q, &f.l, 10, 1200, 1200, 4096, RING, RING, 1), 0);
+	assert_int_equal(wq_open(&q, W_OP_OPEN, KVT_EPHEMERAL, 0, W_OPEN_DIRECT, &b), 0);
+	q.segment = segment_at;
+	q.segment_arg = &g;
+	assert_int_equal(wq_append(&q, 1000), 0);
+	assert_int_equal(wq_plan(&q, 100, 600, KVT_ROWS_ALL), 0);
+	assert_int_equal(wq_plan(&q, KVT_ROWS_ALL, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
+	assert_true(q.direct >= 600 / 128 * f.l.lanes); /* and what nvme had came through the ring */
+	assert_int_equal(q.count[2], 1000);
+	assert_int_equal(wq_wrong(&q), 0);
+	/* Refused by the client, the next time they are checked here and copied. */
+	assert_int_equal(wq_plan(&q, 100, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
+	q.nack_lane = 4;
+	assert_int_equal(wq_plan(&q, 1000, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
+	assert_int_equal(q.count[4], 100);
+	before = q.direct;
+	assert_int_equal(wq_plan(&q, 1000, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
+	assert_int_equal(q.direct, before);
+	assert_int_equal(q.count[4], 1000);
+	assert_int_equal(wq_wrong(&q), 0);
+	assert_int_equal(wq_plan(&q, 100, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
+	assert_int_equal(wq_plan(&q, 900, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
+	assert_true(q.direct > before);
+	for (int i = 0; i < 5; i++)
+		any_life(&f, &q, 12);
+	assert_no_miss(&f);
+	assert_int_equal(wq_close(&q, false), 0);
+	wl_close(&f.l); /* its segments are kept while it may name them */
+	assert_empty(&f);
+	for (uint32_t i = 0; i < g.n; i++)
+		seg_close(&g.seg[i]);
+	wq_free(&q);
+	harness_stop(&f.h);
+	harness_rm(f.h.dir);
+}
+
 /* ---- what a GPU gets wrong ---------------------------------------------------------------- */
 
 static void a_page_that_is_not_what_was_said_is_a_miss(void **state)
@@ -579,6 +655,7 @@ int main(void)
 		cmocka_unit_test(any_life_keeps_every_byte),
 		cmocka_unit_test(plans_come_by_themselves),
 		cmocka_unit_test(rows_are_written_through),
+		cmocka_unit_test(rows_in_published_memory_are_read_where_they_lie),
 		cmocka_unit_test(a_page_that_is_not_what_was_said_is_a_miss),
 		cmocka_unit_test(pages_that_rot_are_not_brought_in),
 		cmocka_unit_test(cursors_that_cannot_be_end_the_client),
