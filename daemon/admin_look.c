@@ -102,7 +102,7 @@ static json_t *status_all(const struct core_stat *s)
 	set_num(plans, "ns_total", s->plan_ns_total);
 	json_object_set_new(o, "plans", plans);
 	set_num(misses, "corrupt", s->miss_corrupt);
-	set_num(misses, "mutated", s->miss_mutated);
+	set_num(misses, "client_mutated", s->miss_client_mutated);
 	set_num(misses, "io", s->miss_io);
 	set_num(misses, "stale", s->miss_stale);
 	set_num(misses, "nospace", s->miss_nospace);
@@ -192,6 +192,8 @@ static json_t *seq_json(const struct core_seq_stat *s)
 	set_text(o, "client", s->client);
 	set_text(o, "model", s->model);
 	set_text(o, "policy", s->policy);
+	if (s->policy_reason[0])
+		set_text(o, "policy_reason", s->policy_reason);
 	set_num(o, "rows", s->rows);
 	set_num(o, "epoch", s->epoch);
 	set_num(o, "lanes", s->lanes);
@@ -218,6 +220,7 @@ static json_t *seq_json(const struct core_seq_stat *s)
 		set_num(o, "device_rows_brought", s->device_brought);
 	}
 	json_object_set_new(o, "tiers", tiers);
+	set_bool(o, "window", s->window);
 	set_bool(o, "direct", s->direct);
 	if (s->direct)
 		set_num(o, "direct_pages", s->direct_pages);

@@ -40,7 +40,7 @@ struct core_stat {
 	uint64_t rows_demoted[KVT_TIERS], rows_promoted[KVT_TIERS],
 		rows_dropped;         /* demoted[t]: into t; promoted[t]: out of t */
 	uint64_t refaults[KVT_TIERS]; /* rows wanted back from t soon after they left */
-	uint64_t miss_corrupt, miss_mutated, miss_io, miss_stale, miss_nospace;
+	uint64_t miss_corrupt, miss_client_mutated, miss_io, miss_stale, miss_nospace;
 	uint64_t recalls, rows_recalled; /* searches asked for, rows copied out for them */
 	uint64_t direct_demotions, hangups_protocol, admin_mutations;
 	uint64_t index_bytes, staging_bytes, plan_bytes, directory_bytes;
@@ -55,6 +55,9 @@ struct core_seq_stat {
 	uint64_t owner; /* tenant and UID, hashed: the unit of isolation */
 	uint8_t key[16];
 	const char *tenant, *client, *model, *policy; /* client "-" when orphaned or detached */
+	const char
+		*policy_reason; /* why it is not the one asked for; empty: it is, or nothing was ranked yet */
+	bool window;            /* its device rows are in memory that only the client reaches */
 	uint32_t rows, epoch, lanes, lifetime, ttl_left_s, resident_max;
 	uint32_t budget[KVT_TIERS]; /* lane 0 */
 	bool adaptive;              /* device budgets differ by lane, from least to most: */

@@ -40,7 +40,7 @@ struct index {
 	uint32_t *resident;        /* [lanes] rows in the device tier below `rows` */
 	struct epoch_mark *epochs; /* rising in epoch and in start */
 	uint32_t n_epochs, cap_epochs;
-	uint64_t bytes; /* of heap; shared pages not counted */
+	uint64_t bytes;        /* of heap; shared pages not counted */
 	struct direct *direct; /* directory of its pages, see direct.h; the sequence's, or NULL */
 };
 

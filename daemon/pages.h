@@ -35,11 +35,11 @@ struct page {
 	uint16_t lane;
 	uint16_t pins; /* reads and moves in flight: copies must stay */
 	uint8_t rows, span;
-	bool moving;            /* a mover works on it: leave it alone */
-	bool summing;           /* its summary is being made */
-	struct recall_sum *sum; /* of the keys of its checked dram copy, or NULL */
+	bool moving;                     /* a mover works on it: leave it alone */
+	bool summing;                    /* its summary is being made */
+	struct recall_sum *sum;          /* of the keys of its checked dram copy, or NULL */
 	LIST_HEAD(, direct_link) listed; /* entries of its published dram copy in directories */
-	uint64_t pos[];         /* bit i: position first + i is in the page */
+	uint64_t pos[];                  /* bit i: position first + i is in the page */
 };
 
 struct page_store {

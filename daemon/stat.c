@@ -73,6 +73,8 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 		.policy = s->ops         ? s->ops->name
 			  : s->policy[0] ? s->policy
 					 : c->policy,
+		.policy_reason = s->keys_use ? s->keys_use->reason : "",
+		.window = seq_windowed(s),
 		.rows = s->rows,
 		.epoch = s->epoch,
 		.lanes = ix->lanes,

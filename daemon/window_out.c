@@ -35,7 +35,7 @@ static void mutated(struct plan *p, const struct pio *io)
 	struct core *c = s->core;
 	uint32_t rows[4] = {io->page->rows, 0, 0, 0};
 
-	c->stat.miss_mutated++;
+	c->stat.miss_client_mutated++;
 	s->misses++;
 	log_line(4, "miss: seq %016llx plan %llu: page %u of the out ring is not what the client announced",
 		 (unsigned long long)s->handle, (unsigned long long)p->id, io->nth);

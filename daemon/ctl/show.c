@@ -143,8 +143,8 @@ static void show_counters(const json_t *j)
 	       fmt_count(num(plans, "nacked")));
 	printf("plan time  last %s, mean %s, longest %s\n", fmt_ns(num(plans, "ns_last")),
 	       fmt_ns(decided ? num(plans, "ns_total") / decided : 0), fmt_ns(num(plans, "ns_max")));
-	printf("misses     %s corrupt, %s mutated, %s I/O, %s stale, %s no space\n",
-	       fmt_count(num(misses, "corrupt")), fmt_count(num(misses, "mutated")),
+	printf("misses     %s corrupt, %s changed by clients, %s I/O, %s stale, %s no space\n",
+	       fmt_count(num(misses, "corrupt")), fmt_count(num(misses, "client_mutated")),
 	       fmt_count(num(misses, "io")), fmt_count(num(misses, "stale")),
 	       fmt_count(num(misses, "nospace")));
 	printf("dropped    %s rows\n", fmt_count(num(j, "rows_dropped")));
@@ -247,6 +247,8 @@ void show_seq(const json_t *j)
 	printf("handle     %s\nkey        %s\n", text(j, "handle"), text(j, "key"));
 	printf("tenant     %s, client %s\n", clean(text(j, "tenant")), clean(text(j, "client")));
 	printf("model      %s, policy %s\n", clean(text(j, "model")), clean(text(j, "policy")));
+	if (json_object_get(j, "policy_reason"))
+		printf("           not as asked: %s\n", clean(text(j, "policy_reason")));
 	printf("rows       %s in %s lanes, epoch %s, longest device lane %s\n", fmt_count(num(j, "rows")),
 	       fmt_count(num(j, "lanes")), fmt_count(num(j, "epoch")), fmt_count(num(j, "resident_max")));
 	if (json_is_true(json_object_get(j, "adaptive")))

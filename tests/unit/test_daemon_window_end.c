@@ -17,15 +17,15 @@ static void a_page_that_is_not_what_was_said_is_a_miss(void **state)
 	q.bad_crc = 7;
 	assert_int_equal(wq_plan(&q, 300, 300, KVT_ROWS_ALL), 0); /* the second attempt */
 	st = harness_stat(&f.h);
-	assert_int_equal(st.miss_mutated, 1);
+	assert_int_equal(st.miss_client_mutated, 1);
 	assert_int_equal(st.plans_cancelled, 1);
 	q.bad_plan = 0;
 	assert_int_equal(wq_plan(&q, 200, 300, KVT_ROWS_ALL), 0);
-	assert_int_equal(harness_stat(&f.h).miss_mutated, 2);
+	assert_int_equal(harness_stat(&f.h).miss_client_mutated, 2);
 	q.bad_page = 3;
 	assert_int_equal(wq_plan(&q, 50, 300, KVT_ROWS_ALL), 0);
 	st = harness_stat(&f.h);
-	assert_int_equal(st.miss_mutated, 3);
+	assert_int_equal(st.miss_client_mutated, 3);
 	assert_int_equal(st.miss_corrupt + st.miss_io + st.miss_stale + st.miss_nospace + st.hangups_protocol,
 			 0);
 	assert_int_equal(wq_info(&q).misses, 3);

@@ -50,7 +50,7 @@ static inline void assert_no_miss(struct fixture *f)
 {
 	struct core_stat st = harness_stat(&f->h);
 
-	assert_int_equal(st.miss_corrupt + st.miss_io + st.miss_stale + st.miss_mutated, 0);
+	assert_int_equal(st.miss_corrupt + st.miss_io + st.miss_stale + st.miss_client_mutated, 0);
 	assert_int_equal(st.hangups_protocol, 0);
 }
 
