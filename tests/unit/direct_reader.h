@@ -23,7 +23,8 @@ struct reader {
 	struct direct_hdr *hdr;
 	struct seg seg[READER_SEGMENTS];
 	uint32_t number[READER_SEGMENTS], segs;
-	struct direct_page *page;                                /* [READER_PAGES] copies */
+	struct direct_page *page; /* [READER_PAGES] copies, `have` of them since the last look */
+	uint32_t have;
 	_Atomic uint32_t cuts;                                   /* odd while the runtime truncates */
 	uint64_t rows, pages, wrong, bad_crc, torn, whole, lost; /* whole: looks that could be believed */
 };
@@ -155,6 +156,7 @@ static inline bool reader_look(struct reader *r, uint32_t from, uint32_t n)
 		reader_copy(&r->page[have], &entry[e]);
 		r->page[have++].place = place;
 	}
+	r->have = have;
 	for (uint32_t i = 0; i < have; i++)
 		bad += reader_page(r, &r->page[i], &rows);
 	__sync_synchronize();
