@@ -127,7 +127,7 @@ def stepper(model, cache, ids, way):
 def decode(s, args):
     rows, every = 4096, 256
     ids = torch.randint(0, 32000, (1, 1), device=DEV)
-    for way, steps in (("graph", args.steps), ("eager", max(args.steps // 8, 40))):
+    for way, steps in (("graph", args.steps), ("eager", args.steps // 4)):
         ours = fill(s.kvtier(rows + 8192, budget(manual=True), cap=rows + 2048, push_every=1 << 30), rows)
         ours.settle()
         plain = fill_plain(s.plain(rows + 2048), rows)
@@ -137,6 +137,8 @@ def decode(s, args):
         for i in range(steps):  # in turns, the first one changing
             for step, to in ((a, mine), (b, theirs)) if i % 2 else ((b, theirs), (a, mine)):
                 to += clock(step, 1)
+        halves = [statistics.median(theirs[i::2]) for i in (0, 1)]
+        say(f"# {way}: without kvtier, every other step {halves[0]:.3f} and {halves[1]:.3f} ms: the noise")
         report(f"decode step, {way}, nothing pending", statistics.median(mine), "ms", "without kvtier",
                statistics.median(theirs), 1.01)
         ours.close(), plain.close()
@@ -217,19 +219,22 @@ def tokens_per_second(model, cache, steps):
     return cache.batch * steps / (time.perf_counter() - start)
 
 
-def throughput(s, args, context=32768, share=0.10):
+def throughput(s, args, context=32768, share=0.10, every=128):
     steps = 64
     keep = int(context * share)
     small, full = {}, {}
     for batch in args.batch:
+        below = int(args.dram * 0.8 * 2**30 / (batch * ROW_BYTES))  # the rest is dropped; attention does not see which
         before, start = held_bytes(), time.monotonic()
-        cache = s.kvtier(context + 512, budget(keep, args.dram_rows, policy="kvp", slack=16), cap=keep + 288, stage=16,
-                         batch=batch, push_every=256, out_bytes=2 << 20, in_bytes=1 << 20)
-        each = (held_bytes() - before) / batch
-        fill(cache, context)
+        cache = s.kvtier(context + 512, budget(keep, below, policy="kvp", slack=16), cap=keep + every + 96, stage=16,
+                         batch=batch, push_every=every, out_bytes=2 << 20, in_bytes=1 << 20)
+        fill(cache, context, every + 64)
         cache.settle()
-        say(f"# {batch} sequences at {context} rows in {time.monotonic() - start:.1f} s, {cache.seq.info()['plans']} "
-            f"plans each, fullest lane {cache.most}, {each / 2**20:.1f} MiB each")
+        each = (held_bytes() - before) / batch
+        info = cache.seq.info()
+        say(f"# {batch} sequences at {context} rows in {time.monotonic() - start:.1f} s, {info['plans']} plans each, "
+            f"fullest lane {cache.most}, {each / 2**20:.1f} MiB each; rows of the first: {info['tier_rows']}, "
+            f"{info['dropped_rows']} dropped, policy {info['policy']}")
         small[batch] = tokens_per_second(s.model, cache, steps), each
         cache.close()
     room = torch.cuda.get_device_properties(DEV).total_memory - held_bytes() - (3 << 30)
@@ -254,8 +259,7 @@ def main():
     p.add_argument("--steps", type=int, default=1024, help="decode steps of each kind")
     p.add_argument("--rounds", type=int, default=5, help="prefills of each kind")
     p.add_argument("--batch", type=int, nargs="+", default=[32, 64], help="sequences, ascending")
-    p.add_argument("--dram-rows", type=int, default=1 << 20, help="throughput: rows a lane may hold in DRAM")
-    p.add_argument("--dram", default="24G", help="size of the DRAM tier")
+    p.add_argument("--dram", type=int, default=24, help="size of the DRAM tier, GiB")
     args = p.parse_args()
     if not torch.cuda.is_available():
         say("no GPU")
@@ -267,7 +271,7 @@ def main():
         network = os.path.join(folder, NAME + ".kvp")
         subprocess.run([str(build_dir() / "kvtier-weights"), "random", "--layers", str(LAYERS), "--heads", str(KV),
                         "--dim", str(DIM), "--model", NAME, "--theta", "1e6", "-o", network], check=True, stdout=sys.stderr)
-        with PrivateDaemon(dram=args.dram, nvme="1G", model_dir=folder) as d, \
+        with PrivateDaemon(dram=f"{args.dram}G", nvme="1G", model_dir=folder) as d, \
                 Client(d.socket, name="bench_model", max_seqs=2048, plan_bytes=4 << 30) as client:
             s = Setting(model, client)
             for what in args.what:

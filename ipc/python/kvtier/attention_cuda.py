@@ -166,7 +166,7 @@ if triton is not None:
                 if FRONT:
                     slot = tl.where(row < front, row - room, row - front)
                 k = tl.load(k_lane + slot[None, :] * D + d[:, None], mask=there[None, :], other=0.0)
-                x = tl.dot(q, k, input_precision="ieee") * scale
+                x = tl.dot(q, k, input_precision="tf32x3") * scale
                 x = tl.where(there[None, :] & (row[None, :] <= last[:, None]), x, float("-inf"))
                 high = tl.maximum(top, tl.max(x, 1))
                 safe = tl.where(high == float("-inf"), 0.0, high)
@@ -174,7 +174,7 @@ if triton is not None:
                 shrink = tl.exp2(top - safe)
                 mass = mass * shrink + tl.sum(p, 1)
                 v = tl.load(v_lane + slot[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
-                acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+                acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="tf32x3")
                 top = high
             if SINGLE:
                 at = ((b * n + token) * (kv_heads * group) + head).to(tl.int64)

@@ -21,7 +21,7 @@ from .cuda import CudaLayer, CudaSequence, Gpu, RecallOpts, Scorer, Window
 from .hf import _DTYPES, _GONE, within
 from .lanes import DecodeGraph, LaneCache
 
-AT_ONCE = 8  # sequences looked at in one step: what a step of a large batch pays stays small
+AT_ONCE = 8  # sequences looked at in one step, and an eighth of larger batches: what a step pays stays small
 
 
 class KvtierCudaCache(LaneCache):
@@ -183,7 +183,7 @@ class KvtierCudaCache(LaneCache):
     def poll(self, everyone=False):
         """Between passes: launch what plans need, apply those that are READY. Returns how many were."""
         applied, stream = 0, self._stream()
-        count = self.batch if everyone else min(self.batch, AT_ONCE)
+        count = self.batch if everyone else min(self.batch, max(AT_ONCE, self.batch // 8))
         for _ in range(count):
             b = self._next
             self._next = (b + 1) % self.batch
