@@ -103,7 +103,7 @@ static inline double session_move(struct session *x, uint32_t device, uint64_t *
 	struct kvtier_cuda_state st = {.size = sizeof(st)}, was = st;
 	struct kvtier_plan p = {.size = sizeof(p)};
 	struct rig_cpu c0 = rig_cpu(x->g), c1;
-	uint64_t id, start, decided = 0, moved = 0, last = 0;
+	uint64_t id, start, seen = 0, moved = 0, last = 0;
 	double ready, all;
 	int state;
 
@@ -112,8 +112,8 @@ static inline double session_move(struct session *x, uint32_t device, uint64_t *
 	must(kvtier_plan_request(x->s, &b, &id), "kvtier_plan_request");
 	for (;;) {
 		state = must(kvtier_cuda_poll(x->s, x->g->stream, &st), "kvtier_cuda_poll");
-		if (!decided && st.plan >= id)
-			decided = now_ns() - start;
+		if (!seen && st.plan >= id)
+			seen = now_ns() - start;
 		if (st.bytes_out + st.bytes_in != moved) {
 			moved = st.bytes_out + st.bytes_in;
 			last = now_ns() - start;
@@ -133,13 +133,14 @@ static inline double session_move(struct session *x, uint32_t device, uint64_t *
 	must(kvtier_cuda_settle(x->s, 0, 20000, x->g->stream), "kvtier_cuda_settle");
 	c1 = rig_cpu(x->g);
 	fprintf(stderr,
-		"#   to %u rows a lane: decided after %.1f ms, last bytes %.1f, ready %.1f, applied %.1f; out "
+		"#   to %u rows a lane: decided after %.1f ms, seen %.1f, last bytes %.1f, ready %.1f, applied "
+		"%.1f; out "
 		"%.0f MB, "
 		"in %.0f MB; daemon's loop busy %.0f %%, workers %.0f %%, I/O %.0f %%\n",
-		MIN(device, x->n), (double)decided / 1e6, (double)last / 1e6, ready * 1e3, all * 1e3,
-		(double)(st.bytes_out - was.bytes_out) / 1e6, (double)(st.bytes_in - was.bytes_in) / 1e6,
-		100 * (c1.loop - c0.loop) / all, 100 * (c1.workers - c0.workers) / all,
-		100 * (c1.io - c0.io) / all);
+		MIN(device, x->n), (double)(p.decided_ns - start) / 1e6, (double)seen / 1e6, (double)last / 1e6,
+		ready * 1e3, all * 1e3, (double)(st.bytes_out - was.bytes_out) / 1e6,
+		(double)(st.bytes_in - was.bytes_in) / 1e6, 100 * (c1.loop - c0.loop) / all,
+		100 * (c1.workers - c0.workers) / all, 100 * (c1.io - c0.io) / all);
 	return all;
 }
 
