@@ -192,7 +192,7 @@ static json_t *seq_json(const struct core_seq_stat *s)
 	set_text(o, "client", s->client);
 	set_text(o, "model", s->model);
 	set_text(o, "policy", s->policy);
-	if (s->policy_reason[0])
+	if (s->policy_reason)
 		set_text(o, "policy_reason", s->policy_reason);
 	set_num(o, "rows", s->rows);
 	set_num(o, "epoch", s->epoch);

@@ -55,9 +55,8 @@ struct core_seq_stat {
 	uint64_t owner; /* tenant and UID, hashed: the unit of isolation */
 	uint8_t key[16];
 	const char *tenant, *client, *model, *policy; /* client "-" when orphaned or detached */
-	const char
-		*policy_reason; /* why it is not the one asked for; empty: it is, or nothing was ranked yet */
-	bool window;            /* its device rows are in memory that only the client reaches */
+	const char *policy_reason; /* why it is not the one asked for; NULL: it is, or nobody knows */
+	bool window;               /* its device rows are in memory that only the client reaches */
 	uint32_t rows, epoch, lanes, lifetime, ttl_left_s, resident_max;
 	uint32_t budget[KVT_TIERS]; /* lane 0 */
 	bool adaptive;              /* device budgets differ by lane, from least to most: */

@@ -73,7 +73,7 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 		.policy = s->ops         ? s->ops->name
 			  : s->policy[0] ? s->policy
 					 : c->policy,
-		.policy_reason = s->keys_use ? s->keys_use->reason : "",
+		.policy_reason = s->keys_use && s->keys_use->reason[0] ? s->keys_use->reason : NULL,
 		.window = seq_windowed(s),
 		.rows = s->rows,
 		.epoch = s->epoch,

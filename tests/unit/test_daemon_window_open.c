@@ -144,7 +144,7 @@ static void ask(struct core *c, void *arg)
 		assert_int_equal(core_policy_set(c, a->q->handle, a->set, err, sizeof(err)), 0);
 	assert_int_equal(core_seq_stat(c, a->q->handle, &st), 0);
 	snprintf(a->policy, sizeof(a->policy), "%s", st.policy);
-	snprintf(a->reason, sizeof(a->reason), "%s", st.policy_reason);
+	snprintf(a->reason, sizeof(a->reason), "%s", st.policy_reason ? st.policy_reason : "");
 	a->window = st.window;
 }
 
