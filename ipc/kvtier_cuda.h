@@ -182,16 +182,24 @@ struct kvtier_cuda_recall_opts {
 	float scale;            /* 0: 1 / sqrt(head_dim) */
 	uint32_t before, after; /* as in kvtier_recall_opts */
 	uint64_t queries;       /* device: [query head][n_queries][head_dim] of the model's dtype, after RoPE */
-	uint64_t token_stride, head_stride; /* bytes */
+	uint64_t token_stride, head_stride; /* bytes; both 0: as packed */
 	uint64_t k, v;                      /* device: where the rows go, [KV head][rows], strides below */
 	uint64_t k_head_stride, v_head_stride;
 	uint32_t k_row_stride, v_row_stride;
 	uint64_t counts;    /* device uint32_t [KV heads] */
 	uint64_t positions; /* device uint32_t [KV heads][rows], ascending; 0: not wanted */
 };
-/* Look at the directory and launch what makes it searchable. Errors: INVAL (not DIRECT), NOMEM, GPU. */
+/*
+ * Look at the directory and launch what makes it searchable: a cache line of each page when nothing changed, the
+ * keys of new pages read once. The first time asks the daemon, as does a page in a segment that is new. KVT_AGAIN:
+ * pages move faster than they can be looked at. Errors: INVAL (not DIRECT; keys of more than 512 bytes or not
+ * of a multiple of 8 elements), MODEL (opaque rows), NOMEM, GPU.
+ */
 KVT_PUBLIC int kvtier_cuda_recall_prepare(struct kvtier_seq *s, void *stream);
-/* Launch the search of one layer. Stream-ordered; results are to be believed once recall_check says so. */
+/*
+ * Launch the search of one layer. Stream-ordered; results are to be believed once recall_check says so. Queries
+ * that are not finite are left out. Errors: INVAL (prepare comes first), NOMEM, GPU.
+ */
 KVT_PUBLIC int kvtier_cuda_recall(struct kvtier_seq *s, uint32_t layer, uint32_t n_queries,
 				  const struct kvtier_cuda_recall_opts *o, void *stream);
 /*

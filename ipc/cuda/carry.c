@@ -3,7 +3,6 @@
 #include <string.h>
 #include "ipc/cuda/cuda.h"
 
-#pragma weak direct_segment /* until direct.c is there */
 
 /* ---- rows that leave ---------------------------------------------------------------------------- */
 
@@ -93,7 +92,7 @@ static int read_record(struct kvtier_seq *s, const struct plan_view *v, const ch
 	memcpy(ret->pos, h.pos, sizeof(ret->pos));
 	memcpy(ret->mask, h.mask, sizeof(ret->mask));
 	if (h.segment) {
-		int r = !direct_segment ? KVT_E_INVAL : direct_segment(s, h.segment - 1, h.off, rows_bytes, &ret->k);
+		int r = cuda_direct_address(s, h.segment - 1, h.off, rows_bytes, &ret->k);
 
 		if (r)
 			return r;

@@ -142,8 +142,8 @@ struct cuda_seq {
 	uint32_t *table;           /* [lanes] of it */
 
 	/* Other rooms': they end with the sequence. */
-	struct cuda_direct *direct; /* direct.c: segments and directory; NULL: not DIRECT, or not used yet */
-	struct cuda_recall *recall; /* recall.c: summaries and scratch; NULL: not used yet */
+	struct cuda_direct *direct; /* direct.h: segments and directory; NULL: not DIRECT, or not used yet */
+	struct cuda_recall *recall; /* recall.h: summaries and scratch; NULL: not used yet */
 };
 
 /* The GPU's part, or NULL with a line: no sequence, or one whose rows are on the host. */
@@ -209,10 +209,9 @@ int cuda_quiesce(struct kvtier_seq *s);
 int cuda_truncate_begin(struct kvtier_seq *s, uint32_t n);
 int cuda_truncate_end(struct kvtier_seq *s, uint32_t n);
 
-/* ---- direct.c, recall.c ---- */
+/* ---- recall.c ---- */
 
 /* Where bytes [off, off + n) of a published segment lie for the GPU; maps it when it is new. */
-int direct_segment(struct kvtier_seq *s, uint32_t segment, uint64_t off, uint64_t n, uint64_t *ret);
-/* End what they hold of a sequence; nothing of it is in flight. */
-void direct_free(struct kvtier_seq *s);
-void recall_free(struct kvtier_seq *s);
+int cuda_direct_address(struct kvtier_seq *s, uint32_t segment, uint64_t off, uint64_t n, uint64_t *ret);
+/* End what direct reads and recall hold of a sequence, waiting for its stream. */
+void cuda_direct_free(struct kvtier_seq *s);

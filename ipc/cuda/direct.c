@@ -225,9 +225,17 @@ int view_new(struct kvtier_cuda *g, const struct direct_source *src, const struc
 {
 	struct cuda_direct *d = calloc(1, sizeof(*d));
 
-	if (!d)
+	if (d)
+		d->lane = malloc(lanes * sizeof(*lane));
+	if (!d || !d->lane) {
+		free(d);
 		return err_set(KVT_E_NOMEM, "directory: out of memory");
-	*d = (struct cuda_direct){.g = g, .src = *src, .lane = lane, .lanes = lanes, .dir = SEG_INIT};
+	}
+	memcpy(d->lane, lane, lanes * sizeof(*lane));
+	d->g = g;
+	d->src = *src;
+	d->lanes = lanes;
+	d->dir = (struct seg)SEG_INIT;
 	*ret = d;
 	return 0;
 }
@@ -390,6 +398,7 @@ void view_end(struct cuda_direct *d)
 	while (d->n_held)
 		let_go(d, d->n_held - 1);
 	seg_close(&d->dir);
+	free(d->lane);
 	free(d->held);
 	free(d->seen);
 	free(d);

@@ -31,7 +31,7 @@ struct direct_held;
 struct cuda_direct {
 	struct kvtier_cuda *g;
 	struct direct_source src;
-	const struct cuda_lane *lane; /* [lanes] bytes of rows; the maker's */
+	struct cuda_lane *lane; /* [lanes] bytes of rows */
 	uint32_t lanes;
 	struct seg dir;           /* fd -1: none yet */
 	uint64_t moved;           /* of the directory at the last look */
@@ -45,7 +45,7 @@ struct cuda_direct {
 /* Whoever reads entries: a page that is new (sum: its bytes too) or changed. 0 or KVT_E_*. */
 typedef int (*view_page_fn)(void *arg, uint32_t slot, bool sum, const struct find_page *p);
 
-/* lane: [lanes], must outlive the view. KVT_E_NOMEM. */
+/* lane: [lanes], copied. KVT_E_NOMEM. */
 int view_new(struct kvtier_cuda *g, const struct direct_source *src, const struct cuda_lane *lane,
 	     uint32_t lanes, struct cuda_direct **ret);
 /* The directory; taken on success. KVT_E_PROTO when it is none. */

@@ -41,14 +41,20 @@ struct find_mem {
 	uint64_t addr, bytes;
 };
 struct find_stage;
+/* What the caller knows of residency, and compares: the newest plan, the epoch, the end. */
+struct find_version {
+	uint64_t plan;
+	uint32_t epoch, end;
+};
 struct cuda_recall {
 	struct kvtier_cuda *g;
 	struct find_shape shape;
 	uint32_t max_dim;
 	struct find_index ix;
-	uint32_t slots;          /* of the directory that ix has room for */
-	uint32_t pages, longest; /* pages that are listed; of the lane with most */
-	bool marked;
+	uint32_t slots;              /* of the directory that ix has room for */
+	uint32_t pages, longest;     /* pages that are listed; of the lane with most */
+	bool marked;                 /* there is something to search in */
+	struct find_version version; /* when it was marked; the caller's */
 	struct find_mem fixed, paged, listed, residents, scratch, *old;
 	uint32_t n_old;
 	struct find_stage *stage; /* host memory that the GPU reads */

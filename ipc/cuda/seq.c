@@ -4,9 +4,6 @@
 #include <string.h>
 #include "ipc/cuda/cuda.h"
 
-#pragma weak direct_free /* until direct.c is there */
-#pragma weak recall_free
-
 #define RING_DEFAULT (UINT64_C(32) << 20)
 #define PAGE_ROWS 128u
 
@@ -147,9 +144,7 @@ void cuda_seq_free(struct kvtier_seq *s)
 		if (q->issued || tickets_pending(q))
 			(void)cuda_try(q->g, q->g->d->stream_sync(q->stream), "cuStreamSynchronize");
 		if (q->direct)
-			direct_free(s);
-		if (q->recall)
-			recall_free(s);
+			cuda_direct_free(s);
 		cuda_leave(q->g);
 	}
 	s->cu = NULL;
