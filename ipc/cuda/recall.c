@@ -308,8 +308,6 @@ int kvtier_cuda_recall(struct kvtier_seq *s, uint32_t layer, uint32_t n_queries,
 		r = cuda_enter(s->cu->g);
 	if (r)
 		return r;
-	if (!(o.scale > 0))
-		o.scale = 1 / sqrtf((float)(y->k_bytes / elem));
 	s->cu->stream = stream;
 	r = search(s, layer, n_queries, &o, stream);
 	cuda_leave(s->cu->g);

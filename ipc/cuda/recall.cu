@@ -294,6 +294,7 @@ KERNEL(3) kvt_recall_select(struct find_args a)
 	__shared__ float red[WARPS];
 	uint32_t head = blockIdx.x, pick[FIND_TOKENS], next = a.n_tokens - 1, all = a.heads * a.group;
 	const char *q = at<const char>(a.q) + head * a.head_stride;
+	float scale = a.scale > 0 ? a.scale : 1 / sqrtf((float)a.dim);
 
 	if (head >= all) {
 		clear_scores(a, head - all, gridDim.x - all);
@@ -309,7 +310,7 @@ KERNEL(3) kvt_recall_select(struct find_args a)
 			x[got * a.dim + threadIdx.x] = v;
 		}
 		bad = isfinite(v) ? 0 : INFINITY;
-		v = isfinite(v) ? v * a.scale : 0;
+		v = isfinite(v) ? v * scale : 0;
 		sq = find_add(v * v + bad);
 		if (threadIdx.x < a.dim)
 			at<float>(a.qt)[out * a.dim + threadIdx.x] = v;

