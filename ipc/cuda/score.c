@@ -39,7 +39,9 @@ int kern_score(struct kvtier_cuda *g, const struct scorer_hdr *h, const struct s
 
 	if (r || !a->n || !a->lanes)
 		return r;
-	tiles = (uint64_t)a->lanes * DIV_UP(a->n, TILE_ROWS);
+	tiles = (uint64_t)a->lanes * (a->n / TILE_ROWS + 1);
+	if (a->n > INT32_MAX || tiles > INT32_MAX)
+		return err_set(KVT_E_INVAL, "rows: %u of %u lanes are too many for one call", a->n, a->lanes);
 	return cuda_launch(g, kernel_of(h), (unsigned)MIN(tiles, (uint64_t)g->sms), 1, BLOCK,
 			   SCORE_SHARED(g->major == 9 ? SCORE_STAGES_90 : SCORE_STAGES_80, h->k_dim,
 					scorer_vecs(h->k_dim, h->hidden).floats),

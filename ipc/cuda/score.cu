@@ -32,6 +32,13 @@ static __device__ __forceinline__ void start(struct sums<N, M> &u, const float *
 	}
 }
 
+template <uint32_t N, uint32_t M> static __device__ __forceinline__ void clear(struct sums<N, M> &u)
+{
+#pragma unroll
+	for (uint32_t i = 0; i < N / 8 * 4 * M; i++)
+		u.x[i % M][i / M / 4][i / M % 4] = 0;
+}
+
 /* u = u scale + vec; scale by 16-row group and row. */
 template <uint32_t N, uint32_t M>
 static __device__ __forceinline__ void rescale(struct sums<N, M> &u, const float (&scale)[M][2],
@@ -237,7 +244,7 @@ template <uint32_t D, uint32_t H> static __device__ __forceinline__ void score(c
 	s.lane_stride = h->lane_stride;
 	s.vecs_off = h->tensor_off[SCORER_VECS];
 	s.stage = shared;
-	s.vecs = shared + S::STAGES * SCORER_CHUNK;
+	s.vecs = shared + S::RING_BYTES;
 	s.tiles = lane_tiles * a.lanes;
 	s.lane_tiles = lane_tiles;
 	s.copy_tile = blockIdx.x;
@@ -260,31 +267,34 @@ template <uint32_t D, uint32_t H> static __device__ __forceinline__ void score(c
 		const float *vecs = (const float *)(s.vecs + vec * (S::VECS * 4));
 		struct sums<H, S::M> u;
 		struct left x[S::Q][S::M], place[1][S::M], hidden[S::G][S::M];
-		float inverse[S::M][2], scale[S::M][2], out[2][S::M][2];
+		float factor[S::M][2], scale[S::M][2], out[2][S::M][2];
 
-		take<S>(x, next);
-		load_rows<S>(next, memory[lane].v, memory[lane].v_row, slot);
-		if (flags & SCORER_UNROTATE)
-			unrotate<S>(x, a, flags & SCORER_ROPE_PAIRS, turn, first);
-		else if (a.dtype == F16)
-			to_bf16<S>(x);
 		wait_vectors<S>(s);
-		project<S>(inverse, x, vecs + S::RK, vecs + S::REST, per_unit, s);
-		start(u, vecs + S::MK);
-		multiply<S, D / 16>(u, x, 0, s);
-
-		take<S>(x, next);
-		if (a.dtype == F16)
-			to_bf16<S>(x);
-		project<S>(scale, x, vecs + S::RV, vecs + S::REST + 1, per_unit, s);
+		clear(u);
+#pragma unroll 1
+		for (uint32_t v = 0; v < 2; v++) { /* K, then V */
+			take<S>(x, next);
+			if (v == 0)
+				load_rows<S>(next, memory[lane].v, memory[lane].v_row, slot);
+			if (v == 0 && flags & SCORER_UNROTATE)
+				unrotate<S>(x, a, flags & SCORER_ROPE_PAIRS, turn, first);
+			else if (a.dtype == F16)
+				to_bf16<S>(x);
+			project<S>(scale, x, vecs + S::RK + v * D, vecs + S::REST + v, per_unit, s);
+			/* u is in units of the last part's sd: in this part's, and that part's shift */
 #pragma unroll
-		for (uint32_t i = 0; i < 2 * S::M; i++)
-			inverse[i / 2][i % 2] /= scale[i / 2][i % 2];
-		rescale(u, inverse, vecs + S::MV);
-		multiply<S, D / 16>(u, x, 0, s);
+			for (uint32_t i = 0; i < 2 * S::M; i++) {
+				factor[i / 2][i % 2] = v ? factor[i / 2][i % 2] / scale[i / 2][i % 2] : 0;
+			}
+			rescale(u, factor, vecs + S::MK + v * H);
+			multiply<S, D / 16>(u, x, 0, s);
+#pragma unroll
+			for (uint32_t i = 0; i < 2 * S::M; i++)
+				factor[i / 2][i % 2] = scale[i / 2][i % 2];
+		}
 
 		find_places<S>(place, h, s.lanes + lane * s.lane_stride, a, first);
-		rescale(u, scale, vecs + S::C);
+		rescale(u, factor, vecs + S::C);
 		multiply<S, SCORER_POS_PAD / 16>(u, place, 0, s);
 		activate(hidden, u, vecs + S::G1, vecs + S::O1);
 

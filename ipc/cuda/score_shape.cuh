@@ -27,9 +27,9 @@ template <uint32_t D, uint32_t H> struct shape {
 	static constexpr uint32_t TRIANGLE = PANEL * D + (D > PANEL ? PANEL * (D - PANEL) : 0);
 	static constexpr uint32_t CHUNKS =
 		(2 * (TRIANGLE + H * D) + H * SCORER_POS_PAD + H * H) * 2 / SCORER_CHUNK;
-	/* Fewer than a lane has: the vectors of two lanes are there at a time. */
-	static constexpr uint32_t MOST = SCORE_WGMMA ? SCORE_STAGES_90 : SCORE_STAGES_80;
-	static constexpr uint32_t STAGES = MOST < CHUNKS ? MOST : CHUNKS - 1;
+	/* With mma.sync. Fewer than a lane has: the vectors of two lanes are there at a time. */
+	static constexpr uint32_t STAGES = SCORE_STAGES_80 < CHUNKS ? SCORE_STAGES_80 : CHUNKS - 1;
+	static constexpr uint32_t RING_BYTES = (SCORE_WGMMA ? SCORE_STAGES_90 : STAGES) * SCORER_CHUNK;
 	/* Floats, as scorer_vecs() says. */
 	static constexpr uint32_t RK = 0, RV = D, MK = 2 * D, MV = MK + H, C = MV + H, G1 = C + H, O1 = G1 + H,
 				  B2 = O1 + H, G2 = B2 + H, O2 = G2 + H, W3 = O2 + H, REST = W3 + 2 * H,

@@ -18,11 +18,12 @@ struct stream {
 	unsigned char *stage, *vecs;
 	uint32_t tiles, lane_tiles; /* of all; of a lane */
 	/* Next to copy; only thread 0's count with bulk copies. */
-	uint32_t copy_tile, copy_chunk, copy_stage, copy_vec;
+	uint32_t copy_tile, copy_chunk /* or piece */, copy_stage, copy_vec;
 	const unsigned char *from;
 	uint32_t use_stage;
 #if SCORE_WGMMA
-	uint64_t *full, *empty; /* [stages] */
+	uint64_t *full, *empty; /* [RING] */
+	uint32_t *piece;        /* bytes of each */
 	uint32_t copy_phase, use_phase;
 #endif
 };
@@ -130,40 +131,77 @@ static __device__ __forceinline__ void multiply(struct sums<N, S::M> &u, const s
 
 #else
 
-/* Chunks that are copied ahead of this thread's use; the rest of the stages let the other warps lag. */
-template <typename S> constexpr uint32_t ahead = S::STAGES / 2;
+/*
+ * Chunks pass in pieces of up to four, none across two products. A ring of pieces: some are copied ahead of the
+ * warps that are first, the rest let others lag.
+ */
+constexpr uint32_t PIECE = 4 * SCORER_CHUNK, RING = SCORE_STAGES_90 / 4, AHEAD = 3, PRODUCTS = 8;
 
-/* Thread 0: the next chunk into its stage, once every warp has done with what is there. */
+template <typename S> constexpr __device__ uint32_t product_bytes(uint32_t i)
+{
+	constexpr uint32_t D = S::DIM, H = S::HIDDEN;
+	constexpr uint32_t bytes[PRODUCTS] = {
+		PANEL * D * 2, PANEL * (D - PANEL) * 2, H * D * 2, PANEL * D * 2, PANEL * (D - PANEL) * 2,
+		H * D * 2,     H * SCORER_POS_PAD * 2,  H * H * 2};
+
+	return bytes[i];
+}
+
+template <typename S> constexpr __device__ uint32_t pieces(void)
+{
+	uint32_t n = 0;
+
+	for (uint32_t i = 0; i < PRODUCTS; i++)
+		n += (product_bytes<S>(i) + PIECE - 1) / PIECE;
+	return n;
+}
+
+/* Thread 0: the next piece into its place, once every warp has done with what is there. */
 template <typename S> static __device__ __forceinline__ void copy_next(struct stream &s)
 {
-	uint32_t bytes = SCORER_CHUNK;
+	uint32_t bytes, all;
 	uint64_t *full = s.full + s.copy_stage;
 
 	if (s.copy_tile >= s.tiles)
 		return;
 	barrier_wait(s.empty + s.copy_stage, s.copy_phase ^ 1);
+	bytes = all = s.piece[s.copy_chunk];
 	if (s.copy_chunk == 0) {
 		s.from = s.lanes + s.copy_tile / s.lane_tiles * s.lane_stride;
-		bytes += S::VECS * 4;
+		all += S::VECS * 4;
 	}
-	barrier_expect(full, bytes);
+	barrier_expect(full, all);
 	if (s.copy_chunk == 0) {
 		bulk_copy(s.vecs + s.copy_vec * (S::VECS * 4), s.from + s.vecs_off, S::VECS * 4, full);
 		s.copy_vec ^= 1;
 	}
-	bulk_copy(s.stage + s.copy_stage * SCORER_CHUNK, s.from, SCORER_CHUNK, full);
-	step_copy<S>(s);
-	step<S>(s.copy_stage);
-	s.copy_phase ^= s.copy_stage == 0;
+	bulk_copy(s.stage + s.copy_stage * PIECE, s.from, bytes, full);
+	s.from += bytes;
+	if (++s.copy_chunk == pieces<S>()) {
+		s.copy_chunk = 0;
+		s.copy_tile += gridDim.x;
+	}
+	if (++s.copy_stage == RING) {
+		s.copy_stage = 0;
+		s.copy_phase ^= 1;
+	}
 }
 
 template <typename S> static __device__ __forceinline__ void start_stream(struct stream &s)
 {
+	static_assert(RING <= pieces<S>(), "the vectors of two lanes are there at a time");
+	static_assert(RING * 16 + pieces<S>() * 4 <= SCORE_STAGES_90 * 16, "room that SCORE_SHARED() leaves");
 	s.full = (uint64_t *)(s.vecs + 2 * S::VECS * 4 + S::DIM / 2 * 8);
-	s.empty = s.full + S::STAGES;
+	s.empty = s.full + RING;
+	s.piece = (uint32_t *)(s.empty + RING);
 	s.copy_phase = s.use_phase = 0;
 	if (threadIdx.x == 0) {
-		for (uint32_t i = 0; i < S::STAGES; i++) {
+		uint32_t piece = 0;
+
+		for (uint32_t i = 0; i < PRODUCTS; i++)
+			for (uint32_t at = 0; at < product_bytes<S>(i); at += PIECE)
+				s.piece[piece++] = min(PIECE, product_bytes<S>(i) - at);
+		for (uint32_t i = 0; i < RING; i++) {
 			barrier_init(s.full + i, 1);
 			barrier_init(s.empty + i, WARPS);
 		}
@@ -171,12 +209,12 @@ template <typename S> static __device__ __forceinline__ void start_stream(struct
 	}
 	__syncthreads();
 	if (threadIdx.x == 0)
-		for (uint32_t i = 0; i < ahead<S>; i++)
+		for (uint32_t i = 0; i < AHEAD; i++)
 			copy_next<S>(s);
 	__syncwarp();
 }
 
-/* The next chunk, once it is there; release() its stage. */
+/* The next piece, once it is there; release() its place. */
 template <typename S> static __device__ __forceinline__ uint32_t use_next(struct stream &s)
 {
 	const uint32_t stage = s.use_stage;
@@ -185,8 +223,10 @@ template <typename S> static __device__ __forceinline__ uint32_t use_next(struct
 		copy_next<S>(s);
 	__syncwarp();
 	barrier_wait(s.full + stage, s.use_phase);
-	step<S>(s.use_stage);
-	s.use_phase ^= s.use_stage == 0;
+	if (++s.use_stage == RING) {
+		s.use_stage = 0;
+		s.use_phase ^= 1;
+	}
 	return stage;
 }
 
@@ -210,19 +250,19 @@ template <typename S, uint32_t COUNT, uint32_t N, uint32_t K>
 static __device__ __forceinline__ void multiply(struct sums<N, S::M> &u, const struct left (&x)[K][S::M],
 						uint32_t first, struct stream &s)
 {
-	constexpr uint32_t SLICE = N * 32, PER_CHUNK = SCORER_CHUNK / SLICE;
+	constexpr uint32_t SLICE = N * 32, PER_PIECE = PIECE / SLICE;
 	uint32_t stage = 0;
 
 #pragma unroll
-	for (uint32_t slice = 0; slice < COUNT; slice += PER_CHUNK) {
+	for (uint32_t slice = 0; slice < COUNT; slice += PER_PIECE) {
 		const uint32_t before = stage;
 		uint64_t right;
 
 		stage = use_next<S>(s);
-		right = wgmma_right(shared_address(s.stage) + stage * SCORER_CHUNK, N);
+		right = wgmma_right(shared_address(s.stage) + stage * PIECE, N);
 		wgmma_fence();
 #pragma unroll
-		for (uint32_t i = 0; i < PER_CHUNK && slice + i < COUNT; i++) {
+		for (uint32_t i = 0; i < PER_PIECE && slice + i < COUNT; i++) {
 #pragma unroll
 			for (uint32_t m = 0; m < S::M; m++) {
 				uint32_t a[4];
