@@ -22,7 +22,7 @@ struct stream {
 	const unsigned char *from;
 	uint32_t use_stage;
 #if SCORE_WGMMA
-	uint64_t *full, *empty; /* [RING] */
+	uint64_t *full, *empty; /* [PLACES] */
 	uint32_t *piece;        /* bytes of each */
 	uint32_t copy_phase, use_phase;
 #endif
@@ -135,12 +135,13 @@ static __device__ __forceinline__ void multiply(struct sums<N, S::M> &u, const s
  * Chunks pass in pieces of up to four, none across two products. A ring of pieces: some are copied ahead of the
  * warps that are first, the rest let others lag.
  */
-constexpr uint32_t PIECE = 4 * SCORER_CHUNK, RING = SCORE_STAGES_90 / 4, AHEAD = 3, PRODUCTS = 8;
+constexpr uint32_t PIECE_BYTES = 4 * SCORER_CHUNK, PLACES = SCORE_STAGES_90 / 4, COPIED_AHEAD = 3,
+		   PRODUCT_COUNT = 8;
 
 template <typename S> constexpr __device__ uint32_t product_bytes(uint32_t i)
 {
 	constexpr uint32_t D = S::DIM, H = S::HIDDEN;
-	constexpr uint32_t bytes[PRODUCTS] = {
+	constexpr uint32_t bytes[PRODUCT_COUNT] = {
 		PANEL * D * 2, PANEL * (D - PANEL) * 2, H * D * 2, PANEL * D * 2, PANEL * (D - PANEL) * 2,
 		H * D * 2,     H * SCORER_POS_PAD * 2,  H * H * 2};
 
@@ -151,8 +152,8 @@ template <typename S> constexpr __device__ uint32_t pieces(void)
 {
 	uint32_t n = 0;
 
-	for (uint32_t i = 0; i < PRODUCTS; i++)
-		n += (product_bytes<S>(i) + PIECE - 1) / PIECE;
+	for (uint32_t i = 0; i < PRODUCT_COUNT; i++)
+		n += (product_bytes<S>(i) + PIECE_BYTES - 1) / PIECE_BYTES;
 	return n;
 }
 
@@ -175,13 +176,13 @@ template <typename S> static __device__ __forceinline__ void copy_next(struct st
 		bulk_copy(s.vecs + s.copy_vec * (S::VECS * 4), s.from + s.vecs_off, S::VECS * 4, full);
 		s.copy_vec ^= 1;
 	}
-	bulk_copy(s.stage + s.copy_stage * PIECE, s.from, bytes, full);
+	bulk_copy(s.stage + s.copy_stage * PIECE_BYTES, s.from, bytes, full);
 	s.from += bytes;
 	if (++s.copy_chunk == pieces<S>()) {
 		s.copy_chunk = 0;
 		s.copy_tile += gridDim.x;
 	}
-	if (++s.copy_stage == RING) {
+	if (++s.copy_stage == PLACES) {
 		s.copy_stage = 0;
 		s.copy_phase ^= 1;
 	}
@@ -189,19 +190,19 @@ template <typename S> static __device__ __forceinline__ void copy_next(struct st
 
 template <typename S> static __device__ __forceinline__ void start_stream(struct stream &s)
 {
-	static_assert(RING <= pieces<S>(), "the vectors of two lanes are there at a time");
-	static_assert(RING * 16 + pieces<S>() * 4 <= SCORE_STAGES_90 * 16, "room that SCORE_SHARED() leaves");
+	static_assert(PLACES <= pieces<S>(), "the vectors of two lanes are there at a time");
+	static_assert(PLACES * 16 + pieces<S>() * 4 <= SCORE_STAGES_90 * 16, "room that SCORE_SHARED() leaves");
 	s.full = (uint64_t *)(s.vecs + 2 * S::VECS * 4 + S::DIM / 2 * 8);
-	s.empty = s.full + RING;
-	s.piece = (uint32_t *)(s.empty + RING);
+	s.empty = s.full + PLACES;
+	s.piece = (uint32_t *)(s.empty + PLACES);
 	s.copy_phase = s.use_phase = 0;
 	if (threadIdx.x == 0) {
 		uint32_t piece = 0;
 
-		for (uint32_t i = 0; i < PRODUCTS; i++)
-			for (uint32_t at = 0; at < product_bytes<S>(i); at += PIECE)
-				s.piece[piece++] = min(PIECE, product_bytes<S>(i) - at);
-		for (uint32_t i = 0; i < RING; i++) {
+		for (uint32_t i = 0; i < PRODUCT_COUNT; i++)
+			for (uint32_t at = 0; at < product_bytes<S>(i); at += PIECE_BYTES)
+				s.piece[piece++] = min(PIECE_BYTES, product_bytes<S>(i) - at);
+		for (uint32_t i = 0; i < PLACES; i++) {
 			barrier_init(s.full + i, 1);
 			barrier_init(s.empty + i, WARPS);
 		}
@@ -209,7 +210,7 @@ template <typename S> static __device__ __forceinline__ void start_stream(struct
 	}
 	__syncthreads();
 	if (threadIdx.x == 0)
-		for (uint32_t i = 0; i < AHEAD; i++)
+		for (uint32_t i = 0; i < COPIED_AHEAD; i++)
 			copy_next<S>(s);
 	__syncwarp();
 }
@@ -223,7 +224,7 @@ template <typename S> static __device__ __forceinline__ uint32_t use_next(struct
 		copy_next<S>(s);
 	__syncwarp();
 	barrier_wait(s.full + stage, s.use_phase);
-	if (++s.use_stage == RING) {
+	if (++s.use_stage == PLACES) {
 		s.use_stage = 0;
 		s.use_phase ^= 1;
 	}
@@ -250,19 +251,19 @@ template <typename S, uint32_t COUNT, uint32_t N, uint32_t K>
 static __device__ __forceinline__ void multiply(struct sums<N, S::M> &u, const struct left (&x)[K][S::M],
 						uint32_t first, struct stream &s)
 {
-	constexpr uint32_t SLICE = N * 32, PER_PIECE = PIECE / SLICE;
+	constexpr uint32_t SLICE = N * 32, PIECE_SLICES = PIECE_BYTES / SLICE;
 	uint32_t stage = 0;
 
 #pragma unroll
-	for (uint32_t slice = 0; slice < COUNT; slice += PER_PIECE) {
+	for (uint32_t slice = 0; slice < COUNT; slice += PIECE_SLICES) {
 		const uint32_t before = stage;
 		uint64_t right;
 
 		stage = use_next<S>(s);
-		right = wgmma_right(shared_address(s.stage) + stage * PIECE, N);
+		right = wgmma_right(shared_address(s.stage) + stage * PIECE_BYTES, N);
 		wgmma_fence();
 #pragma unroll
-		for (uint32_t i = 0; i < PER_PIECE && slice + i < COUNT; i++) {
+		for (uint32_t i = 0; i < PIECE_SLICES && slice + i < COUNT; i++) {
 #pragma unroll
 			for (uint32_t m = 0; m < S::M; m++) {
 				uint32_t a[4];
