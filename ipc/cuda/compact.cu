@@ -3,7 +3,8 @@
  * itself. */
 #include "ipc/cuda/common.cuh"
 
-#define COPY_AHEAD 8u /* pieces of a thread in flight */
+#define MAPS_AHEAD 8u /* rows of a thread whose positions are on their way */
+#define COPY_AHEAD 4u /* pieces of a thread in flight */
 
 /* What a warp copies at a time. */
 struct moves {
@@ -55,36 +56,44 @@ static __device__ void prefix(uint32_t *count, uint32_t n, uint32_t *sh)
 	__syncthreads();
 }
 
-/* Rows of one plane, n moves of a list in shared memory, by the warp. */
-static __device__ __forceinline__ void copy_rows(uint64_t from, uint32_t from_row, uint64_t to, uint32_t to_row,
-						 uint32_t width, const struct moves *m, uint32_t n)
+/*
+ * The n moves of a list in shared memory, by the warp: K, then V, each in pieces of 16 bytes, 32 apart for a
+ * thread. Neighbours in a row are neighbours in the warp, so every access is of whole rows.
+ */
+static __device__ __forceinline__ void copy_moves(const struct cuda_lane &l, const struct cuda_lane &t,
+						  const struct moves *m, uint32_t n)
 {
-	uint32_t per = width / 16, all = n * per, j = warp_lane();
-	uint32_t row = per ? j / per : 0, off = per ? j % per : 0;
-	uint32_t step = per ? WARP / per : 0, rest = per ? WARP % per : 0;
+#pragma unroll 1
+	for (uint32_t plane = 0; plane < 2; plane++) {
+		uint64_t from = plane ? l.v : l.k, to = plane ? t.v : t.k;
+		uint32_t from_row = plane ? l.v_row : l.k_row, to_row = plane ? t.v_row : t.k_row;
+		uint32_t per = (plane ? l.v_bytes : l.k_bytes) / 16, all = n * per, j = warp_lane();
+		uint32_t row = per ? j / per : 0, off = per ? j % per : 0;
+		uint32_t step = per ? WARP / per : 0, rest = per ? WARP % per : 0;
 
-	while (j < all) {
-		uint4 x[COPY_AHEAD];
-		uint64_t put[COPY_AHEAD];
+		while (j < all) {
+			uint4 x[COPY_AHEAD];
+			uint64_t put[COPY_AHEAD];
 
 #pragma unroll
-		for (uint32_t u = 0; u < COPY_AHEAD; u++) {
-			if (j + u * WARP < all) {
-				x[u] = load16_once(
-					at<const void>(from + (uint64_t)m->from[row] * from_row + off * 16));
-				put[u] = to + (uint64_t)m->to[row] * to_row + off * 16;
+			for (uint32_t u = 0; u < COPY_AHEAD; u++) {
+				if (j + u * WARP < all) {
+					x[u] = load16_once(at<const void>(
+						from + (uint64_t)m->from[row] * from_row + off * 16));
+					put[u] = to + (uint64_t)m->to[row] * to_row + off * 16;
+				}
+				row += step;
+				off += rest;
+				if (off >= per) {
+					off -= per;
+					row++;
+				}
 			}
-			row += step;
-			off += rest;
-			if (off >= per) {
-				off -= per;
-				row++;
-			}
+#pragma unroll
+			for (uint32_t u = 0; u < COPY_AHEAD; u++, j += WARP)
+				if (j < all)
+					store16(at<void>(put[u]), x[u]);
 		}
-#pragma unroll
-		for (uint32_t u = 0; u < COPY_AHEAD; u++, j += WARP)
-			if (j < all)
-				store16(at<void>(put[u]), x[u]);
 	}
 }
 
@@ -107,27 +116,27 @@ static __device__ __forceinline__ bool stays(const struct compact_args &a, const
 	return (b.resident[p / 64] & ~b.bring_in[p / 64]) >> p % 64 & 1;
 }
 
-/* One bit per slot, eight words of 32 slots at a time so that their loads overlap. */
+/* One bit per slot. A warp takes 32 words of 32 slots at a time, so that 32 loads of each thread overlap. */
 static __device__ void find_live(const struct compact_args &a, const struct lane_bits &b, const uint32_t *keep,
 				 const uint32_t *pos_of, uint32_t count, struct slots *s)
 {
-	for (uint32_t w0 = warp_index() * 8; w0 < s->words; w0 += WARPS * 8) {
-		uint32_t p[8], mine = 0;
+	for (uint32_t w0 = warp_index() * WARP; w0 < s->words; w0 += BLOCK) {
+		uint32_t p[WARP], mine = 0;
 
 #pragma unroll
-		for (uint32_t u = 0; u < 8; u++) {
+		for (uint32_t u = 0; u < WARP; u++) {
 			uint32_t slot = (w0 + u) * 32 + warp_lane();
 
 			p[u] = slot < count ? pos_of[slot] : 0;
 		}
 #pragma unroll
-		for (uint32_t u = 0; u < 8; u++) {
+		for (uint32_t u = 0; u < WARP; u++) {
 			bool live = (w0 + u) * 32 + warp_lane() < count && stays(a, b, keep, p[u]);
 			uint32_t bits = __ballot_sync(ALL, live);
 
 			mine = warp_lane() == u ? bits : mine;
 		}
-		if (warp_lane() < 8 && w0 + warp_lane() < s->words) {
+		if (w0 + warp_lane() < s->words) {
 			s->live[w0 + warp_lane()] = mine;
 			s->before[w0 + warp_lane()] = __popc(mine);
 		}
@@ -191,12 +200,22 @@ static __device__ void set_maps(const struct compact_args &a, const struct lane_
 	uint32_t *pos_of = at<uint32_t>(a.maps.pos_of) + (uint64_t)lane * a.maps.map_slots;
 	uint32_t base = s->far, far = s->far < s->moves ? s->far : s->moves;
 
-	for (uint32_t k = threadIdx.x; k < far; k += BLOCK) {
-		uint32_t p = pos_of[live(s, s->near + k)], h = hole(s, k);
+	for (uint32_t k0 = threadIdx.x; k0 < far; k0 += MAPS_AHEAD * BLOCK) {
+		uint32_t p[MAPS_AHEAD];
 
-		pos_of[h] = p;
-		if (p < a.maps.map_rows)
-			slot_of[p] = h;
+#pragma unroll
+		for (uint32_t u = 0; u < MAPS_AHEAD; u++)
+			if (k0 + u * BLOCK < far)
+				p[u] = pos_of[live(s, s->near + k0 + u * BLOCK)];
+#pragma unroll
+		for (uint32_t u = 0; u < MAPS_AHEAD; u++)
+			if (k0 + u * BLOCK < far) {
+				uint32_t h = hole(s, k0 + u * BLOCK);
+
+				pos_of[h] = p[u];
+				if (p[u] < a.maps.map_rows)
+					slot_of[p[u]] = h;
+			}
 	}
 	for (uint32_t w0 = 0; w0 < a.words && base < s->moves; w0 += BLOCK) {
 		uint32_t w = w0 + threadIdx.x, all;
@@ -260,8 +279,7 @@ KERNEL(4) kvt_compact(struct compact_args a)
 			m->to[warp_lane()] = hole(&s, k + warp_lane());
 		}
 		__syncwarp();
-		copy_rows(l.k, l.k_row, l.k, l.k_row, l.k_bytes, m, n);
-		copy_rows(l.v, l.v_row, l.v, l.v_row, l.v_bytes, m, n);
+		copy_moves(l, l, m, n);
 		__syncwarp();
 	}
 	__syncthreads();
@@ -280,7 +298,13 @@ KERNEL(4) kvt_compact(struct compact_args a)
 
 /* ---- out of place ---- */
 
-/* Word w of the rows that a lane has afterwards. */
+/* A lane's rows afterwards: how many are before each word of 64 positions, how many of those came in. */
+struct rows {
+	const uint64_t *bits; /* in shared memory, or NULL */
+	uint32_t *before, *staged;
+	uint32_t words;
+};
+
 static __device__ __forceinline__ uint64_t final_word(const struct compact_args &a, const struct lane_bits &b,
 						      uint32_t w)
 {
@@ -289,11 +313,42 @@ static __device__ __forceinline__ uint64_t final_word(const struct compact_args 
 	return bits | range_mask(w, a.watermark, a.rows);
 }
 
-/* Rows go in the order of their positions, so a row's new slot is its rank. Shared memory: two words per 64
- * rows. */
+/* Where the row that goes to slot k is now. Its place in the maps is written on the way. */
+static __device__ __forceinline__ uint32_t move_row(const struct compact_args &a, const struct lane_bits &b,
+						    const struct rows *r, uint32_t *slot_of, uint32_t *pos_of,
+						    uint32_t k)
+{
+	uint32_t low = 0, high = r->words, place, p, from;
+	uint64_t in;
+
+	while (high - low > 1) {
+		uint32_t mid = (low + high) / 2;
+
+		if (r->before[mid] <= k)
+			low = mid;
+		else
+			high = mid;
+	}
+	place = select64(r->bits ? r->bits[low] : final_word(a, b, low), k - r->before[low]);
+	p = low * 64 + place;
+	from = slot_of[p];
+	if (r->staged[low] != (low + 1 < r->words ? r->staged[low + 1] : ALL)) { /* some of these 64 came in */
+		in = p < a.watermark ? b.bring_in[low] : 0;
+		if (in >> place & 1)
+			from = a.cap + r->staged[low] + __popcll(in & ((1ull << place) - 1));
+	}
+	slot_of[p] = k;
+	pos_of[k] = p;
+	return from;
+}
+
+/*
+ * Rows go in the order of their positions, so a row's new slot is its rank. While the rows of one list are
+ * copied, the slots of the next are on their way. Shared memory: two words per 64 rows, and keep_words.
+ */
 KERNEL(4) kvt_compact_to(struct compact_args a)
 {
-	SHARED(uint32_t, before);
+	SHARED(uint32_t, shared);
 	__shared__ struct moves lists[WARPS];
 	__shared__ uint32_t sh[WARPS];
 	struct moves *m = &lists[warp_index()];
@@ -302,45 +357,34 @@ KERNEL(4) kvt_compact_to(struct compact_args a)
 			       t = at<const struct cuda_lane>(a.to)[lane];
 	uint32_t *slot_of = at<uint32_t>(a.maps.slot_of) + (uint64_t)lane * a.maps.map_rows;
 	uint32_t *pos_of = at<uint32_t>(a.maps.pos_of) + (uint64_t)lane * a.maps.map_slots;
+	uint32_t k = (blockIdx.x * WARPS + warp_index()) * WARP, from = 0;
 	struct lane_bits b = lane_bits(a, lane);
-	uint32_t *staged = before + words; /* of those that came in, before each word */
+	struct rows r = {a.keep_words ? (const uint64_t *)shared : NULL, shared + a.keep_words,
+			 shared + a.keep_words + words, words};
 
 	for (uint32_t w = threadIdx.x; w < words; w += BLOCK) {
-		before[w] = __popcll(final_word(a, b, w));
-		staged[w] = w < a.words ? __popcll(b.bring_in[w] & range_mask(w, 0, a.watermark)) : 0;
+		uint64_t bits = final_word(a, b, w);
+
+		if (a.keep_words)
+			((uint64_t *)shared)[w] = bits;
+		r.before[w] = __popcll(bits);
+		r.staged[w] = w < a.words ? __popcll(b.bring_in[w] & range_mask(w, 0, a.watermark)) : 0;
 	}
 	__syncthreads();
-	prefix(before, words, sh);
-	prefix(staged, words, sh);
+	prefix(r.before, words, sh);
+	prefix(r.staged, words, sh);
 
-	for (uint32_t k = (blockIdx.x * WARPS + warp_index()) * WARP; k < after; k += gridDim.x * BLOCK) {
-		uint32_t n = after - k < WARP ? after - k : WARP, mine = k + warp_lane();
+	if (k + warp_lane() < after)
+		from = move_row(a, b, &r, slot_of, pos_of, k + warp_lane());
+	for (; k < after; k += gridDim.x * BLOCK) {
+		uint32_t next = k + gridDim.x * BLOCK + warp_lane();
 
-		if (warp_lane() < n) {
-			uint32_t low = 0, high = words, p, place;
-			uint64_t in;
-
-			while (high - low > 1) {
-				uint32_t mid = (low + high) / 2;
-
-				if (before[mid] <= mine)
-					low = mid;
-				else
-					high = mid;
-			}
-			place = select64(final_word(a, b, low), mine - before[low]);
-			p = low * 64 + place;
-			in = p < a.watermark ? b.bring_in[low] : 0;
-			m->from[warp_lane()] =
-				in >> place & 1 ? a.cap + staged[low] + __popcll(in & ((1ull << place) - 1))
-						: slot_of[p];
-			m->to[warp_lane()] = mine;
-			slot_of[p] = mine;
-			pos_of[mine] = p;
-		}
+		m->from[warp_lane()] = from;
+		m->to[warp_lane()] = k + warp_lane();
 		__syncwarp();
-		copy_rows(l.k, l.k_row, t.k, t.k_row, l.k_bytes, m, n);
-		copy_rows(l.v, l.v_row, t.v, t.v_row, l.v_bytes, m, n);
+		if (next < after)
+			from = move_row(a, b, &r, slot_of, pos_of, next);
+		copy_moves(l, t, m, after - k < WARP ? after - k : WARP);
 		__syncwarp();
 	}
 }

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 #pragma once
 /*
- * CRC32C of a page by one warp, while it copies the page. A checksum without inversions is linear: the message
- *is a polynomial over GF(2), the checksum is what remains of message * x^32 modulo P. Thread t of the warp sees
- *the 16-byte pieces t, t + 32, t + 64, ...; for each of the four words of a piece it keeps a Horner sum
+ * CRC32C of a page by one block, while it copies the page. A checksum without inversions is linear: the message
+ * is a polynomial over GF(2), the checksum is what remains of message * x^32 modulo P. Thread t sees the
+ *16-byte pieces t, t + 256, t + 512, ...; for each of the four words of a piece it keeps a Horner sum
  *
- *	s <- s * x^4096 + word		(4096 bits lie between two pieces of one thread)
+ *	s <- s * x^32768 + word		(32768 bits lie between two pieces of one thread)
  *
  * which takes four look-ups in 4 KiB of shared memory per word and no other work per byte. At the end the sums
- * are moved to their place before the message's end by one multiplication each and added over the warp. Words
+ * are moved to their place before the message's end by one multiplication each and added over the block. Words
  * are bit-reflected, as CRC32C's usual form has them: bit 31 is x^0.
  */
 #include "ipc/cuda/common.cuh"
@@ -17,8 +17,8 @@
 
 /* As crc_tables_fill() in move.c makes it. */
 struct crc_tables {
-	uint32_t stride[4][256]; /* b * x^4096, b being byte 0, 1, 2, 3 of a word */
-	uint32_t place[32][4];   /* x^(128 d + 32 (4 - k)): word k of a piece with d pieces behind it */
+	uint32_t stride[4][256];  /* b * x^32768, b being byte 0, 1, 2, 3 of a word */
+	uint32_t place[BLOCK][4]; /* x^(128 d + 32 (4 - k)): word k of a piece with d pieces behind it */
 };
 
 struct crc_sum {
@@ -62,10 +62,10 @@ static __device__ __forceinline__ uint32_t crc_times(uint32_t a, uint32_t b)
 	return r;
 }
 
-/* The checksum of all `pieces`, to the whole warp. */
-static __device__ __forceinline__ uint32_t crc_finish(const struct crc_sum *c, uint64_t tables, uint32_t pieces)
+/* This warp's part of the checksum of `pieces`; the block's parts added (exclusive or) are the checksum. */
+static __device__ __forceinline__ uint32_t crc_part(const struct crc_sum *c, uint64_t tables, uint32_t pieces)
 {
-	uint32_t behind = (pieces - 1 - warp_lane()) % WARP, sum;
+	uint32_t behind = (pieces - 1 - threadIdx.x) % BLOCK, sum;
 	const uint4 place = *(const uint4 *)at<const struct crc_tables>(tables)->place[behind];
 
 	sum = crc_times(c->s.x, place.x) ^ crc_times(c->s.y, place.y) ^ crc_times(c->s.z, place.z) ^

@@ -56,13 +56,13 @@ static unsigned shared_max(const struct kvtier_cuda *g)
 int kern_compact(struct kvtier_cuda *g, const struct compact_args *a, void *stream)
 {
 	struct compact_args args = *a;
-	unsigned slots = 2 * DIV_UP(a->cap, 32) * sizeof(uint32_t), keep = 2 * a->words * sizeof(uint32_t);
-	unsigned shared = a->to ? 2 * DIV_UP(a->rows, 64) * sizeof(uint32_t) : slots;
+	unsigned keep = 2 * (a->to ? DIV_UP(a->rows, 64) : a->words) * sizeof(uint32_t);
+	unsigned shared = a->to ? keep : 2 * DIV_UP(a->cap, 32) * sizeof(uint32_t);
 	unsigned parts;
 
 	if (!a->lanes)
 		return 0;
-	args.keep_words = a->to || slots + keep > SHARED_KEEP ? 0 : 2 * a->words;
+	args.keep_words = shared + keep > SHARED_KEEP ? 0 : keep / sizeof(uint32_t);
 	shared += args.keep_words * sizeof(uint32_t);
 	if (shared > shared_max(g))
 		return err_set(KVT_E_INVAL,
