@@ -221,6 +221,11 @@ $(BUILD)/tests/gpu/bench_train: $(call obj,tests/gpu/bench_train.c) $(BUILD)/obj
 	@mkdir -p $(@D)
 	$(say) NVLD $@
 	$(Q)$(NVCC) $(CUDA_ARCH) -Xcompiler -pthread -o $@ $^ $(CUDA_LIBS) -ldl $(BLAS) -lm
+$(BUILD)/tests/gpu/check_client: tests/gpu/check_client.c $(BUILD)/libkvtier.a $(BUILD)/libdaemon.a $(BUILD)/librooms.a
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
+		$(BUILD)/libkvtier.a $(BUILD)/libdaemon.a $(BUILD)/librooms.a $(LIBS)
 $(BUILD)/tests/gpu/%: tests/gpu/%.c $(BUILD)/libkvtier.a $(BUILD)/libpolicy.a
 	@mkdir -p $(@D)
 	$(say) LD $@

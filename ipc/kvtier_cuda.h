@@ -129,7 +129,8 @@ KVT_PUBLIC int kvtier_cuda_seq_resume(struct kvtier *c, struct kvtier_model *m, 
 				      uint32_t *ret_rows);
 
 /* Rows [pos, pos + n) are written, in all layers, by work before this on the stream. Host only. Errors: INVAL
- * (pos is not the length), NOSPC (a lane is full: cap; or max_rows). */
+ * (pos is not the length), NOSPC (a lane is full: cap, rows that a plan is about to bring in counted; or
+ * max_rows). */
 KVT_PUBLIC int kvtier_cuda_append(struct kvtier_seq *s, uint32_t pos, uint32_t n);
 /*
  * Launch the scoring of all appended rows not scored yet, and have the daemon told of them once the stream has

@@ -152,6 +152,9 @@ int kvtier_cuda_append(struct kvtier_seq *s, uint32_t pos, uint32_t n)
 		return err_set(KVT_E_INVAL, "pos: %u, must be %u, the length", pos, q->appended);
 	if (n > s->max_rows - pos)
 		return err_set(KVT_E_NOSPC, "rows: %u + %u, must be at most max_rows %u", pos, n, s->max_rows);
+	if (q->plan.id && !q->plan.spoilt && pos + n - q->plan.watermark > q->cap - q->plan.kept)
+		return err_set(KVT_E_NOSPC, "rows: %u + %u, plan %llu leaves room for %u", pos, n,
+			       (unsigned long long)q->plan.id, q->cap - q->plan.kept + q->plan.watermark);
 	if (n > q->cap - q->most)
 		return err_set(KVT_E_NOSPC, "rows: %u in the longest lane + %u, must be at most cap %u",
 			       q->most, n, q->cap);

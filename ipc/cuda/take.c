@@ -18,7 +18,7 @@ static uint64_t below(uint32_t word, uint32_t end)
 }
 
 /* The lane's bitmaps against what is resident. */
-static int check_lane(const struct kvtier_seq *s, const struct plan_view *v, const struct cuda_plan *p,
+static int check_lane(const struct kvtier_seq *s, const struct plan_view *v, struct cuda_plan *p,
 		      uint32_t lane)
 {
 	uint64_t at = (uint64_t)lane * p->words;
@@ -38,6 +38,7 @@ static int check_lane(const struct kvtier_seq *s, const struct plan_view *v, con
 		return plan_refuse(
 			v, in > s->cu->stage ? "more rows come in than stage" : "more rows stay than cap",
 			lane);
+	p->kept = MAX(p->kept, kept);
 	return 0;
 }
 
@@ -143,6 +144,8 @@ int cuda_take_over(struct kvtier_seq *s, const struct plan_view *v, void *stream
 	}
 	q->tables_used = true;
 	q->plan.id = v->id;
+	/* From here on append leaves room for it; it may come too late. */
+	q->plan.spoilt = q->appended - q->plan.watermark > q->cap - q->plan.kept;
 	ticket_add(q, CUDA_TABLES, 0, 0, 0);
 	return 0;
 }

@@ -195,8 +195,10 @@ static inline int gpu_append(struct gpu_seq *q, uint32_t n)
 						     (size_t)n * stride, q->stream));
 		}
 	cuda_leave(q->gpu->g);
-	q->rt.rows += n;
-	return kvtier_cuda_append(q->rt.s, q->rt.rows - n, n);
+	r = kvtier_cuda_append(q->rt.s, q->rt.rows, n);
+	if (!r)
+		q->rt.rows += n;
+	return r;
 }
 
 /* Rows on the GPU that are not what the library says, after pushing them. Waits for the stream. */
@@ -297,7 +299,7 @@ static inline int gpu_poll(struct gpu_seq *q, int (*step)(int))
 		(void)step((int)(rt_random(&q->rt) % 6));
 	r = kvtier_cuda_poll(q->rt.s, q->stream, &q->state);
 	if (r == KVT_PLAN_READY) {
-		int applied = gpu_apply(q, rt_random(&q->rt) % 3 == 0);
+		int applied = gpu_apply(q, (q->applied + q->moved) % 3 == 1);
 
 		if (applied && applied != KVT_E_BUSY)
 			return applied;
@@ -321,7 +323,20 @@ static inline int gpu_follow(struct gpu_seq *q, uint64_t id, int (*step)(int))
 		if (r >= 0 && !step)
 			usleep(50);
 	} while (r >= 0 && now_ns() < until);
-	return r < 0 ? r : KVT_E_TIMEOUT;
+	if (r >= 0) {
+		struct plan_view v = {0};
+
+		r = plan_peek(q->rt.s->plan_area, q->rt.s->plan_bytes, q->rt.s->lanes, &v);
+		r = err_set(KVT_E_TIMEOUT,
+			    "plan %llu: not there: plan %llu state %u busy %u, pushed %u of %u, acked %llu; "
+			    "visible %d: "
+			    "%llu state %u, taken %u staged %u of %u",
+			    (unsigned long long)id, (unsigned long long)q->state.plan, q->state.state,
+			    q->state.busy, q->state.pushed, q->rt.rows,
+			    (unsigned long long)atomic_load(&q->rt.s->acked), r, (unsigned long long)v.id,
+			    v.state, r > 0 ? plan_taken(&v) : 0, r > 0 ? plan_staged(&v) : 0, v.out_pages);
+	}
+	return r;
 }
 
 static inline int gpu_plan(struct gpu_seq *q, uint32_t dev, uint32_t dram, uint32_t nvme, int (*step)(int))
@@ -388,6 +403,7 @@ static inline const char *gpu_live(struct gpu_seq *q, uint32_t rounds, int (*ste
 				return kvtier_last_error();
 			q->rt.rows = to;
 			q->rt.salt++;
+			id = 0; /* that plan is gone, and asked for no more */
 			if (gpu_wrong(q))
 				return "rows after a truncate";
 		}
@@ -399,7 +415,9 @@ static inline const char *gpu_live(struct gpu_seq *q, uint32_t rounds, int (*ste
 	}
 	if (kvtier_cuda_push(q->rt.s, q->stream) < 0 || gpu_follow(q, id, step) < 0)
 		return kvtier_last_error();
-	/* everything up again that fits: what was below is compared too */
+	/* little stays, then everything comes up that fits: what was below is compared too */
+	if (gpu_plan(q, q->rt.cap / 5, q->rt.cap / 5, KVT_ROWS_ALL, step) || gpu_wrong(q))
+		return "few rows at the end";
 	if (gpu_plan(q, q->rt.cap * 3 / 4, q->rt.cap, KVT_ROWS_ALL, step))
 		return kvtier_last_error();
 	return gpu_wrong(q) ? "rows at the end" : NULL;
