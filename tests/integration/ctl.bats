@@ -195,7 +195,7 @@ s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.bind('$dir/s'); s.li
 	ctl --json status
 	echo "$output" | jq -e '.version and .uptime_ns > 0 and .mode == "publish" and (.frozen | not) and
 		(.tiers | map(.name)) == ["device", "dram", "nvme"] and .tiers[1].capacity_bytes >= 60000000 and
-		(.plans.decided >= 0) and (.misses | keys == ["corrupt", "io", "mutated", "nospace", "stale"])'
+		(.plans.decided >= 0) and (.misses | keys == ["client_mutated", "corrupt", "io", "nospace", "stale"])'
 	ctl ls --json
 	echo "$output" | jq -e '.seqs | type == "array"'
 	ctl --json version
