@@ -10,6 +10,8 @@
 #define FIND_BATCH 4u   /* queries of one thread at a time */
 #define FIND_PAD 4u     /* floats behind each row of a tile: no bank is hit twice */
 #define FIND_BINS 2048u /* of a histogram */
+#define FIND_LIST 2048u /* elements of one bin that are looked at one by one */
+#define FIND_AHEAD 8u   /* loads of one thread on their way */
 
 enum { FIND_F32 = 1, FIND_F16 = 2, FIND_BF16 = 3 }; /* enum kvtier_dtype */
 
@@ -193,76 +195,194 @@ struct find_edge {
 	uint32_t key, left; /* what is above key, and of what equals it the first `left` */
 };
 struct find_shared {
-	uint32_t bin[FIND_BINS], sums[WARPS], at, above;
+	uint32_t bin[FIND_BINS], list[FIND_LIST], sums[3 * WARPS], at, above, n;
 };
 
-/* Count those of v[n] whose bits above the digit are `prefix`, by digit. Equal neighbours count at once. */
-static __device__ __forceinline__ void count_digits(const uint32_t *v, uint32_t n, uint32_t prefix,
-						    uint32_t mask, uint32_t shift, uint32_t *bin)
+/* Four of v[n] from i on, 0 past the end. */
+static __device__ __forceinline__ uint4 load_four(const uint32_t *v, uint32_t i, uint32_t n)
 {
-	for (uint32_t i = threadIdx.x; i < FIND_BINS; i += BLOCK)
-		bin[i] = 0;
-	__syncthreads();
-#pragma unroll 4
-	for (uint32_t i = threadIdx.x * 4; i < n; i += BLOCK * 4) {
-		uint4 x = load16(v + i);
-		uint32_t last = 0, same = 0;
+	uint4 x = make_uint4(0, 0, 0, 0);
+
+	if (i + 4 <= n)
+		return load16(v + i);
+	x.x = i < n ? v[i] : 0;
+	x.y = i + 1 < n ? v[i + 1] : 0;
+	x.z = i + 2 < n ? v[i + 2] : 0;
+	return x;
+}
+/* f(x) for every element of v[n] that is not 0, several loads on their way at a time. */
+template <typename F> static __device__ __forceinline__ void each_of(const uint32_t *v, uint32_t n, F f)
+{
+	for (uint32_t from = threadIdx.x * 4; from < n; from += BLOCK * 4 * FIND_AHEAD) {
+		uint4 x[FIND_AHEAD];
 
 #pragma unroll
-		for (uint32_t j = 0; j < 4; j++) {
-			uint32_t y = i + j < n ? j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w : 0;
-
-			if (!y || (y & mask) != prefix)
-				continue;
-			if (same && y == last) {
-				same++;
-				continue;
-			}
-			if (same)
-				atomicAdd(&bin[last >> shift & (FIND_BINS - 1)], same);
-			last = y;
-			same = 1;
+		for (uint32_t j = 0; j < FIND_AHEAD; j++)
+			x[j] = load_four(v, from + j * BLOCK * 4, n);
+#pragma unroll
+		for (uint32_t j = 0; j < FIND_AHEAD; j++) {
+			f(x[j].x);
+			f(x[j].y);
+			f(x[j].z);
+			f(x[j].w);
 		}
-		if (same)
-			atomicAdd(&bin[last >> shift & (FIND_BINS - 1)], same);
 	}
+}
+
+/* Count those of v[n] by bin(x), below FIND_BINS; equal neighbours at once. bin() < 0: it does not count. */
+template <typename F>
+static __device__ __forceinline__ void count_bins(const uint32_t *v, uint32_t n, uint32_t *bins, F bin)
+{
+	uint32_t last = 0, same = 0;
+
+	for (uint32_t i = threadIdx.x; i < FIND_BINS; i += BLOCK)
+		bins[i] = 0;
+	__syncthreads();
+	each_of(v, n, [&](uint32_t x) {
+		int b;
+
+		if (x == last) {
+			same++;
+			return;
+		}
+		b = last ? bin(last) : -1;
+		if (b >= 0)
+			atomicAdd(&bins[b], same);
+		last = x;
+		same = 1;
+	});
+	if (last && bin(last) >= 0)
+		atomicAdd(&bins[bin(last)], same);
 	__syncthreads();
 }
 
+/* The bin that the k-th largest is in, into s->at; what is in higher ones into s->above. Returns its count. */
+static __device__ uint32_t find_bin(uint32_t k, struct find_shared *s)
+{
+	uint32_t own = 0, all, bin = threadIdx.x * (FIND_BINS / BLOCK), above, n;
+
+	for (uint32_t i = 0; i < FIND_BINS / BLOCK; i++)
+		own += s->bin[bin + i];
+	above = find_prefix(own, s->sums, &all);
+	above = all - above;
+	if (above < k && above + own >= k) {
+		uint32_t i = FIND_BINS / BLOCK - 1;
+
+		for (; above + s->bin[bin + i] < k; i--)
+			above += s->bin[bin + i];
+		s->at = bin + i;
+		s->above = above;
+	}
+	__syncthreads();
+	n = s->bin[s->at];
+	__syncthreads(); /* the bins are free */
+	return n;
+}
+
+/* The k-th largest of v[n], digit by digit (11, 11 and 10 bits); there are more than k. */
+static __device__ struct find_edge edge_by_digits(const uint32_t *v, uint32_t n, uint32_t k,
+						  struct find_shared *s)
+{
+	uint32_t key = 0, mask = 0;
+
+	for (int pass = 0; pass < 3; pass++) {
+		uint32_t shift = pass == 0   ? 21
+				 : pass == 1 ? 10
+					     : 0; /* the last has a bit of the one before, too */
+
+		count_bins(v, n, s->bin, [&](uint32_t x) {
+			return (x & mask) == key ? (int)(x >> shift & (FIND_BINS - 1)) : -1;
+		});
+		find_bin(k, s);
+		k -= s->above;
+		key |= s->at << shift;
+		mask |= (FIND_BINS - 1) << shift;
+	}
+	return (struct find_edge){key, k};
+}
+
+/* The same of a list of at most BLOCK elements: each thread counts what is above its own. */
+static __device__ struct find_edge edge_of_few(const uint32_t *v, uint32_t n, uint32_t k, struct find_shared *s)
+{
+	uint32_t own = threadIdx.x < n ? v[threadIdx.x] : 0, above = 0, same = 0;
+
+	for (uint32_t i = 0; i < n; i++) {
+		above += v[i] > own;
+		same += v[i] == own;
+	}
+	if (threadIdx.x < n && above < k && above + same >= k) { /* all who are equal say the same */
+		s->at = own;
+		s->above = above;
+	}
+	__syncthreads();
+	return (struct find_edge){s->at, k - s->above};
+}
+
+/* Smallest, largest and number of those of v[n] that are not 0. All threads get them. */
+static __device__ void find_range(const uint32_t *v, uint32_t n, struct find_shared *s, uint32_t *ret_low,
+				  uint32_t *ret_high, uint32_t *ret_n)
+{
+	uint32_t low = UINT32_MAX, high = 0, all = 0;
+
+	each_of(v, n, [&](uint32_t x) {
+		low = x && x < low ? x : low;
+		high = max(high, x);
+		all += x != 0;
+	});
+	low = __reduce_min_sync(ALL, low);
+	high = __reduce_max_sync(ALL, high);
+	all = warp_sum(all);
+	if (!warp_lane()) {
+		s->sums[warp_index()] = low;
+		s->sums[WARPS + warp_index()] = high;
+		s->sums[2 * WARPS + warp_index()] = all;
+	}
+	__syncthreads();
+	all = 0;
+	for (uint32_t w = 0; w < WARPS; w++) {
+		low = min(low, s->sums[w]);
+		high = max(high, s->sums[WARPS + w]);
+		all += s->sums[2 * WARPS + w];
+	}
+	*ret_low = low;
+	*ret_high = high;
+	*ret_n = all;
+}
+
 /*
- * The k-th largest of v[n] that are not 0, found digit by digit (11, 11 and 10 bits). With k or fewer of them:
- * {0, 0}, all of them. v is aligned to 16 bytes.
+ * The k-th largest of v[n] that are not 0 (scores, as ordered() makes them). With k or fewer of them: {0, 0},
+ * all of them. Equal steps between the smallest and the largest leave few elements in a bin, where the digits
+ * of floats would leave thousands; should they not, digits it is. v is aligned to 16 bytes.
  */
 static __device__ struct find_edge find_edge(const uint32_t *v, uint32_t n, uint32_t k, struct find_shared *s)
 {
-	uint32_t key = 0, mask = 0, shift = 21;
+	uint32_t low, high, all, in;
+	float bottom, step;
 
-	for (int pass = 0; pass < 3; pass++) {
-		uint32_t own = 0, upto, all, bin = threadIdx.x * (FIND_BINS / BLOCK), above;
+	find_range(v, n, s, &low, &high, &all);
+	if (all <= k)
+		return (struct find_edge){0, 0};
+	bottom = unordered(low);
+	step = (float)(FIND_BINS - 1) / (unordered(high) - bottom);
+	if (!isfinite(step))
+		return edge_by_digits(v, n, k, s);
+	auto bin = [&](uint32_t x) { return min((int)((unordered(x) - bottom) * step), (int)FIND_BINS - 1); };
 
-		count_digits(v, n, key, mask, shift, s->bin);
-		for (uint32_t i = 0; i < FIND_BINS / BLOCK; i++)
-			own += s->bin[bin + i];
-		upto = find_prefix(own, s->sums, &all);
-		if (!pass && all <= k)
-			return (struct find_edge){0, 0};
-		above = all - upto;
-		if (above < k && above + own >= k) {
-			uint32_t i = FIND_BINS / BLOCK - 1;
+	count_bins(v, n, s->bin, bin);
+	in = find_bin(k, s);
+	if (in > FIND_LIST)
+		return edge_by_digits(v, n, k, s);
+	uint32_t at = s->at, above = s->above;
 
-			for (; above + s->bin[bin + i] < k; i--)
-				above += s->bin[bin + i];
-			s->at = bin + i;
-			s->above = above;
-		}
-		__syncthreads();
-		key |= s->at << shift;
-		mask |= (FIND_BINS - 1)
-			<< shift; /* the last digit has one bit of the one before: the same in all */
-		k -= s->above;
-		shift = pass ? 0 : 10;
-	}
-	return (struct find_edge){key, k};
+	if (!threadIdx.x)
+		s->n = 0;
+	__syncthreads();
+	each_of(v, n, [&](uint32_t x) {
+		if (x && (uint32_t)bin(x) == at)
+			s->list[atomicAdd(&s->n, 1u)] = x;
+	});
+	__syncthreads();
+	return in <= BLOCK ? edge_of_few(s->list, in, k - above, s) : edge_by_digits(s->list, in, k - above, s);
 }
 
 /* The bits of 32 elements that are taken, one per thread; *eq counts those that equal the edge. */
@@ -278,17 +398,16 @@ static __device__ __forceinline__ uint32_t edge_word(struct find_edge e, uint32_
 }
 
 /*
- * Which of v[n] are taken: bits of 32 elements to take[] and, when not NULL, copy[]; how many before them to
- * base[]; their indices, ascending, to list[]: each may be NULL but one. Returns how many.
+ * Which of v[n] are taken: bits of 32 elements to take[] and copy[], how many before them to base[]; or their
+ * indices, ascending, to list[]. What is not wanted is NULL. Returns how many.
  */
 static __device__ uint32_t edge_take(struct find_edge e, const uint32_t *v, uint32_t n, uint32_t *take,
 				     uint32_t *copy, uint32_t *base, uint32_t *list, struct find_shared *s)
 {
 	uint32_t words = (n + 31) / 32, each = (words + WARPS - 1) / WARPS, from = warp_index() * each,
-		 to = from + each < words ? from + each : words, eq = 0, over = 0, out = 0, all = 0,
-		 lane = warp_lane();
+		 to = min(from + each, words), eq = 0, over = 0, out = 0, all = 0, lane = warp_lane();
 
-#pragma unroll 4
+#pragma unroll 8
 	for (uint32_t w = from; w < to; w++) {
 		uint32_t x = w * 32 + lane < n ? v[w * 32 + lane] : 0;
 
@@ -313,18 +432,28 @@ static __device__ uint32_t edge_take(struct find_edge e, const uint32_t *v, uint
 		seen += s->bin[w];
 		all += took;
 	}
-#pragma unroll 4
-	for (uint32_t w = from; w < to; w++) {
-		uint32_t x = w * 32 + lane < n ? v[w * 32 + lane] : 0, bits = edge_word(e, x, &eq);
+	for (; from < to; from += FIND_AHEAD) {
+		uint32_t x[FIND_AHEAD];
 
-		if (list && bits >> lane & 1)
-			list[out + (uint32_t)__popc(bits & ((1u << lane) - 1))] = w * 32 + lane;
-		if (take && !lane) {
-			take[w] = bits;
-			copy[w] = bits;
-			base[w] = out;
+#pragma unroll
+		for (uint32_t j = 0; j < FIND_AHEAD; j++) {
+			uint32_t i = (from + j) * 32 + lane;
+
+			x[j] = from + j < to && i < n ? v[i] : 0;
 		}
-		out += (uint32_t)__popc(bits);
+#pragma unroll
+		for (uint32_t j = 0; j < FIND_AHEAD; j++) {
+			uint32_t w = from + j, bits = edge_word(e, x[j], &eq);
+
+			if (list && bits >> lane & 1)
+				list[out + (uint32_t)__popc(bits & ((1u << lane) - 1))] = w * 32 + lane;
+			if (take && !lane && w < to) {
+				take[w] = bits;
+				copy[w] = bits;
+				base[w] = out;
+			}
+			out += (uint32_t)__popc(bits);
+		}
 	}
 	return all;
 }

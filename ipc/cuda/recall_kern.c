@@ -76,7 +76,7 @@ int kern_recall_step(struct kvtier_cuda *g, enum cuda_kernel k, const struct fin
 		shared = near_bytes(a);
 		break;
 	case K_kvt_recall_pick:
-		x = MIN(DIV_UP(groups, WARPS), each);
+		x = DIV_UP(groups, WARPS);
 		break;
 	default: /* one block per head */
 		y = 1;

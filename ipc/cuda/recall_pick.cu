@@ -15,7 +15,7 @@ static __device__ void put_together(const struct find_args &a, const struct find
 		uint32_t q = q0 + warp_lane();
 		float2 all = make_float2(-3e38f, 0);
 
-#pragma unroll 4
+#pragma unroll 8
 		for (uint32_t i = warp_index(); a.mass && i < tasks; i += WARPS) {
 			float2 one = q < f.queries ? part[(uint64_t)i * f.queries + q] : all;
 			float top = fmaxf(all.x, one.x);
@@ -57,7 +57,7 @@ KERNEL(3) kvt_recall_score(struct find_args a)
 		struct find_words w = page_words(p);
 		float best = -INFINITY;
 
-#pragma unroll 4
+#pragma unroll 8
 		for (uint32_t q = 0; q < f.queries; q++)
 			best = fmaxf(best, l[q * FIND_GROUP] - base[q]);
 		pos = p->first + row_bit(w, id % FIND_PARTS * FIND_GROUP + lane);
@@ -120,35 +120,32 @@ KERNEL(2) kvt_recall_top(struct find_args a)
 
 /* ---- their bytes ------------------------------------------------------------------------------------ */
 
-/* What one warp copies: packed rows of one page, and where each goes. */
+/* What one block copies: where rows are and where they go. */
 struct find_copy {
-	uint32_t row[WARP], to[WARP];
+	const char *k[BLOCK], *v[BLOCK];
+	uint32_t to[BLOCK];
 };
 
-static __device__ void copy_found(const struct find_args &a, uint32_t h, const struct find_page *p,
-				  const struct find_copy *c, uint32_t n)
+static __device__ void copy_found(const struct find_args &a, uint32_t h, const struct find_copy *c, uint32_t n)
 {
 	const struct cuda_lane *l = at<const struct cuda_lane>(a.ix.lane) + a.first + h;
 	uint32_t k_pieces = l->k_bytes / 16, pieces = k_pieces + l->v_bytes / 16;
-	const char *k = at<const char>(p->k), *v = k + (uint64_t)p->rows * l->k_bytes;
 	char *to_k = at<char>(a.k) + h * a.k_head_stride, *to_v = at<char>(a.v) + h * a.v_head_stride;
 
-	for (uint32_t i = warp_lane(); i < n * pieces; i += WARP * 8) {
-		uint4 x[8];
+	for (uint32_t i = threadIdx.x; i < n * pieces; i += BLOCK * FIND_AHEAD) {
+		uint4 x[FIND_AHEAD];
 
 #pragma unroll
-		for (uint32_t j = 0; j < 8; j++) { /* all on their way before the first is needed */
-			uint32_t piece = i + j * WARP, row = piece / pieces, col = piece - row * pieces;
+		for (uint32_t j = 0; j < FIND_AHEAD; j++) { /* all on their way before the first is needed */
+			uint32_t piece = i + j * BLOCK, row = piece / pieces, col = piece - row * pieces;
 
 			if (row < n)
-				x[j] = load16_once(col < k_pieces
-							   ? k + (uint64_t)c->row[row] * l->k_bytes + col * 16
-							   : v + (uint64_t)c->row[row] * l->v_bytes +
-								     (col - k_pieces) * 16);
+				x[j] = load16_once(col < k_pieces ? c->k[row] + col * 16
+								  : c->v[row] + (col - k_pieces) * 16);
 		}
 #pragma unroll
-		for (uint32_t j = 0; j < 8; j++) {
-			uint32_t piece = i + j * WARP, row = piece / pieces, col = piece - row * pieces;
+		for (uint32_t j = 0; j < FIND_AHEAD; j++) {
+			uint32_t piece = i + j * BLOCK, row = piece / pieces, col = piece - row * pieces;
 
 			if (row < n)
 				store16(col < k_pieces ? to_k + (uint64_t)c->to[row] * a.k_row_stride + col * 16
@@ -159,43 +156,52 @@ static __device__ void copy_found(const struct find_args &a, uint32_t h, const s
 	}
 }
 
-/* A warp takes a group at a time, of all groups of the lane: rows around a hit need not have been looked into.
- */
-KERNEL(2) kvt_recall_pick(struct find_args a)
+/* One row of group `id` per thread: is it recalled, and which place in the window is its? */
+static __device__ bool is_taken(const struct find_args &a, const struct find_head &f, uint32_t h, uint32_t id,
+				const struct find_page *p, uint32_t *ret_to)
 {
-	__shared__ struct find_copy copies[WARPS];
-	uint32_t h = blockIdx.y, lane = warp_lane();
 	uint64_t word = (uint64_t)h * a.room_rows / 32;
-	const uint32_t *take = at<const uint32_t>(a.take) + word, *base = at<const uint32_t>(a.base) + word;
+	const uint32_t *take = at<const uint32_t>(a.take) + word;
+	uint32_t pos = p->first + row_bit(page_words(p), id % FIND_PARTS * FIND_GROUP + warp_lane()), rank, bit;
+
+	if (!(at<const uint32_t>(a.ix.alive)[id] >> warp_lane() & 1))
+		return false;
+	rank = rank_of(a.ix, f.lane, pos);
+	bit = 1u << rank % 32;
+	word += rank / 32;
+	/* Where two pages have the row, one of them serves it. */
+	if (!(take[rank / 32] & bit) || !(atomicAnd(at<uint32_t>(a.left) + word, ~bit) & bit))
+		return false;
+	*ret_to = at<const uint32_t>(a.base)[word] + (uint32_t)__popc(take[rank / 32] & (bit - 1));
+	if (a.positions)
+		at<uint32_t>(a.positions)[(uint64_t)h * a.want + *ret_to] = pos;
+	return true;
+}
+
+/* A group for each warp, of all groups of the lane: rows around a hit need not have been looked into. */
+KERNEL(3) kvt_recall_pick(struct find_args a)
+{
+	__shared__ struct find_copy c;
+	__shared__ uint32_t sums[WARPS];
+	uint32_t h = blockIdx.y;
 	struct find_head f = find_head(a, h);
-	struct find_copy *c = &copies[warp_index()];
+	const struct cuda_lane *l = at<const struct cuda_lane>(a.ix.lane) + f.lane;
 
-	for (uint32_t i = blockIdx.x * WARPS + warp_index(); i < f.groups; i += gridDim.x * WARPS) {
-		uint32_t id = f.group[i], rank = 0, pos, place, mine;
+	for (uint32_t from = blockIdx.x * WARPS; from < f.groups; from += gridDim.x * WARPS) {
+		uint32_t i = from + warp_index(), id = f.group[min(i, f.groups - 1)], to = 0, place, all,
+			 row = id % FIND_PARTS * FIND_GROUP + warp_lane();
 		const struct find_page *p = at<const struct find_page>(a.ix.page) + id / FIND_PARTS;
-		struct find_words w = page_words(p);
-		bool hit = at<const uint32_t>(a.ix.alive)[id] >> lane & 1;
+		bool hit = i < f.groups && is_taken(a, f, h, id, p, &to);
 
-		pos = p->first + row_bit(w, id % FIND_PARTS * FIND_GROUP + lane);
+		place = find_prefix(hit, sums, &all);
 		if (hit) {
-			rank = rank_of(a.ix, f.lane, pos);
-			hit = take[rank / 32] >> rank % 32 & 1;
+			const char *k = at<const char>(p->k);
+
+			c.k[place - 1] = k + (uint64_t)row * l->k_bytes;
+			c.v[place - 1] = k + (uint64_t)p->rows * l->k_bytes + (uint64_t)row * l->v_bytes;
+			c.to[place - 1] = to;
 		}
-		if (hit) /* where two pages have the row, one of them serves it */
-			hit = atomicAnd(at<uint32_t>(a.left) + word + rank / 32, ~(1u << rank % 32)) >>
-				      rank % 32 &
-			      1;
-		mine = __ballot_sync(ALL, hit);
-		if (hit) {
-			place = (uint32_t)__popc(mine & ((1u << lane) - 1));
-			c->row[place] = id % FIND_PARTS * FIND_GROUP + lane;
-			c->to[place] =
-				base[rank / 32] + (uint32_t)__popc(take[rank / 32] & ((1u << rank % 32) - 1));
-			if (a.positions)
-				at<uint32_t>(a.positions)[(uint64_t)h * a.want + c->to[place]] = pos;
-		}
-		__syncwarp();
-		copy_found(a, h, p, c, (uint32_t)__popc(mine));
-		__syncwarp();
+		__syncthreads();
+		copy_found(a, h, &c, all);
 	}
 }
