@@ -239,6 +239,23 @@ static int on_close(struct client *cl, const struct wire_seq_close *m)
 	return 0;
 }
 
+/* Rows, over all lanes, that nothing below the device tier holds. */
+static uint64_t unsaved_rows(const struct seq *s)
+{
+	const struct index *ix = &s->ix;
+	uint64_t n = (uint64_t)(s->rows - ix->rows) * ix->lanes;
+
+	for (uint32_t l = 0; l < ix->lanes && ix->rows; l++) {
+		const uint64_t *on = index_bits(ix, KVT_TIER_DEVICE, l),
+			       *dram = index_bits(ix, KVT_TIER_DRAM, l),
+			       *nvme = index_bits(ix, KVT_TIER_NVME, l);
+
+		for (uint32_t w = 0; w < BITS_WORDS(ix->rows); w++)
+			n += (uint32_t)__builtin_popcountll(on[w] & ~dram[w] & ~nvme[w]);
+	}
+	return n;
+}
+
 static int on_info(struct client *cl, const struct wire_handle *m)
 {
 	struct seq *s = request_seq(cl, &m->hdr, m->handle);
@@ -261,6 +278,7 @@ static int on_info(struct client *cl, const struct wire_handle *m)
 	a.refaults = st.refaults;
 	a.misses = st.misses;
 	a.index_bytes = st.index_bytes;
+	a.unsaved_rows = unsaved_rows(s);
 	wire_string(a.policy, sizeof(a.policy), st.policy);
 	client_reply(cl, &a.r, NULL, 0);
 	seq_unref(s);

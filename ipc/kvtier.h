@@ -291,6 +291,7 @@ struct kvtier_seq_info {
 	uint64_t plans, plan_ns_last, refaults, misses;
 	uint64_t index_bytes;
 	char policy[32];
+	uint64_t unsaved_rows; /* on the device and nowhere else: gone with it */
 };
 /* Asks the daemon. */
 KVT_PUBLIC int kvtier_seq_info(struct kvtier_seq *s, struct kvtier_seq_info *ret);

@@ -164,7 +164,7 @@ KVT_PUBLIC int kvtier_cuda_map(struct kvtier_seq *s, uint64_t *ret_addr, uint32_
 /*
  * Poll until everything decided so far is carried out, acknowledged and at rest. With `save`: first have all
  * rows stored below the device tier, so that a leased sequence can be closed and resumed. Waits for the GPU and
- * the daemon.
+ * the daemon. Errors: TIMEOUT, NOSPC (save: rows for which there is no room below stay in GPU memory alone).
  */
 KVT_PUBLIC int kvtier_cuda_settle(struct kvtier_seq *s, int save, uint32_t timeout_ms, void *stream);
 

@@ -210,6 +210,7 @@ struct wire_seq_info_reply {
 	uint32_t rows, epoch, lanes, resident_max;
 	uint64_t tier_rows[3], tier_bytes[3];
 	uint64_t dropped_rows, plans, plan_ns_last, refaults, misses, index_bytes;
+	uint64_t unsaved_rows; /* of all lanes, on the device and nowhere else */
 	char policy[32];
 };
 struct wire_plan_request {

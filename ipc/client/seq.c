@@ -402,6 +402,7 @@ int kvtier_seq_info(struct kvtier_seq *s, struct kvtier_seq_info *ret)
 	info.refaults = v.refaults;
 	info.misses = v.misses;
 	info.index_bytes = v.index_bytes;
+	info.unsaved_rows = v.unsaved_rows;
 	wire_string(info.policy, sizeof(info.policy), v.policy);
 	return opts_give(ret, &info, sizeof(info), "info");
 }

@@ -202,6 +202,19 @@ static int rest(struct kvtier_seq *s, uint64_t id, void *stream)
 	       v.id <= atomic_load(&s->acked);
 }
 
+/* The daemon says what it has: a full tier, a quota or a failing disk leave rows on the device alone. */
+static int all_saved(struct kvtier_seq *s)
+{
+	struct kvtier_seq_info i = {.size = sizeof(i)};
+	int r = kvtier_seq_info(s, &i);
+
+	if (!r && i.unsaved_rows)
+		r = err_set(KVT_E_NOSPC,
+			    "save: %llu rows of %llu are in GPU memory alone: no room below for them",
+			    (unsigned long long)i.unsaved_rows, (unsigned long long)i.rows * i.lanes);
+	return r;
+}
+
 int kvtier_cuda_settle(struct kvtier_seq *s, int save, uint32_t timeout_ms, void *stream)
 {
 	uint64_t deadline = now_ns() + timeout_ms * UINT64_C(1000000), id = 0;
@@ -211,7 +224,7 @@ int kvtier_cuda_settle(struct kvtier_seq *s, int save, uint32_t timeout_ms, void
 	while (!r) {
 		r = rest(s, id, stream);
 		if (r > 0 && asked)
-			return 0;
+			return save ? all_saved(s) : 0;
 		if (r > 0) { /* the daemon knows all rows: now it can be asked to store them */
 			asked = true;
 			r = ask_save(s, &id);

@@ -166,6 +166,22 @@ static void ok(bool good, const char *what)
 	failures += !good;
 }
 
+/* A store that takes fewer rows than there are: settle says so, and how many. */
+static void unsaved(struct session *x, uint32_t room)
+{
+	struct kvtier_budget b = budget_of(KVT_ROWS_ALL);
+	struct kvtier_seq_info info = {.size = sizeof(info)};
+	uint64_t id;
+	int r;
+
+	b.nvme_rows = room;
+	must(kvtier_plan_request(x->s, &b, &id), "kvtier_plan_request");
+	r = kvtier_cuda_settle(x->s, 1, 20000, x->g->stream);
+	must(kvtier_seq_info(x->s, &info), "kvtier_seq_info");
+	ok(r == KVT_E_NOSPC && info.unsaved_rows == (uint64_t)(x->n - room) * shape_lanes(&x->rows.m),
+	   "what has no room below is not called saved");
+}
+
 static void small(struct rig *g)
 {
 	static const struct shape m = {3, 2, 256};
@@ -184,8 +200,9 @@ static void small(struct rig *g)
 	session_new(&x, g, &m, ROWS, 1, MIB);
 	session_fill(&x, ROWS);
 	ok(session_right(&x, ROWS), "rows are in the slots that the map says");
+	unsaved(&x, 100);
 	session_move(&x, 0, &bytes);
-	ok(bytes == ROWS * each && session_right(&x, 0), "all rows went to NVMe");
+	ok(bytes == (ROWS - 100) * each && session_right(&x, 0), "all rows went to NVMe");
 	cu(g, g->d->set8(x.rows.base, 0xdd, x.rows.bytes, g->stream), "cuMemsetD8Async");
 	session_move(&x, KVT_ROWS_ALL, &bytes);
 	ok(bytes == ROWS * each && session_right(&x, ROWS), "all rows came back");

@@ -66,7 +66,7 @@ class SeqInfo(c.Structure):
                 ("lanes", c.c_uint32), ("resident_max", c.c_uint32), ("tier_rows", c.c_uint64 * 3),
                 ("tier_bytes", c.c_uint64 * 3), ("dropped_rows", c.c_uint64), ("plans", c.c_uint64),
                 ("plan_ns_last", c.c_uint64), ("refaults", c.c_uint64), ("misses", c.c_uint64),
-                ("index_bytes", c.c_uint64), ("policy", c.c_char * 32)]
+                ("index_bytes", c.c_uint64), ("policy", c.c_char * 32), ("unsaved_rows", c.c_uint64)]
 
 
 class Plan(c.Structure):
