@@ -11,6 +11,7 @@
 #include "daemon/core.h"
 #include "daemon/index.h"
 #include "daemon/pages.h"
+#include "daemon/window.h"
 #include "daemon/workers.h"
 #include "ipc/wire.h"
 #include "policy/calibrate.h"
@@ -208,31 +209,6 @@ struct seq {
 	TAILQ_ENTRY(seq) lru, gone; /* gone: detached sequences */
 	bool in_gone;
 	struct seq *hash_next;
-};
-
-/* Pages as a plan's copy_out is cut into them: see cut.c. */
-struct cut {
-	uint64_t word[PAGE_SPAN + 1]; /* positions from `first` on */
-	uint32_t first, span, rows;
-	uint32_t end; /* where the next page may begin */
-};
-struct cut_at {
-	uint32_t lane, pos;
-	int tier;
-};
-
-/* What a plan with a window adds: see window.c. */
-struct window_plan {
-	uint32_t pages, gathered, next,
-		taken;    /* of the list: all, announced, in hand, in buffers of ours in order */
-	uint64_t *copied; /* [BITS_WORDS(pages)] taken, in any order */
-	struct window_record {
-		uint64_t end;      /* of the in ring, counted as if it had no end */
-		struct page *page; /* pinned: read where it lies, until the record is drained; or NULL */
-		bool done;
-	} * record;
-	uint32_t records, room, staged, drained;
-	bool direct; /* some were to be read where they lie */
 };
 
 enum plan_phase { PHASE_SCORE, PHASE_DECIDE, PHASE_MOVE, PHASE_READY };
@@ -563,44 +539,6 @@ void mover_run(struct core *c);
 bool mover_busy(const struct core *c);
 int mover_open(struct core *c);
 void mover_close(struct core *c);
-
-/* ---- cut.c ----------------------------------------------------------------------------------- */
-/*
- * From `at` on, which begins at {.tier = dram}: the plan's next page, and `at` moved to its lane and tier. The
- * one behind it is found from at->pos = ret->end. false: no more.
- */
-bool cut_find(const struct plan *p, struct cut_at *at, struct cut *ret);
-
-/* ---- window.c, window_out.c, window_in.c --------------------------------------------------------- */
-/* One look at slot.gathered and slot.drained. false: the client was ended. */
-bool window_poll(struct seq *s);
-/* The decided plan's list of pages. Worker. 0 or -ENOMEM, -ENOSPC. */
-int window_list(struct plan *p);
-void window_free(struct plan *p);
-/* Nothing of this plan is left in the rings (or it failed). */
-bool window_settled(const struct plan *p);
-/* The next page of the list is not in the ring yet. */
-static inline bool window_waits(const struct plan *p)
-{
-	return p->win->next == p->win->gathered && p->win->next < p->win->pages;
-}
-/* Copy a page from the ring into its buffer and check it: 0, or -EILSEQ: it is not what was announced. Worker.
- */
-int window_take(const struct plan *p, struct pio *io);
-/* These are copied, or not. */
-void window_taken(struct plan *p, struct pio *const *io, unsigned n);
-/*
- * A record for the rows io->words of its page, before it is read, or named where it lies (io->segment). 0,
- * -EAGAIN (the ring is full), -ENOMEM. Once the plan missed there are no more records: WINDOW_NO_RECORD.
- */
-#define WINDOW_NO_RECORD UINT32_MAX
-int window_reserve(struct plan *p, struct pio *io);
-/* Write the record of a checked page. Worker. 0 or -ENOSPC. */
-int window_pack(const struct plan *p, const struct pio *io);
-/* Announce the records that are there. */
-void window_stage(struct plan *p);
-/* The client needs records below n no longer. */
-void window_drained(struct plan *p, uint32_t n);
 
 /* ---- repack.c, settle.c: moves below the device tier ------------------------------------- */
 #define REPACK_SOURCES 16u

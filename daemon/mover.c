@@ -332,7 +332,12 @@ void mover_run(struct core *c)
 
 bool mover_busy(const struct core *c)
 {
-	return c->pios || !TAILQ_EMPTY(&c->mover->plans) || !STAILQ_EMPTY(&c->repack_wait);
+	const struct plan *p;
+
+	TAILQ_FOREACH(p, &c->mover->plans, pump)
+		if (!window_rests(p))
+			return true;
+	return c->pios || !STAILQ_EMPTY(&c->repack_wait);
 }
 
 static int on_pump(sd_event_source *src, void *arg)

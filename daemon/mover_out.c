@@ -138,7 +138,7 @@ static int next_page(struct plan *p, struct pio **ret)
 	struct pio *io;
 	int r;
 
-	if (p->win && window_waits(p))
+	if (p->win && window_waits(p->win))
 		return -EAGAIN;
 	if (!cut_find(p, &p->cut, &cut))
 		return 0;

@@ -330,7 +330,8 @@ int request_recall(struct client *cl, const struct wire_recall *m)
 		find(cl, s, m);
 	} else {
 		if (m->op == W_RECALL_PREPARE) {
-			recall_prepare(s);
+			if (!seq_windowed(s)) /* whose client searches makes its own summaries */
+				recall_prepare(s);
 			recall_pull(s);
 		}
 		wire_reply_init(&a.r, &m->hdr, sizeof(a), 0, NULL);

@@ -58,6 +58,11 @@ void window_free(struct plan *p)
 	p->win = NULL;
 }
 
+bool window_rests(const struct plan *p)
+{
+	return p->win && p->refs == 1;
+}
+
 bool window_settled(const struct plan *p)
 {
 	const struct window_plan *win = p->win;
@@ -104,7 +109,7 @@ static int look(struct seq *s, const char *name, const _Atomic uint64_t *word, u
 bool window_poll(struct seq *s)
 {
 	const struct seq_slot *slot = &s->client->slots[s->slot];
-	struct window_plan *win = s->plan ? s->plan->win : NULL;
+	struct window_plan *win = s->plan && s->plan->id ? s->plan->win : NULL; /* till then a worker's */
 	uint32_t n;
 	int r;
 
