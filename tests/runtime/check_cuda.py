@@ -41,7 +41,8 @@ if not REAL:
 
 import check_hf as hf  # noqa: E402
 from check_hf import HEADS, IDS, KEPT, KV, LAYERS, REF, ROWS, close, make_model, remember, run  # noqa: E402
-from kvtier import Client, Error, attention_cuda, budget  # noqa: E402
+from kvtier import Client, Error, attention, attention_cuda, budget  # noqa: E402
+from kvtier._lib import RECALL_ALONE  # noqa: E402
 from kvtier.client import Model  # noqa: E402
 from kvtier.cuda import Gpu, Pool, Scorer  # noqa: E402
 from kvtier.hf import KvtierCache  # noqa: E402
@@ -51,6 +52,10 @@ torch.set_grad_enabled(False)
 attention_cuda.register()
 DEV = torch.device("cuda" if REAL else "cpu")
 MODEL = make_model("kvtier_cuda").to(DEV)
+for _model in (MODEL, REF, hf.MODEL):  # random weights attend to everything alike; these do not
+    for _layer in _model.model.layers:
+        _layer.self_attn.q_proj.weight *= 6
+        _layer.self_attn.k_proj.weight *= 6
 MY_IDS = IDS.to(DEV)
 LANES = LAYERS * KV
 GPU = None   # one for all tests
@@ -72,7 +77,16 @@ def fresh(client, b=None, **kw):
     args = dict(name="tiny", dtype=torch.float32, device=DEV, gpu=GPU, memory=None if REAL else fake_memory,
                 scorer=False, budget=b or budget(manual=True), out_bytes=1 << 20, in_bytes=1 << 20, stage=ROWS)
     args.update(kw)
-    return KvtierCudaCache(MODEL.config, client, ROWS, **args)
+    return Told(MODEL.config, client, ROWS, **args)
+
+
+class Told(KvtierCudaCache):
+    """The fake GPU knows no memory of torch's: queries are handed over in its own."""
+
+    def ask(self, layer, query, scaling):
+        if not REAL and self.turn:
+            query = self._tensor(query.shape, query.dtype).copy_(query)
+        super().ask(layer, query, scaling)
 
 
 def counts(cache):
@@ -352,6 +366,100 @@ def the_scorer_of_a_policy_is_found(d, c):
     assert fresh(c, scorer=None, b=budget(manual=True, policy="random")).scorer is None
 
 
+# ---- recall ------------------------------------------------------------------------------------------
+
+
+def remember_all(cache):
+    """As remember(), and what was recalled."""
+    remember(cache)
+    for layer in range(LAYERS):
+        for h in range(KV):
+            at = cache.recalled_at[layer, 0, h, : int(cache.fronts[layer, 0, h])].long().cpu()
+            assert not KEPT[layer][h, at].any(), "a row is held and recalled"
+            KEPT[layer][h, at] = True
+
+
+def question(ours, ref, lo, hi):
+    """One step of each. What the reference may see is known after ours; its rows of the step are always seen."""
+    mine = MODEL(MY_IDS[:, lo:hi], past_key_values=ours).logits.cpu()
+    assert ours.recalled_stood_still()
+    remember_all(ours)
+    for layer, see in KEPT.items():
+        KEPT[layer] = see[:, :lo]
+    return mine, REF(IDS[:, lo:hi], past_key_values=ref).logits
+
+
+def recalling_everything_equals_a_full_cache(d, c):
+    KEPT.clear()
+    ours, ref = evicted(c, "random", b=(380, 2 * ROWS), recall_rows=300)
+    assert counts(ours) == {80}, counts(ours)
+    # 320 rows are missing, 300 come back: not everything yet
+    mine = MODEL(MY_IDS[:, 400:420], past_key_values=ours).logits.cpu()
+    assert set(ours.fronts.flatten().tolist()) == {300}, ours.fronts
+    full = REF(IDS[:, 400:420], past_key_values=ref).logits
+    assert (mine - full).abs().max() > 1e-3, "20 rows a head are missing and nothing shows it"
+    ours.close()
+    ours, ref = evicted(c, "random", b=(400, 2 * ROWS), recall_rows=320)
+    for lo, hi in ((400, 420), (420, 421), (421, 422), (422, 450)):
+        mine = MODEL(MY_IDS[:, lo:hi], past_key_values=ours).logits.cpu()
+        close(mine, REF(IDS[:, lo:hi], past_key_values=ref).logits)
+
+
+def partial_recall_equals_masks(d, c):
+    KEPT.clear()
+    ours, ref = evicted(c, "random", b=(160, 2 * ROWS), recall_rows=60)
+    rows = set()
+    for lo, hi in ((400, 420), (420, 421), (421, 422), (422, 450), (450, 451)):
+        close(*question(ours, ref, lo, hi))
+        assert set(ours.fronts.flatten().tolist()) == {60}, ours.fronts
+        rows.add(tuple(ours.recalled_at.flatten().tolist()))
+    assert len(rows) == 2, "a decode step keeps what its turn recalled, a question recalls anew"
+    # a plan that brings some of the recalled rows up hides them in front
+    ours.compress(budget(360, 2 * ROWS, policy="random", manual=True))
+    assert ours.fronts.sum() < 60 * LANES
+    close(*question(ours, ref, 451, 452))
+    ours.end_turn()
+    remember(ours)
+    ask(ours, ref, 452, 453)
+
+
+def recalled_rows_are_the_wanted_ones(d, c):
+    """Against the exact choice: the share of the wanted rows' weight that came back."""
+    KEPT.clear()
+    ours, ref = evicted(c, "random", b=(140, 2 * ROWS), recall_rows=40, recall_args={"flags": RECALL_ALONE, "probe": 1000})
+    MODEL(MY_IDS[:, 400:404], past_key_values=ours)
+    assert ours.recalled_stood_still()
+    keys, kept = ref.layers[0].keys[0], [ours.positions(0, h) for h in range(KV)]
+    attn = hf.MODEL.model.layers[0].self_attn
+    store = {}
+    handles = attention.capture_queries(hf.MODEL, store)
+    hf.MODEL(IDS[:, 400:404], position_ids=torch.arange(400, 404)[None])
+    [h.remove() for h in handles]
+    for h in range(KV):
+        below = torch.tensor([p for p in range(400) if p not in set(kept[h])])
+        group = store[0][0, h * HEADS // KV : (h + 1) * HEADS // KV]
+        x = group @ keys[h, :400].T * attn.scaling
+        want = x.softmax(-1).amax((0, 1))[below]
+        got = ours.recalled_at[0, 0, h, : int(ours.fronts[0, 0, h])].long().cpu()
+        best = want.topk(40).values.sum()
+        mine = want[torch.isin(below, got)].sum()
+        assert mine >= 0.9 * best, f"head {h}: {mine / best:.3f} of the weight that the best 40 rows have"
+
+
+def roll_back_forgets_later_rows(d, c):
+    KEPT.clear()
+    ours, ref = evicted(c, "random", b=(160, 2 * ROWS), recall_rows=60)
+    close(*question(ours, ref, 400, 410))
+    ours.truncate(250)
+    ref.crop(-160)
+    for layer in range(LAYERS):
+        for h in range(KV):
+            at = ours.recalled_at[layer, 0, h, : int(ours.fronts[layer, 0, h])]
+            assert (at < 250).all(), at
+    close(*question(ours, ref, 250, 251))
+    close(*question(ours, ref, 251, 262))
+
+
 # ---- generation --------------------------------------------------------------------------------------
 
 
@@ -562,7 +670,9 @@ def smollm2_answers(d, c):
 TESTS = [no_eviction_equals_dynamic_cache, eviction_equals_masked_full_cache, second_plan_after_eviction,
          heads_hold_different_numbers_of_rows, roll_back, several_sequences_in_step, rows_come_back_bit_for_bit,
          rows_come_back_in_few_slots, write_through, fetch_by_hand, save_leave_and_resume,
-         the_network_ranks_as_the_daemon_does, the_scorer_of_a_policy_is_found, generate_accepts_the_cache,
+         the_network_ranks_as_the_daemon_does, the_scorer_of_a_policy_is_found,
+         recalling_everything_equals_a_full_cache, partial_recall_equals_masks, recalled_rows_are_the_wanted_ones,
+         roll_back_forgets_later_rows, generate_accepts_the_cache,
          a_small_cache_waits_for_its_plans, a_graph_equals_eager_steps, rows_in_memory_that_is_shared,
          bad_input_is_one_line, daemon_killed_runtime_goes_on, nothing_is_left_behind, smollm2_answers]
 

@@ -53,7 +53,10 @@ class KvtierCudaCache(LaneCache):
         self.client, self.push_every, self.auto = client, push_every, auto
         self.detached = False  # the daemon went away: the rows held stay usable, tiering has ended
         self.recall_min, self.recall_args = recall_min, recall_args or {}
-        self.turn = None       # positions of recalled rows, while there are any: int32 [layers, batch, KV heads, room]
+        self.turn = False      # there may be recalled rows: fronts [layers, batch, KV heads] says how many in each
+        if recall_rows:        # lane, recalled_at [layers, batch, KV heads, room] of which positions
+            self.fronts = self._tensor(self.counts.shape, torch.int32).zero_()
+            self.recalled_at = self._tensor((*self.counts.shape, recall_rows), torch.int32).zero_()
         cuda = self.device.type == "cuda"
         self.side = torch.cuda.Stream(self.device) if cuda and side else None
         self.gpu = gpu or Gpu(self.device.index or 0)
@@ -282,8 +285,8 @@ class KvtierCudaCache(LaneCache):
         self.seen = self._told = n
         self._recount()
         self._due = [self._after(n, b) for b in range(self.batch)]
-        if self.turn is not None:
-            self._hide(self.turn < n)
+        if self.turn:
+            self._hide(self.recalled_at < n)
 
     # ---- recall ---------------------------------------------------------------------------------------
 
@@ -295,11 +298,11 @@ class KvtierCudaCache(LaneCache):
         stream = self._lead()
         for seq in self.seqs:
             self._try(seq.recall_prepare, stream)
-        self.turn = torch.zeros(*self.counts.shape, self.room, dtype=torch.int32, device=self.device)
+        self.turn = True
 
     def ask(self, layer, query, scaling):
         n = query.shape[2]
-        if self.turn is None or n < self.recall_min or self.detached:
+        if not self.turn or n < self.recall_min or self.detached:
             return
         if query.stride(3) != 1:
             query = query.contiguous()
@@ -312,20 +315,20 @@ class KvtierCudaCache(LaneCache):
                            head_stride=query.stride(1) * size, k=k.data_ptr(), v=v.data_ptr(),
                            k_head_stride=k.stride(0) * size, v_head_stride=v.stride(0) * size,
                            k_row_stride=k.stride(1) * size, v_row_stride=v.stride(1) * size,
-                           counts=self.fronts[i, b].data_ptr(), positions=self.turn[i, b].data_ptr(),
+                           counts=self.fronts[i, b].data_ptr(), positions=self.recalled_at[i, b].data_ptr(),
                            **self.recall_args)
             o.size = ctypes.sizeof(o)
             self._try(seq.recall, i, n, o, stream)
 
     def front(self, index):
-        if self.turn is None and not (self.captured and self.room):
-            return None, 0
-        return self.fronts[index], self.room
+        if self.turn or self.captured and self.room:
+            return self.fronts[index], self.room
+        return None, 0
 
     def recalled_stood_still(self):
         """Once the GPU has done the question's pass: False when the daemon moved pages meanwhile, so that the pass has
         to be taken back (truncate) and run again. Waits for the stream."""
-        if self.turn is None or self.detached:
+        if not self.turn or self.detached:
             return True
         if self._pinned:
             torch.cuda.current_stream(self.device).synchronize()
@@ -345,20 +348,20 @@ class KvtierCudaCache(LaneCache):
 
     def end_turn(self):
         """The answer is complete: recalled rows are not seen any more."""
-        if self.turn is not None:
-            self.turn = None
+        if self.turn:
+            self.turn = False
             self.fronts.zero_()
 
     def _hide_promoted(self, b):
         """Recalled rows that a plan brought to the device are not to be seen twice."""
-        if self.turn is None:
+        if not self.turn:
             return
         at = self.slots(b)
         there = torch.arange(at.shape[-1], device=self.device) < self.counts[:, b, :, None]
         resident = torch.zeros(*at.shape[:2], self.seen + 1, dtype=torch.bool, device=self.device)
         resident.scatter_(2, torch.where(there, at, self.seen).long().clamp_(max=self.seen), True)
-        keep = torch.ones_like(self.turn, dtype=torch.bool)
-        keep[:, b] = ~resident.gather(2, self.turn[:, b].long().clamp_(max=self.seen))
+        keep = torch.ones_like(self.recalled_at, dtype=torch.bool)
+        keep[:, b] = ~resident.gather(2, self.recalled_at[:, b].long().clamp_(max=self.seen))
         self._hide(keep)
 
     def _hide(self, keep):
@@ -368,7 +371,7 @@ class KvtierCudaCache(LaneCache):
         room = self.rows[:, :, :, :, : self.room]
         index = order[:, None, ..., None].expand(room.shape)
         room.copy_(room.gather(4, index))
-        self.turn = self.turn.gather(3, order)
+        self.recalled_at.copy_(self.recalled_at.gather(3, order))
         self.fronts.copy_(keep.sum(-1))
 
     # ---- looking -----------------------------------------------------------------------------------------

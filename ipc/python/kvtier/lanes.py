@@ -71,7 +71,7 @@ class LaneCache(Cache):
     """`past_key_values` of `batch` sequences in step with each other, without padding; no daemon.
 
     cap      rows that a lane has room for; behind them `stage` slots and in front `room` slots that others use
-    memory   a function from bytes to a tensor of as many bytes (uint8) that the rows are to lie in; None: torch's own
+    memory   a function from bytes to a tensor of at least as many bytes (uint8), for the rows; None: torch's own
     """
 
     def __init__(self, model_config, cap, batch=1, stage=0, room=0, dtype=torch.bfloat16, device="cuda", memory=None):
@@ -83,18 +83,21 @@ class LaneCache(Cache):
         self.cap, self.stage, self.room, self.last = cap, stage, room, n_layers - 1
         self.device, self.dtype = torch.device(device), dtype
         shape = (n_layers, 2, batch, self.kv_heads, room + cap + stage, self.head_dim)
-        if memory is None:
-            self.rows = torch.empty(shape, dtype=dtype, device=self.device)
-        else:
-            nbytes = torch.Size(shape).numel() * dtype.itemsize
-            self.rows = memory(nbytes)[:nbytes].view(dtype).view(shape)
+        self._memory = memory
+        self.rows = self._tensor(shape, dtype)
         self.counts = torch.zeros(n_layers, batch, self.kv_heads, dtype=torch.int32, device=self.device)
-        self.fronts = torch.zeros_like(self.counts) if room else None
         self.seen = self.most = 0  # positions so far; the fullest lane's rows
         self.captured = False      # a graph is being made: its steps are counted when it is replayed
         super().__init__(layers=[LaneLayer(self, i, self.rows[i, 0, :, :, room : room + cap],
                                            self.rows[i, 1, :, :, room : room + cap], self.counts[i])
                                  for i in range(n_layers)])
+
+    def _tensor(self, shape, dtype):
+        """Memory that others are told of."""
+        if self._memory is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        return self._memory(nbytes)[:nbytes].view(dtype).view(shape)
 
     # ---- a forward pass: enter, the layers' updates, leave ----------------------------------
 
@@ -134,11 +137,11 @@ class LaneCache(Cache):
 
     def memory_bytes(self):
         """GPU memory that the cache holds."""
-        return sum(t.nbytes for t in (self.rows, self.counts, self.fronts) if t is not None)
+        return self.rows.nbytes + self.counts.nbytes
 
     def close(self):
         self.layers.clear()
-        self.rows = self.counts = self.fronts = None
+        self.rows = self.counts = None
 
 
 class DecodeGraph:
