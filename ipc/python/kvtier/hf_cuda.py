@@ -53,6 +53,7 @@ class KvtierCudaCache(LaneCache):
         self.client, self.push_every, self.auto = client, push_every, auto
         self.detached = False  # the daemon went away: the rows held stay usable, tiering has ended
         self.recall_min, self.recall_args = recall_min, recall_args or {}
+        self._asked = False    # recalls were launched and not looked at since
         self.turn = False      # there may be recalled rows: fronts [layers, batch, KV heads] says how many in each
         if recall_rows:        # lane, recalled_at [layers, batch, KV heads, room] of which positions
             self.fronts = self._tensor(self.counts.shape, torch.int32).zero_()
@@ -319,6 +320,7 @@ class KvtierCudaCache(LaneCache):
                            **self.recall_args)
             o.size = ctypes.sizeof(o)
             self._try(seq.recall, i, n, o, stream)
+        self._asked = True
 
     def front(self, index):
         if self.turn or self.captured and self.room:
@@ -328,11 +330,12 @@ class KvtierCudaCache(LaneCache):
     def recalled_stood_still(self):
         """Once the GPU has done the question's pass: False when the daemon moved pages meanwhile, so that the pass has
         to be taken back (truncate) and run again. Waits for the stream."""
-        if not self.turn or self.detached:
+        if not self._asked or self.detached:
             return True
+        self._asked = False
         if self._pinned:
             torch.cuda.current_stream(self.device).synchronize()
-        return all(self._try(seq.recall_check) is not False for seq in self.seqs)
+        return all([self._try(seq.recall_check) is not False for seq in self.seqs])
 
     def question(self, model, input_ids, tries=4, **kwargs):
         """Run a question, again when what it recalled was moved meanwhile. Returns the model's output. Waits."""
@@ -393,6 +396,7 @@ class KvtierCudaCache(LaneCache):
 
     def positions(self, layer, head, b=0):
         """Positions of the rows in that lane, ascending."""
+        self._tell()
         return self.seqs[b].resident(layer * self.kv_heads + head)
 
     def close(self):
