@@ -3,7 +3,6 @@
 #include <string.h>
 #include "ipc/cuda/cuda.h"
 
-
 /* ---- rows that leave ---------------------------------------------------------------------------- */
 
 static int gather(struct kvtier_seq *s, const struct plan_view *v, void *stream)

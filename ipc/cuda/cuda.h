@@ -107,8 +107,8 @@ struct cuda_seq {
 	struct kvtier_cuda_layer *layers; /* [n_layers] where the rows are now */
 	int broken;                       /* KVT_E_* after a failure that left the slots unknown */
 
-	/* Rows: appended; with a slot in the maps, and scored, both as launched. */
-	uint32_t appended, extended, scored;
+	/* Rows: appended; of them, pushed; with a slot in the maps, and scored, both as launched. */
+	uint32_t appended, pushed, extended, scored;
 	uint32_t most; /* rows of the longest lane */
 
 	uint64_t dev;                      /* GPU memory */

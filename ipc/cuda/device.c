@@ -10,7 +10,6 @@
 #include "ipc/cuda/kernels.h"
 #include "ipc/kvtier_cuda.h"
 
-
 #define KERNELS_FILE "kvtier-cuda.fatbin"
 #define KERNELS_MAX ((off_t)256 << 20)
 #define OLDEST_MAJOR 8
@@ -59,12 +58,19 @@ int cuda_try(struct kvtier_cuda *g, cuda_result r, const char *call)
 	return cuda_check(g->d, r, call);
 }
 
-int cuda_enter(struct kvtier_cuda *g)
+int cuda_lost(struct kvtier_cuda *g)
 {
 	int lost = atomic_load_explicit(&g->lost, memory_order_relaxed);
 
-	if (unlikely(lost))
-		return cuda_check(g->d, lost, "GPU lost to an earlier error");
+	return likely(!lost) ? 0 : cuda_check(g->d, lost, "GPU lost to an earlier error");
+}
+
+int cuda_enter(struct kvtier_cuda *g)
+{
+	int r = cuda_lost(g);
+
+	if (unlikely(r))
+		return r;
 	return cuda_try(g, g->d->ctx_push(g->ctx), "cuCtxPushCurrent");
 }
 

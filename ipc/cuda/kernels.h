@@ -40,6 +40,8 @@ struct kvtier_cuda {
 /* Make the device's context current on this thread, and undo it. */
 int cuda_enter(struct kvtier_cuda *g);
 void cuda_leave(struct kvtier_cuda *g);
+/* Was there an error after which the context is of no use? KVT_E_GPU with a line, or 0. */
+int cuda_lost(struct kvtier_cuda *g);
 /* cuda_check(), and remember an error after which the context is of no use. */
 int cuda_try(struct kvtier_cuda *g, cuda_result r, const char *call);
 /* Launch with one struct of arguments; `shared` bytes of dynamic shared memory. */

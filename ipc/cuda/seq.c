@@ -139,10 +139,10 @@ void cuda_seq_free(struct kvtier_seq *s)
 
 	if (!q)
 		return;
-	/* What is in flight must not write into what others have next. */
-	if (driver && !cuda_enter(q->g)) {
-		if (q->issued || tickets_pending(q))
-			(void)cuda_try(q->g, q->g->d->stream_sync(q->stream), "cuStreamSynchronize");
+	/* What is in flight must not write into what others have next. A lost GPU does nothing any more. */
+	if (driver && !q->g->d->ctx_push(q->g->ctx)) {
+		if (q->issued)
+			(void)q->g->d->stream_sync(q->stream);
 		if (q->direct)
 			cuda_direct_free(s);
 		cuda_leave(q->g);
@@ -270,7 +270,7 @@ static int open_cuda(struct kvtier *c, struct kvtier_model *m, const struct kvti
 		seq_discard(s);
 		return r;
 	}
-	q->appended = q->extended = q->scored = s->rows;
+	q->appended = q->pushed = q->extended = q->scored = s->rows;
 	r = cuda_tables_make(s);
 	if (r) {
 		char line[256];

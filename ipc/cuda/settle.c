@@ -305,6 +305,7 @@ int cuda_truncate_end(struct kvtier_seq *s, uint32_t n)
 	q->broken = r;
 	q->extended = MIN(q->extended, n);
 	q->scored = MIN(q->scored, n);
+	q->pushed = MIN(q->pushed, n);
 	cuda_recount(s);
 	return r;
 }

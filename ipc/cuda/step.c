@@ -134,7 +134,9 @@ int cuda_gate(struct kvtier_seq *s)
 
 	if (!cuda_seq_of(s))
 		return s && forked(s->c) ? KVT_E_FORKED : KVT_E_INVAL;
-	r = seq_gate(s);
+	r = cuda_lost(s->cu->g);
+	if (!r)
+		r = seq_gate(s);
 	if (!r && s->cu->broken)
 		r = err_set(s->cu->broken, "sequence: its slots are not known after a failure, close it");
 	return r;
@@ -229,6 +231,22 @@ int cuda_push(struct kvtier_seq *s, uint32_t rows, void *stream)
 	return ticket_send(q, stream);
 }
 
+/* What push was asked for and was too much then is done by a later look. */
+static int push_rest(struct kvtier_seq *s, void *stream)
+{
+	struct cuda_seq *q = s->cu;
+	int r;
+
+	if (q->scored >= q->pushed || q->starts_used == CUDA_PUSHES)
+		return 0;
+	r = cuda_enter(q->g);
+	if (r)
+		return r;
+	r = cuda_push(s, q->pushed, stream);
+	cuda_leave(q->g);
+	return r == KVT_E_BUSY ? 0 : r;
+}
+
 int kvtier_cuda_push(struct kvtier_seq *s, void *stream)
 {
 	int r = cuda_gate(s);
@@ -238,14 +256,8 @@ int kvtier_cuda_push(struct kvtier_seq *s, void *stream)
 	if (r)
 		return r;
 	s->cu->stream = stream;
-	if (s->cu->scored == s->cu->appended && s->cu->sent == s->cu->issued)
-		return 0;
-	r = cuda_enter(s->cu->g);
-	if (r)
-		return r;
-	r = cuda_push(s, s->cu->appended, stream);
-	cuda_leave(s->cu->g);
-	return r == KVT_E_BUSY ? 0 : r; /* the next push does it all */
+	s->cu->pushed = s->cu->appended;
+	return push_rest(s, stream);
 }
 
 /* ---- looking ----------------------------------------------------------------------------------- */
@@ -262,7 +274,9 @@ int kvtier_cuda_poll(struct kvtier_seq *s, void *stream, struct kvtier_cuda_stat
 		return r;
 	q = s->cu;
 	q->stream = stream;
-	r = cuda_plan_step(s, stream);
+	r = push_rest(s, stream);
+	if (!r)
+		r = cuda_plan_step(s, stream);
 	if (r < 0)
 		return r;
 	if (!ret)

@@ -18,8 +18,7 @@ static uint64_t below(uint32_t word, uint32_t end)
 }
 
 /* The lane's bitmaps against what is resident. */
-static int check_lane(const struct kvtier_seq *s, const struct plan_view *v, struct cuda_plan *p,
-		      uint32_t lane)
+static int check_lane(const struct kvtier_seq *s, const struct plan_view *v, struct cuda_plan *p, uint32_t lane)
 {
 	uint64_t at = (uint64_t)lane * p->words;
 	uint32_t kept = 0, in = 0;

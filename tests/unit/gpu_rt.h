@@ -22,6 +22,8 @@ struct gpu_seq {
 	uint64_t memory[2];
 	uint32_t slots, pad; /* slots of a lane; bytes between rows */
 	void *stream;
+	uint32_t flags;                    /* KVT_CUDA_* */
+	struct kvtier_cuda_scorer *scorer; /* or NULL */
 	uint32_t *counts;
 	struct kvtier_cuda_state state;
 	uint32_t applied, moved; /* plans in place, and to other memory */
@@ -109,7 +111,9 @@ static inline struct kvtier_cuda_seq_opts gpu_opts(struct gpu_seq *q, uint64_t r
 					     .cap = q->rt.cap,
 					     .stage = q->rt.stage,
 					     .out_bytes = ring,
-					     .in_bytes = ring};
+					     .in_bytes = ring,
+					     .flags = q->flags,
+					     .scorer = q->scorer};
 }
 
 static inline int gpu_seq_open(struct gpu_seq *q, uint32_t lifetime, const struct kvtier_budget *b,
@@ -211,7 +215,7 @@ static inline int gpu_wrong(struct gpu_seq *q)
 	_cleanup_free_ uint8_t *want = malloc(rt->k_bytes + rt->v_bytes), *seen = calloc(q->rt.max_rows, 1);
 	uint64_t addr;
 
-	GPU_CHECK(kvtier_cuda_push(q->rt.s, q->stream));
+	(void)kvtier_cuda_push(q->rt.s, q->stream); /* fails when the daemon is gone: all were pushed before */
 	GPU_CHECK(kvtier_cuda_map(q->rt.s, &addr, &stride));
 	map = malloc((size_t)rt->lanes * stride * sizeof(*map));
 	GPU_CHECK(cuda_enter(q->gpu->g));

@@ -102,17 +102,6 @@ static int map_names(const char *text, char names[][64])
 	return n;
 }
 
-/* Room recall's functions come with recall.c; then this goes. */
-static int without_recall(char names[][64], int n)
-{
-	int kept = 0;
-
-	for (int i = 0; i < n; i++)
-		if (strncmp(names[i], "kvtier_cuda_recall", 18))
-			memmove(names[kept++], names[i], 64);
-	return kept;
-}
-
 static int by_name(const void *a, const void *b)
 {
 	return strcmp(a, b);
@@ -129,8 +118,7 @@ static void test_map_is_header(void **state)
 		free(m);
 		skip();
 	}
-	nh = without_recall(in_header, nh);
-	nm = without_recall(in_map, map_names(m, in_map));
+	nm = map_names(m, in_map);
 	assert_true(nh > 25);
 	qsort(in_header, (size_t)nh, 64, by_name);
 	qsort(in_map, (size_t)nm, 64, by_name);
@@ -160,7 +148,6 @@ static void test_library_exports_header(void **state)
 		print_message("# SKIP %s is not built or cannot be loaded here\n", path);
 		skip();
 	}
-	count = without_recall(names, count);
 	for (int i = 0; i < count; i++)
 		if (!dlsym(lib, names[i]))
 			fail_msg("%s is not exported", names[i]);

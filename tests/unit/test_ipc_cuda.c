@@ -1,68 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Sequences in GPU memory: the library on the fake driver, against a real daemon core. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <sys/wait.h>
-#include <cmocka.h>
-#include "tests/unit/fake_gpu.h"
-#include "tests/unit/gpu_rt.h"
-
-static struct fake_gpu fake;
-static struct harness h;
-static struct gpu gpu;
-static struct runtime rt;
-static struct kvtier_cuda_window *window;
-static struct fake_cuda_counts base;
-
-static void begin(bool nvme, uint64_t window_bytes)
-{
-	fake.set(NULL);
-	base = fake_gpu_counts(&fake);
-	assert_int_equal(base.violations, 0);
-	harness_init(&h, nvme);
-	strcpy(h.cfg.policy, "random");
-	assert_true(harness_start(&h));
-	assert_int_equal(rt_open(&rt, h.sock[0], 2), 0);
-	assert_int_equal(gpu_open(&gpu), 0);
-	assert_int_equal(kvtier_cuda_window_create(rt.c, gpu.g, window_bytes, &window), 0);
-}
-
-/* Nothing of the GPU stays: memory, registrations, streams, contexts. */
-static void assert_baseline(void)
-{
-	struct fake_cuda_counts c = fake_gpu_counts(&fake);
-
-	assert_int_equal(c.violations, 0);
-	assert_int_equal(c.bytes, base.bytes);
-	assert_int_equal(c.allocs, base.allocs);
-	assert_int_equal(c.host_allocs, base.host_allocs);
-	assert_int_equal(c.registrations, base.registrations);
-	assert_int_equal(c.streams, base.streams);
-	assert_int_equal(c.events, base.events);
-	assert_int_equal(c.modules, base.modules);
-	assert_int_equal(c.contexts, base.contexts);
-}
-
-static void end(void)
-{
-	kvtier_cuda_window_close(window);
-	gpu_close(&gpu);
-	rt_close(&rt);
-	harness_stop(&h);
-	harness_rm(h.dir);
-	assert_baseline();
-}
-
-static void assert_ok(int r)
-{
-	if (r < 0)
-		fail_msg("%s: %s", kvtier_strerror(r), kvtier_last_error());
-	assert_int_equal(r, 0);
-}
-
-/* ---- right ------------------------------------------------------------------------------- */
+#include "tests/unit/gpu_fixture.h"
 
 static void test_out_and_back(void **state)
 {
@@ -79,7 +17,7 @@ static void test_out_and_back(void **state)
 	assert_int_equal(gpu_wrong(&q), 0);
 	assert_int_equal(rt_info(&q.rt).tier_rows[KVT_TIER_DRAM], 120 * rt.lanes);
 	assert_int_equal(rt_info(&q.rt).tier_rows[KVT_TIER_NVME], 80 * rt.lanes);
-	/* room for all of them again */
+	/* room for most of them again */
 	assert_ok(gpu_plan(&q, 250, 50, KVT_ROWS_ALL, NULL));
 	assert_int_equal(kvtier_cuda_counts(q.rt.s, q.counts), 250);
 	assert_int_equal(gpu_wrong(&q), 0);
@@ -89,14 +27,15 @@ static void test_out_and_back(void **state)
 	end();
 }
 
-static void live(const char *words, uint32_t rounds, uint64_t ring, uint32_t pad, uint32_t id, bool nvme)
+static void live(const char *words, uint32_t rounds, uint64_t ring, uint32_t pad, uint32_t id, uint32_t flags)
 {
 	struct gpu_seq q;
 	const char *bad;
 
-	begin(nvme, 1 << 20);
+	begin(true, 1 << 20);
 	fake.set(words);
 	assert_ok(gpu_prepare(&q, &gpu, &rt, window, id, 500, 300, 4000, pad));
+	q.flags = flags;
 	assert_ok(gpu_seq_open(&q, KVT_EPHEMERAL, NULL, ring));
 	bad = gpu_live(&q, rounds, strstr(words, "lazy") ? fake.step : NULL);
 	if (bad)
@@ -110,22 +49,180 @@ static void live(const char *words, uint32_t rounds, uint64_t ring, uint32_t pad
 
 static void test_live(void **state)
 {
-	live("", 150, 1 << 16, 0, 2, true);
+	live("", 120, 1 << 16, 0, 2, 0);
 }
 
 static void test_live_small_ring(void **state)
 {
-	live("", 100, 1, 16, 3, false); /* one page at a time */
+	live("", 80, 1, 16, 3, 0); /* one page at a time */
 }
 
 static void test_live_lazy(void **state)
 {
-	live("lazy", 150, 1 << 15, 32, 4, true);
+	live("lazy", 120, 1 << 15, 32, 4, 0);
 }
 
 static void test_live_async(void **state)
 {
-	live("async", 150, 1 << 15, 0, 5, true);
+	live("async", 120, 1 << 15, 0, 5, 0);
+}
+
+static void test_live_direct(void **state)
+{
+	live("", 100, 1 << 15, 0, 6, KVT_CUDA_DIRECT);
+	live("lazy", 60, 1 << 15, 0, 7, KVT_CUDA_DIRECT);
+}
+
+/* Two sequences share a window; what one gives back the next can have. */
+static void test_window_is_shared(void **state)
+{
+	struct gpu_seq a, b, c;
+
+	begin(false, 128 << 10);
+	assert_ok(gpu_prepare(&a, &gpu, &rt, window, 11, 200, 100, 500, 0));
+	assert_ok(gpu_prepare(&b, &gpu, &rt, window, 12, 200, 100, 500, 0));
+	assert_ok(gpu_prepare(&c, &gpu, &rt, window, 13, 200, 100, 500, 0));
+	assert_ok(gpu_seq_open(&a, KVT_EPHEMERAL, NULL, 32 << 10));
+	assert_ok(gpu_seq_open(&b, KVT_EPHEMERAL, NULL, 32 << 10));
+	assert_said(gpu_seq_open(&c, KVT_EPHEMERAL, NULL, 32 << 10), KVT_E_NOSPC,
+		    "window: no 65536 bytes free");
+	assert_ok(gpu_append(&a, 150));
+	assert_ok(gpu_append(&b, 150));
+	assert_ok(gpu_plan(&a, 50, KVT_ROWS_ALL, 0, NULL));
+	assert_ok(gpu_plan(&b, 60, KVT_ROWS_ALL, 0, NULL));
+	kvtier_seq_close(a.rt.s);
+	a.rt.s = NULL;
+	assert_ok(gpu_seq_open(&c, KVT_EPHEMERAL, NULL, 32 << 10));
+	assert_ok(gpu_append(&c, 150));
+	assert_ok(gpu_plan(&c, 70, KVT_ROWS_ALL, 0, NULL));
+	assert_ok(gpu_plan(&b, 150, KVT_ROWS_ALL, 0, NULL));
+	assert_ok(gpu_plan(&c, 150, KVT_ROWS_ALL, 0, NULL));
+	assert_int_equal(gpu_wrong(&b) + gpu_wrong(&c), 0);
+	gpu_seq_free(&a, false);
+	gpu_seq_free(&b, false);
+	gpu_seq_free(&c, false);
+	end();
+}
+
+/* Everything is stored, the sequence closed, and all of it comes back elsewhere. */
+static void test_save_and_resume(void **state)
+{
+	struct gpu_seq q, again;
+
+	begin(true, 1 << 20);
+	assert_ok(gpu_prepare(&q, &gpu, &rt, window, 21, 600, 600, 1000, 0));
+	assert_ok(gpu_prepare(&again, &gpu, &rt, window, 21, 600, 600, 1000, 48));
+	assert_ok(gpu_seq_open(&q, KVT_LEASED, NULL, 1 << 16));
+	assert_ok(gpu_append(&q, 500));
+	assert_ok(kvtier_cuda_settle(q.rt.s, 1, 10000, q.stream));
+	assert_int_equal(kvtier_cuda_counts(q.rt.s, NULL), 500); /* and still on the device */
+	assert_int_equal(gpu_wrong(&q), 0);
+	memcpy(again.rt.salts, q.rt.salts, 1000 * sizeof(*q.rt.salts));
+	kvtier_seq_close(q.rt.s);
+	q.rt.s = NULL;
+	assert_ok(gpu_seq_resume(&again, NULL, 1 << 16));
+	assert_int_equal(again.rt.rows, 500);
+	assert_int_equal(kvtier_cuda_counts(again.rt.s, NULL), 0);
+	assert_ok(gpu_append(&again, 30)); /* before anything is back */
+	assert_ok(gpu_plan(&again, 530, KVT_ROWS_ALL, KVT_ROWS_ALL, NULL));
+	assert_int_equal(kvtier_cuda_counts(again.rt.s, NULL), 530);
+	assert_int_equal(gpu_wrong(&again), 0);
+	gpu_seq_free(&q, false);
+	gpu_seq_free(&again, true);
+	end();
+}
+
+/* Once it runs, nothing is allocated, nothing waits for the GPU, and no copy goes through unregistered memory.
+ */
+static void test_steady(void **state)
+{
+	struct fake_cuda_counts a, b;
+	struct kvtier_budget budget = {.size = sizeof(budget), .device_rows = 100, .dram_rows = KVT_ROWS_ALL};
+	struct gpu_seq q;
+
+	begin(false, 1 << 20);
+	assert_ok(gpu_prepare(&q, &gpu, &rt, window, 31, 400, 200, 4000, 0));
+	assert_ok(gpu_seq_open(&q, KVT_EPHEMERAL, &budget, 1 << 16));
+	fake.set("async");
+	a = fake_gpu_counts(&fake);
+	for (uint32_t pos = 0; pos < 2000; pos += 4) {
+		int r = kvtier_cuda_append(q.rt.s, pos, 4);
+
+		for (uint64_t until = now_ns() + 10000000000u; r == KVT_E_NOSPC && now_ns() < until;
+		     usleep(50)) {
+			assert_true(gpu_poll(&q, NULL) >= 0);
+			r = kvtier_cuda_append(q.rt.s, pos, 4);
+		}
+		assert_ok(r);
+		assert_ok(kvtier_cuda_push(q.rt.s, q.stream));
+		assert_true(gpu_poll(&q, NULL) >= 0);
+	}
+	b = fake_gpu_counts(&fake);
+	assert_true(q.applied + q.moved >= 5);
+	assert_int_equal(b.alloc_calls, a.alloc_calls);
+	assert_int_equal(b.waits, a.waits);
+	assert_int_equal(b.pageable, a.pageable);
+	gpu_seq_free(&q, false);
+	end();
+}
+
+/* A poll with nothing to do asks the driver for nothing. */
+static void test_idle_poll(void **state)
+{
+	struct fake_cuda_counts a, b;
+	struct gpu_seq q;
+
+	begin(false, 1 << 20);
+	assert_ok(gpu_prepare(&q, &gpu, &rt, window, 32, 400, 200, 4000, 0));
+	assert_ok(gpu_seq_open(&q, KVT_EPHEMERAL, NULL, 1 << 16));
+	assert_ok(gpu_append(&q, 100));
+	assert_ok(gpu_plan(&q, 50, 50, 0, NULL));
+	/* a call of the driver would be refused, and seen */
+	fake.set("fail=cuLaunchKernel:1@1,fail=cuStreamQuery:1@1,fail=cuMemcpyHtoDAsync_v2:1@1");
+	a = fake_gpu_counts(&fake);
+	for (int i = 0; i < 1000; i++)
+		assert_int_equal(kvtier_cuda_poll(q.rt.s, q.stream, NULL), KVT_PLAN_NONE);
+	b = fake_gpu_counts(&fake);
+	assert_int_equal(a.queries, b.queries);
+	fake.set(NULL);
+	gpu_seq_free(&q, false);
+	end();
+}
+
+static void test_pool(void **state)
+{
+	struct kvtier_cuda_pool *a = NULL, *b = NULL;
+	int fd;
+
+	begin_core(false);
+	assert_ok(gpu_open(&gpu));
+	assert_ok(kvtier_cuda_pool_create(gpu.g, 1, &a));
+	assert_int_equal(kvtier_cuda_pool_bytes(a), 2 << 20);
+	fd = kvtier_cuda_pool_fd(a);
+	assert_true(fd >= 0);
+	assert_ok(kvtier_cuda_pool_import(gpu.g, fd, kvtier_cuda_pool_bytes(a), &b));
+	close(fd);
+	assert_true(kvtier_cuda_pool_addr(a) != kvtier_cuda_pool_addr(b));
+	memset((void *)kvtier_cuda_pool_addr(a), 0x5a, 2 << 20); /* the fake's GPU memory is the host's */
+	kvtier_cuda_pool_close(a);
+	assert_int_equal(*(uint8_t *)(kvtier_cuda_pool_addr(b) + 12345), 0x5a);
+	assert_said(kvtier_cuda_pool_import(gpu.g, -1, 1, &a), KVT_E_INVAL, "fd: -1");
+	assert_int_equal(kvtier_cuda_pool_import(gpu.g, 0, 2 << 20, &a), KVT_E_GPU); /* some other descriptor */
+	assert_int_equal(kvtier_cuda_pool_create(gpu.g, 0, &a), KVT_E_INVAL);
+	kvtier_cuda_pool_close(b);
+	for (int n = 1; n <= 5; n++) {
+		static const char *const calls[] = {"cuMemCreate", "cuMemAddressReserve", "cuMemMap",
+						    "cuMemSetAccess", "cuMemGetAllocationGranularity"};
+		char words[64];
+
+		snprintf(words, sizeof(words), "fail=%s:%d@1", calls[n - 1], n % 2 ? 2 : 1);
+		fake.set(words);
+		assert_int_equal(kvtier_cuda_pool_create(gpu.g, 1, &a), n % 2 ? KVT_E_NOMEM : KVT_E_GPU);
+	}
+	fake.set(NULL);
+	gpu_close(&gpu);
+	end_core();
+	assert_baseline();
 }
 
 int main(void)
@@ -136,14 +233,13 @@ int main(void)
 		cmocka_unit_test(test_live_small_ring),
 		cmocka_unit_test(test_live_lazy),
 		cmocka_unit_test(test_live_async),
+		cmocka_unit_test(test_live_direct),
+		cmocka_unit_test(test_window_is_shared),
+		cmocka_unit_test(test_save_and_resume),
+		cmocka_unit_test(test_steady),
+		cmocka_unit_test(test_idle_poll),
+		cmocka_unit_test(test_pool),
 	};
-	int r;
 
-	if (!fake_gpu_init(&fake) || !fake_gpu_hooks(&fake)) {
-		printf("1..0 # SKIP %s is not built (make tests-bin)\n", fake.path);
-		return 0;
-	}
-	r = cmocka_run_group_tests(tests, NULL, NULL);
-	unlink(fake.kernels);
-	return r;
+	return gpu_main(tests, ARRAY_SIZE(tests));
 }
