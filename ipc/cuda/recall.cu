@@ -250,25 +250,39 @@ static __device__ struct farthest next_token(const struct find_args &a, const ch
 {
 	struct farthest most = {-1, UINT32_MAX};
 
-	for (uint32_t i = warp_index(); i < a.n_tokens; i += WARPS) {
-		float d[FIND_TOKENS - 1] = {0}, near = INFINITY;
+	for (uint32_t from = warp_index(); from < a.n_tokens; from += WARPS * FIND_TOKENS) {
+		float d[FIND_TOKENS][FIND_TOKENS - 1] = {}; /* of four tokens at a time to each picked one */
 
+#pragma unroll 2
 		for (uint32_t e = warp_lane(); e < a.dim; e += WARP) {
-			float v = query_value(q + i * a.token_stride, e, a.ix.dtype);
+#pragma unroll
+			for (uint32_t j = 0; j < FIND_TOKENS; j++) {
+				uint32_t i = min(from + j * WARPS, a.n_tokens - 1);
+				float v = query_value(q + i * a.token_stride, e, a.ix.dtype);
+
+#pragma unroll
+				for (uint32_t p = 0; p < FIND_TOKENS - 1; p++)
+					if (p < got)
+						d[j][p] = fmaf(v - x[p * a.dim + e], v - x[p * a.dim + e],
+							       d[j][p]);
+			}
+		}
+#pragma unroll
+		for (uint32_t j = 0; j < FIND_TOKENS; j++) {
+			uint32_t i = from + j * WARPS;
+			float near = INFINITY;
 
 #pragma unroll
 			for (uint32_t p = 0; p < FIND_TOKENS - 1; p++)
 				if (p < got)
-					d[p] = fmaf(v - x[p * a.dim + e], v - x[p * a.dim + e], d[p]);
+					near = fminf(near, find_add(d[j][p]));
+			if (!isfinite(near))
+				near = -0.5f; /* no number: if nothing else is left */
+			for (uint32_t p = 0; p < got; p++)
+				near = pick[p] == i ? -2 : near;
+			if (i < a.n_tokens && farther((struct farthest){near, i}, most))
+				most = (struct farthest){near, i};
 		}
-		for (uint32_t p = 0; p < got; p++)
-			near = fminf(near, find_add(d[p]));
-		if (!isfinite(near))
-			near = -0.5f; /* no number: if nothing else is left */
-		for (uint32_t p = 0; p < got; p++)
-			near = pick[p] == i ? -2 : near;
-		if (farther((struct farthest){near, i}, most))
-			most = (struct farthest){near, i};
 	}
 	if (!warp_lane())
 		best[warp_index()] = most;
