@@ -13,8 +13,7 @@
 
 struct direct_segment {
 	LIST_ENTRY(direct_segment) entry;
-	struct kvtier_cuda *g; /* of the first user: any of the same GPU would do */
-	int device;
+	struct kvtier_cuda *g;
 	const void *owner;
 	uint32_t number, refs;
 	struct seg seg;
@@ -37,7 +36,7 @@ static struct direct_segment *find_segment(const struct cuda_direct *d, uint32_t
 	struct direct_segment *s;
 
 	LIST_FOREACH(s, &segments, entry)
-		if (s->device == d->g->device && s->owner == d->src.owner && s->number == number) {
+		if (s->g == d->g && s->owner == d->src.owner && s->number == number) {
 			s->refs++;
 			return s;
 		}
@@ -74,12 +73,8 @@ static int map_segment(struct cuda_direct *d, uint32_t number, struct direct_seg
 
 	if (!s)
 		return err_set(KVT_E_NOMEM, "segment: out of memory");
-	*s = (struct direct_segment){.g = d->g,
-				     .device = d->g->device,
-				     .owner = d->src.owner,
-				     .number = number,
-				     .refs = 1,
-				     .seg = SEG_INIT};
+	*s = (struct direct_segment){
+		.g = d->g, .owner = d->src.owner, .number = number, .refs = 1, .seg = SEG_INIT};
 	r = d->src.map(d->src.arg, number, &s->seg);
 	if (!r)
 		r = cuda_try(d->g,
