@@ -77,6 +77,8 @@ static inline int gpu_prepare(struct gpu_seq *q, struct gpu *gpu, struct runtime
 			      struct kvtier_cuda_window *w, uint32_t id, uint32_t cap, uint32_t stage,
 			      uint32_t max_rows, uint32_t pad)
 {
+	int r = 0;
+
 	memset(q, 0, sizeof(*q));
 	q->gpu = gpu;
 	q->w = w;
@@ -94,10 +96,13 @@ static inline int gpu_prepare(struct gpu_seq *q, struct gpu *gpu, struct runtime
 	q->counts = calloc(rt->lanes, sizeof(*q->counts));
 	q->state.size = sizeof(q->state);
 	GPU_CHECK(cuda_enter(gpu->g));
-	for (int i = 0; i < 2; i++)
-		GPU_CHECK(gpu->d->alloc(&q->memory[i], gpu_lay_out(q, 0, q->other)));
-	GPU_CHECK(gpu->d->stream_create(&q->stream, CUDA_STREAM_NON_BLOCKING));
+	for (int i = 0; i < 2 && !r; i++)
+		r = gpu->d->alloc(&q->memory[i], gpu_lay_out(q, 0, q->other));
+	if (!r)
+		r = gpu->d->stream_create(&q->stream, CUDA_STREAM_NON_BLOCKING);
 	cuda_leave(gpu->g);
+	if (r)
+		return cuda_check(gpu->d, r, "the runtime's own memory");
 	gpu_lay_out(q, q->memory[0], q->layers);
 	gpu_lay_out(q, q->memory[1], q->other);
 	return 0;
@@ -188,17 +193,20 @@ static inline int gpu_append(struct gpu_seq *q, uint32_t n)
 	for (uint32_t i = 0; i < n; i++)
 		q->rt.salts[q->rt.rows + i] = q->rt.salt;
 	GPU_CHECK(cuda_enter(q->gpu->g));
+	r = 0;
 	for (uint32_t lane = 0; lane < rt->lanes; lane++)
-		for (int v = 0; v < 2; v++) {
+		for (int v = 0; v < 2 && !r; v++) {
 			uint32_t stride = (v ? rt->v_bytes : rt->k_bytes) + q->pad;
 
 			memset(buf, 0xee, (size_t)n * stride);
 			for (uint32_t i = 0; i < n; i++)
 				gpu_pattern(q, lane, q->rt.rows + i, v, buf + (size_t)i * stride);
-			GPU_CHECK(q->gpu->d->copy_in(gpu_slot(q, lane, q->counts[lane], v), buf,
-						     (size_t)n * stride, q->stream));
+			r = q->gpu->d->copy_in(gpu_slot(q, lane, q->counts[lane], v), buf, (size_t)n * stride,
+					       q->stream);
 		}
 	cuda_leave(q->gpu->g);
+	if (r)
+		return cuda_check(q->gpu->d, r, "the runtime's own copy");
 	r = kvtier_cuda_append(q->rt.s, q->rt.rows, n);
 	if (!r)
 		q->rt.rows += n;
