@@ -449,6 +449,8 @@ void plan_unref(struct plan *p);
 void plan_forget(struct plan *p);
 /* The client (or nobody, when saving) applied the plan. nack: bitmap of lanes or NULL. */
 void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack);
+/* A cancelled plan is made anew: what it was asked for is not forgotten. */
+void manager_again(struct plan *p, bool at_once);
 /* All moves of p ended. */
 void manager_moved(struct plan *p);
 

@@ -13,9 +13,10 @@
 #include "policy/decide.h"
 #include "shm/util.h"
 
-#define INLINE_ROWS 65536u /* row-lanes decided on the loop: a hand-over costs more */
-#define WEIGH_COST 8u      /* what a row-lane costs whose worth is looked up, in such row-lanes */
-#define SCORE_ROWS 16384u  /* row-lanes of one scoring job at least */
+#define INLINE_ROWS 65536u  /* row-lanes decided on the loop: a hand-over costs more */
+#define WEIGH_COST 8u       /* what a row-lane costs whose worth is looked up, in such row-lanes */
+#define FUSED_ROWS 1048576u /* row-lanes whose given scores are read by the worker that decides */
+#define SCORE_ROWS 16384u   /* row-lanes of one scoring job at least */
 
 struct plan_job {
 	struct job job;
@@ -120,7 +121,10 @@ static int put_scoring(struct plan *p)
 /* Scores that are there already or cost next to nothing are read where the decision is made. */
 static bool cheap(const struct plan *p)
 {
-	return (p->from == p->watermark && !p->rescore) || score_given(p) ||
+	uint64_t rows = p->watermark - (p->rescore ? 0 : p->from);
+
+	return (p->from == p->watermark && !p->rescore) ||
+	       (score_given(p) && p->seq->ix.lanes * rows <= FUSED_ROWS) ||
 	       !(p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_CONTEXT));
 }
 
@@ -311,6 +315,17 @@ static void decided(struct plan *p)
 	seq_unref(s);
 }
 
+void manager_again(struct plan *p, bool at_once)
+{
+	struct seq *s = p->seq;
+
+	s->again = at_once;
+	if (p->requested && at_once)
+		s->requested = s->plan_id + 1;
+	for (uint32_t w = 0; p->wanted && s->wanted && w < p->words; w++)
+		s->wanted[w] |= p->wanted[w];
+}
+
 void manager_moved(struct plan *p)
 {
 	struct seq *s = p->seq;
@@ -327,11 +342,7 @@ void manager_moved(struct plan *p)
 					       : strerror(-p->error),
 			 again ? "planned again" : "given up until the next rows");
 		plan_cancel(p);
-		s->again = again;
-		if (p->requested && again)
-			s->requested = s->plan_id + 1;
-		for (uint32_t w = 0; p->wanted && s->wanted && w < p->words; w++)
-			s->wanted[w] |= p->wanted[w];
+		manager_again(p, again);
 	} else if (!p->over) {
 		carried_out(s);
 		p->phase = PHASE_READY;

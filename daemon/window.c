@@ -72,6 +72,14 @@ bool window_settled(const struct plan *p)
 	return win->taken == win->pages && win->drained == win->records;
 }
 
+void window_refused(struct plan *p)
+{
+	if (!p->win->direct)
+		return;
+	p->seq->look_twice = true;
+	manager_again(p, true);
+}
+
 /* ---- the client's words ---------------------------------------------------------------- */
 
 /*

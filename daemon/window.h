@@ -52,6 +52,9 @@ int window_list(struct plan *p);
 void window_free(struct plan *p);
 /* Nothing of this plan is left in the rings (or it failed). */
 bool window_settled(const struct plan *p);
+/* The client refused the plan before it was READY: pages that it read in place are wrong, or it is. Look here.
+ */
+void window_refused(struct plan *p);
 /* Nothing of it is in our hands: it waits for its client. */
 bool window_rests(const struct plan *p);
 /* The next page of the list is not in the ring yet. */

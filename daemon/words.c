@@ -34,10 +34,13 @@ static bool poll_acked(struct seq *s)
 		client_end(s->client, "slot.acked: plan %llu is not ready yet", (unsigned long long)acked);
 		return false;
 	}
-	if (p->phase == PHASE_READY)
+	if (p->phase == PHASE_READY) {
 		manager_applied(s, p, refused ? nack : NULL);
-	else
+	} else {
 		plan_cancel(p);
+		if (p->win)
+			window_refused(p);
+	}
 	return true;
 }
 

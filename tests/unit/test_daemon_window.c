@@ -37,7 +37,28 @@ static void rows_go_down_and_come_back(void **state)
 	finish(&f);
 }
 
-/* The best rows stay: what the score planes say is what is kept. */
+/* The best rows stay, by what the score planes say, and the protected ones. */
+static void assert_best(const struct wseq *q, uint32_t keep)
+{
+	_cleanup_free_ uint8_t *here = malloc(q->rows);
+
+	for (uint32_t l = 0; l < q->l->lanes; l++) {
+		float worst = 100, best = -100;
+
+		assert_int_equal(q->count[l], keep);
+		memset(here, 0, q->rows);
+		for (uint32_t s = 0; s < keep; s++)
+			here[*wq_pos(q, l, s)] = 1;
+		for (uint32_t p = 4; p < q->rows - 16; p++)
+			if (here[p])
+				worst = MIN(worst, *wq_score(q, l, 0, p));
+			else
+				best = MAX(best, *wq_score(q, l, 0, p));
+		assert_true(worst >= best - 0.01f); /* keys are halves */
+		assert_true(here[0] && here[3] && here[q->rows - 1] && here[q->rows - 16]);
+	}
+}
+
 static void scores_of_the_plane_decide(void **state)
 {
 	struct fixture f;
@@ -46,22 +67,32 @@ static void scores_of_the_plane_decide(void **state)
 	begin(&f, false);
 	begin_seq(&f, &q, 2, KVT_EPHEMERAL, RING, 600);
 	assert_int_equal(wq_plan(&q, 100, 0, 0), 0);
-	for (uint32_t l = 0; l < f.l.lanes; l++) {
-		float worst = 100, best = -100;
-		uint8_t here[600] = {0};
-
-		assert_int_equal(q.count[l], 100);
-		for (uint32_t s = 0; s < 100; s++)
-			here[*wq_pos(&q, l, s)] = 1;
-		for (uint32_t p = 4; p < 600 - 16; p++) /* between the protected ones */
-			if (here[p])
-				worst = MIN(worst, *wq_score(&q, l, 0, p));
-			else
-				best = MAX(best, *wq_score(&q, l, 0, p));
-		assert_true(worst >= best - 0.01f); /* keys are halves */
-		assert_true(here[0] && here[3] && here[599] && here[584]);
-	}
+	assert_best(&q, 100);
 	assert_int_equal(wq_info(&q).dropped_rows, 500 * f.l.lanes);
+	assert_no_miss(&f);
+	wq_free(&q);
+	finish(&f);
+}
+
+/* So many rows that their scores are read by all workers: more than a million of row and lane. */
+static void scores_of_many_lanes_decide(void **state)
+{
+	struct wire_budget b = wq_budget(KVT_ROWS_ALL, 0, 0);
+	struct fixture f;
+	struct wseq q;
+
+	begin(&f, false);
+	assert_int_equal(wl_model(&f.l, "wide", KVT_DTYPE_OPAQUE, 0, 64, 8, 16, 0), 0);
+	strcpy(b.policy, "client");
+	assert_int_equal(wq_make(&q, &f.l, 14, 2200, 2200, 2200, 1 << 20, 1 << 20, 1), 0);
+	assert_int_equal(wq_open(&q, W_OP_OPEN, KVT_EPHEMERAL, 0, 0, &b), 0);
+	assert_int_equal(wq_append(&q, 2100), 0);
+	assert_int_equal(wq_plan(&q, 100, 200, 0), 0);
+	assert_best(&q, 100);
+	assert_int_equal(wq_info(&q).dropped_rows, 1800 * f.l.lanes);
+	assert_int_equal(wq_plan(&q, 300, 300, 0), 0);
+	assert_int_equal(q.count[511], 300);
+	assert_int_equal(wq_wrong(&q), 0);
 	assert_no_miss(&f);
 	wq_free(&q);
 	finish(&f);
@@ -196,7 +227,7 @@ static void rows_in_published_memory_are_read_where_they_lie(void **state)
 	struct segments g = {.n = 0};
 	struct fixture f;
 	struct wseq q;
-	uint64_t before;
+	uint64_t before, id;
 
 	begin(&f, true);
 	g.l = &f.l;
@@ -224,6 +255,20 @@ static void rows_in_published_memory_are_read_where_they_lie(void **state)
 	assert_int_equal(wq_plan(&q, 100, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
 	assert_int_equal(wq_plan(&q, 900, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
 	assert_true(q.direct > before);
+	/* All of it refused before it is ready: another plan comes by itself, of pages that were checked. */
+	assert_int_equal(wq_plan(&q, 100, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
+	assert_int_equal(wq_ask(&q, &b, &id), 0);
+	while (wq_step(&q) >= 0 && q.drained == 0)
+		usleep(50);
+	memset(q.slot->nack, 0xff, sizeof(q.slot->nack));
+	atomic_store(&q.slot->acked, id);
+	q.applied = id;
+	before = q.direct;
+	wq_poke(&q);
+	assert_int_equal(wq_follow(&q, id + 1), 0);
+	assert_int_equal(q.direct, before);
+	assert_int_equal(q.count[2], 1000);
+	assert_int_equal(wq_wrong(&q), 0);
 	for (int i = 0; i < 5; i++)
 		any_life(&f, &q, 12);
 	assert_no_miss(&f);
@@ -242,6 +287,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(rows_go_down_and_come_back),
 		cmocka_unit_test(scores_of_the_plane_decide),
+		cmocka_unit_test(scores_of_many_lanes_decide),
 		cmocka_unit_test(any_life_keeps_every_byte),
 		cmocka_unit_test(plans_come_by_themselves),
 		cmocka_unit_test(rows_are_written_through),
