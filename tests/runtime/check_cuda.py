@@ -10,6 +10,7 @@ not hold.
 import ctypes
 import gc
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -300,6 +301,39 @@ def fetch_by_hand(d, c):
     holds(ours, rows)
 
 
+def anything_in_any_order(d, c):
+    """Random rows, budgets, fetches and rollbacks; after each every row on the device is that of its position."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"# seed {seed}", flush=True)
+    rng = random.Random(seed)
+    ours = fresh(c, b=budget(90, 2 * ROWS, policy="random", slack=24), cap=300, stage=rng.choice((40, 300)),
+                 push_every=rng.choice((1, 17, 64)), equal_lanes=False)
+    rows = [[torch.empty(KV, ROWS, hf.DIM) for _ in "kv"] for _ in range(LAYERS)]
+    for _ in range(60):
+        what = rng.choices(("grow", "step", "budget", "fetch", "back", "settle"), (6, 6, 2, 2, 1, 1))[0]
+        at = ours.seen
+        if what in ("grow", "step") and at < ROWS - 64:
+            n = 1 if what == "step" else rng.randrange(2, 64)
+            for layer, (k, v) in zip(ours.layers, rows):
+                k[:, at : at + n], v[:, at : at + n] = torch.randn(2, KV, n, hf.DIM)
+                layer.update(k[None, :, at : at + n].to(DEV), v[None, :, at : at + n].to(DEV))
+        elif what == "budget" and at:
+            ours.compress(budget([rng.randrange(30, 200) for _ in range(LANES)], rng.choice((300, 2 * ROWS)), 2 * ROWS,
+                                 policy="random", slack=rng.choice((8, 24))))
+        elif what == "fetch" and at > 40:
+            pos = rng.randrange(at - 20)
+            ours.recall_rows(pos, rng.randrange(1, 20))
+        elif what == "back" and at:
+            ours.truncate(rng.randrange(at))
+        elif what == "settle":
+            ours.settle()
+        ours.push()
+        ours._known(5000)
+        holds(ours, rows)
+    info = ours.info()
+    assert sum(info["tier_rows"].values()) == ours.seen * LANES and info["misses"] == 0, info
+
+
 def save_leave_and_resume(d, c):
     key, secret = os.urandom(16), os.urandom(32)
     ours = fresh(c, key=key, secret=secret, leased=True, ttl_s=60,
@@ -426,7 +460,8 @@ def partial_recall_equals_masks(d, c):
 def recalled_rows_are_the_wanted_ones(d, c):
     """Against the exact choice: the share of the wanted rows' weight that came back."""
     KEPT.clear()
-    ours, ref = evicted(c, "random", b=(140, 2 * ROWS), recall_rows=40, recall_args={"flags": RECALL_ALONE, "probe": 1000})
+    ours, ref = evicted(c, "random", b=(140, 2 * ROWS), recall_rows=40,
+                        recall_args={"flags": RECALL_ALONE, "probe": 1000})
     MODEL(MY_IDS[:, 400:404], past_key_values=ours)
     assert ours.recalled_stood_still()
     keys, kept = ref.layers[0].keys[0], [ours.positions(0, h) for h in range(KV)]
@@ -620,7 +655,6 @@ def smollm2_answers(d, c):
     if not REAL:
         return "SKIP no GPU"
     import recall_real
-    import random
     import tasks
     from kvtier import smollm2
 
@@ -669,7 +703,7 @@ def smollm2_answers(d, c):
 
 TESTS = [no_eviction_equals_dynamic_cache, eviction_equals_masked_full_cache, second_plan_after_eviction,
          heads_hold_different_numbers_of_rows, roll_back, several_sequences_in_step, rows_come_back_bit_for_bit,
-         rows_come_back_in_few_slots, write_through, fetch_by_hand, save_leave_and_resume,
+         rows_come_back_in_few_slots, write_through, fetch_by_hand, anything_in_any_order, save_leave_and_resume,
          the_network_ranks_as_the_daemon_does, the_scorer_of_a_policy_is_found,
          recalling_everything_equals_a_full_cache, partial_recall_equals_masks, recalled_rows_are_the_wanted_ones,
          roll_back_forgets_later_rows, generate_accepts_the_cache,
