@@ -18,7 +18,8 @@
 /* One network being made: a job that reads the file, then one for every lane. */
 struct making {
 	struct core *core;
-	struct policy_use *use; /* a reference */
+	struct policy_use *use; /* a reference, */
+	struct model *model;    /* and one to its model: whoever asked may be gone */
 	struct weights *weights;
 	struct scorer_hdr h;
 	struct seg seg;
@@ -80,6 +81,7 @@ static void made(struct making *k)
 		}
 	weights_free(k->weights);
 	policies_put(c, u);
+	model_unref(c, k->model);
 	free(k);
 }
 
@@ -167,12 +169,14 @@ static int make(struct core *c, struct policy_use *u)
 		return -ENOMEM;
 	k->core = c;
 	k->use = policies_ref(u);
+	k->model = model_ref(u->model);
 	k->seg = (struct seg)SEG_INIT;
 	u->scorer.making = true;
 	put_job(k, 0, read_run, read_done);
 	if (k->error) {
 		u->scorer.making = false;
 		policies_put(c, u);
+		model_unref(c, k->model);
 		free(k);
 		return -ENOMEM;
 	}

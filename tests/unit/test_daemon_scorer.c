@@ -1,103 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Networks that clients run: who gets which, what their scores decide, and sequences that come without. */
-#include "kvp_double.h"
-
-#include "window_fixture.h"
-
-#include "daemon/core.h"
-#include "policy/calibrate.h"
-#include "policy/decide.h"
-#include "policy/scorer.h"
-
-#define DIM 64u
-#define LAYERS 2u
-#define HEADS 2u
-#define LANES (LAYERS * HEADS)
-#define KEEP 120u
-
-static struct weights_header shape(uint32_t rank)
-{
-	struct weights_header h = shape_trained();
-
-	h.layers = LAYERS;
-	h.heads = HEADS;
-	h.rank = rank;
-	return h;
-}
-
-static void file_of(const struct fixture *f, char *ret, size_t size)
-{
-	snprintf(ret, size, "%s/" MODEL ".kvp", f->h.dir);
-}
-
-static void write_weights(const struct fixture *f, uint32_t rank, uint64_t seed)
-{
-	_cleanup_free_ uint8_t *image = make_image(shape(rank), 0, seed);
-	char path[200];
-
-	file_of(f, path, sizeof(path));
-	assert_int_equal(weights_image_write(image, path), 0);
-}
-
-static int register_kvp(struct wlink *l)
-{
-	union {
-		struct wire_model m;
-		uint8_t b[1024];
-	} u;
-
-	wire_init(&u.m.hdr, W_MODEL, wire_model_len(LAYERS), 2);
-	strcpy(u.m.name, MODEL);
-	u.m.n_layers = LAYERS;
-	u.m.world = 1;
-	u.m.dtype = KVT_DTYPE_F16;
-	u.m.head_dim = DIM;
-	u.m.rope = KVT_ROPE_HALF;
-	u.m.post_rope = 1;
-	u.m.rope_theta = 100000;
-	for (uint32_t i = 0; i < LAYERS; i++)
-		u.m.layer[i] = (struct wire_layer){.kv_heads = HEADS, .k_bytes = DIM * 2, .v_bytes = DIM * 2};
-	assert_int_equal(wl_call(l, &u.m.hdr), 0);
-	l->model = ((struct wire_model_reply *)l->reply)->model;
-	l->layers = LAYERS;
-	l->heads = HEADS;
-	l->lanes = LANES;
-	l->k_bytes = l->v_bytes = DIM * 2;
-	return 0;
-}
-
-static void begin_kvp(struct fixture *f, uint32_t rank, uint8_t *image)
-{
-	char path[200];
-
-	harness_init(&f->h, true);
-	snprintf(f->h.cfg.model_dir, sizeof(f->h.cfg.model_dir), "%s", f->h.dir);
-	strcpy(f->h.cfg.policy, "kvp");
-	file_of(f, path, sizeof(path));
-	if (image)
-		assert_int_equal(weights_image_write(image, path), 0);
-	else
-		write_weights(f, rank, 21);
-	f->h.cfg.adaptive = image != NULL;
-	assert_true(harness_start(&f->h));
-	assert_int_equal(wl_connect(&f->l, f->h.sock[0]), 0);
-	register_kvp(&f->l);
-}
-
-/* Status; the reply is in l->reply. */
-static int ask_scorer(struct wlink *l, const char *policy, struct wire_scorer_reply *ret)
-{
-	struct wire_scorer m;
-	int r;
-
-	wire_init(&m.hdr, W_SCORER, sizeof(m), 12);
-	m.model = l->model;
-	strcpy(m.policy, policy);
-	r = wl_call(l, &m.hdr);
-	if (!r)
-		memcpy(ret, l->reply, sizeof(*ret));
-	return r;
-}
+/* Networks that clients run: who gets which, and who none. */
+#include "scorer_fixture.h"
 
 /* What a client gets is what the weight file folds into, the same for all, and nobody can write it. */
 static void the_network_of_a_policy_is_handed_out(void **state)
@@ -164,209 +67,40 @@ static void what_has_no_network_says_so(void **state)
 	finish(&f);
 }
 
-/* ---- what scores decide ------------------------------------------------------------------------ */
-
-static struct policy *policy_at(const struct fixture *f)
+/* The workers go on with what nobody wants any more; the file may be gone by then. */
+static void a_client_may_leave_while_its_network_is_made(void **state)
 {
-	struct policy_cfg cfg = {
-		.layers = LAYERS, .heads = HEADS, .k_dim = DIM, .v_dim = DIM, .dtype = ROW_F16, .model = MODEL};
-	char path[200], err[256] = "";
-	struct policy *p;
-
-	file_of(f, path, sizeof(path));
-	cfg.weights = path;
-	if (policy_find("kvp")->init(&p, &cfg, err, sizeof(err)) < 0)
-		fail_msg("%s", err);
-	return p;
-}
-
-/* Resident rows are the protected ones and the best of the rest, by the formula on what the planes hold. */
-static void assert_best(struct policy *p, const struct wseq *q)
-{
-	static float f0[4096], f1[4096];
-	static uint16_t keys[4096];
-
-	for (uint32_t l = 0; l < LANES; l++) {
-		struct policy_batch b = {.lane = l, .n = q->rows, .total = q->rows};
-		uint16_t worst = UINT16_MAX, best = 0;
-		bool here[4096] = {0};
-
-		for (uint32_t c = 0; c < q->coefs; c++) {
-			score_keys(wq_score(q, l, c, 0), keys, q->rows);
-			key_scores(keys, c ? f1 : f0, q->rows);
-		}
-		assert_int_equal(p->ops->combine(p, &b, (const float *const[]){f0, f1}, f0), 0);
-		score_keys(f0, keys, q->rows);
-		for (uint32_t s = 0; s < q->count[l]; s++)
-			here[*wq_pos(q, l, s)] = true;
-		for (uint32_t i = 4; i < q->rows - 16; i++)
-			if (here[i])
-				worst = MIN(worst, keys[i]);
-			else
-				best = MAX(best, keys[i]);
-		assert_int_equal(q->count[l], KEEP);
-		assert_true(best <= worst);
-		assert_true(here[0] && here[3] && here[q->rows - 1] && here[q->rows - 16]);
-	}
-}
-
-static void open_scored(struct fixture *f, struct wseq *q, uint32_t id, const struct wire_scorer_reply *a)
-{
-	struct wire_budget b = wq_budget(KEEP, KVT_ROWS_ALL, KVT_ROWS_ALL);
-
-	assert_int_equal(wq_make(q, &f->l, id, 1800, 1800, 3000, 256 << 10, 256 << 10, a->coefs), 0);
-	assert_int_equal(wq_open(q, W_OP_OPEN, KVT_LEASED, a->id, 0, &b), 0);
-}
-
-static void scores_of_a_growing_sequence_follow_its_length(void **state)
-{
-	static const uint32_t steps[] = {300, 1, 200, 500, 900};
-
-	for (uint32_t rank = 1; rank <= 2; rank++) {
-		struct wire_scorer_reply a;
-		struct wire_seq_info_reply info;
-		struct policy *p;
+	for (int i = 0; i < 12; i++) {
+		struct wire_scorer m;
 		struct fixture f;
-		struct wseq q;
+		char path[200];
 
-		begin_kvp(&f, rank, NULL);
-		p = policy_at(&f);
-		assert_int_equal(ask_scorer(&f.l, "", &a), 0);
-		close(f.l.fds[0]);
-		assert_int_equal(a.coefs, rank);
-		open_scored(&f, &q, 30, &a);
-		for (size_t i = 0; i < ARRAY_SIZE(steps); i++) {
-			assert_int_equal(wq_append(&q, steps[i]), 0);
-			assert_int_equal(wq_plan(&q, KEEP, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
-			assert_best(p, &q);
-			assert_int_equal(wq_wrong(&q), 0);
+		begin_kvp(&f, 2, NULL);
+		wire_init(&m.hdr, W_SCORER, sizeof(m), 12);
+		m.model = f.l.model;
+		if (i % 3 == 1) {
+			/* A policy object is there, its file is not. */
+			file_of(&f, path, sizeof(path));
+			assert_int_equal(sock_send(f.l.fd, &m, sizeof(m), NULL, 0), 0);
+			unlink(path);
+		} else {
+			assert_int_equal(sock_send(f.l.fd, &m, sizeof(m), NULL, 0), 0);
 		}
-		info = wq_info(&q);
-		assert_string_equal(info.policy, "kvp");
-		/* Resumed, its rows keep their rank, and new ones are ranked with them. */
-		assert_int_equal(wq_plan(&q, 0, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
-		assert_int_equal(wq_close(&q, false), 0);
-		{
-			struct wire_budget b = wq_budget(KEEP, KVT_ROWS_ALL, KVT_ROWS_ALL);
-			struct wseq r;
+		usleep(1000u * (unsigned)(i / 3));
+		wl_close(&f.l);
+		if (i % 2) {
+			harness_stop(&f.h);
+		} else {
+			struct wire_scorer_reply a;
 
-			assert_int_equal(wq_make(&r, &f.l, 30, 1800, 1800, 3000, 256 << 10, 256 << 10, rank),
-					 0);
-			assert_int_equal(wq_open(&r, W_OP_RESUME, KVT_LEASED, a.id, 0, &b), 0);
-			memcpy(r.salts, q.salts, r.max_rows * sizeof(*r.salts));
-			assert_int_equal(wq_append(&r, 100), 0);
-			assert_int_equal(wq_plan(&r, KEEP, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
-			for (uint32_t l = 0; l < LANES; l++) /* as if it had never been away */
-				for (uint32_t c = 0; c < rank; c++)
-					memcpy(wq_score(&r, l, c, 0), wq_score(&q, l, c, 0),
-					       q.rows * sizeof(float));
-			assert_best(p, &r);
-			assert_int_equal(wq_wrong(&r), 0);
-			wq_free(&r);
+			assert_int_equal(wl_connect(&f.l, f.h.sock[0]), 0);
+			register_kvp(&f.l);
+			assert_true(ask_scorer(&f.l, "", &a) == 0 || i % 3 == 1);
+			wl_close(&f.l);
+			harness_stop(&f.h);
 		}
-		assert_no_miss(&f);
-		wq_free(&q);
-		p->ops->free(p);
-		finish(&f);
+		harness_rm(f.h.dir);
 	}
-}
-
-static void load_weights(struct core *c, void *path)
-{
-	char err[200];
-
-	assert_int_equal(core_policy_load(c, path, err, sizeof(err)), 0);
-}
-
-/* Newer weights are for those who ask from then on. */
-static void open_sequences_keep_the_network_that_they_run(void **state)
-{
-	struct wire_scorer_reply a, b;
-	struct policy *old, *new;
-	struct wlink other;
-	struct fixture f;
-	struct wseq q, r, s;
-	char path[200];
-
-	begin_kvp(&f, 2, NULL);
-	old = policy_at(&f);
-	assert_int_equal(ask_scorer(&f.l, "", &a), 0);
-	close(f.l.fds[0]);
-	open_scored(&f, &q, 31, &a);
-	assert_int_equal(wq_append(&q, 400), 0);
-	assert_int_equal(wq_plan(&q, KEEP, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
-	write_weights(&f, 2, 22);
-	file_of(&f, path, sizeof(path));
-	harness_call(&f.h, load_weights, path);
-	new = policy_at(&f);
-	assert_int_equal(ask_scorer(&f.l, "", &b), 0);
-	close(f.l.fds[0]);
-	assert_int_not_equal(a.id, b.id);
-	open_scored(&f, &r, 32, &b);
-	open_scored(&f, &s, 33, &a); /* who has it may go on with it */
-	for (int i = 0; i < 3; i++) {
-		struct wseq *all[] = {&q, &r, &s};
-
-		for (int k = 0; k < 3; k++) {
-			assert_int_equal(wq_append(all[k], 300), 0);
-			assert_int_equal(wq_plan(all[k], KEEP, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
-			assert_best(k == 1 ? new : old, all[k]);
-			assert_int_equal(wq_wrong(all[k]), 0);
-		}
-	}
-	/* Who never had it may not. */
-	assert_int_equal(wl_connect(&other, f.h.sock[0]), 0);
-	register_kvp(&other);
-	wq_free(&s);
-	{
-		struct wire_budget budget = wq_budget(KEEP, 0, 0);
-
-		assert_int_equal(wq_make(&s, &other, 34, 100, 100, 300, 256 << 10, 256 << 10, 2), 0);
-		assert_int_equal(wq_open(&s, W_OP_OPEN, KVT_EPHEMERAL, a.id, 0, &budget), KVT_E_STALE);
-	}
-	wl_close(&other);
-	old->ops->free(old);
-	new->ops->free(new);
-	wq_free(&q);
-	wq_free(&r);
-	wq_free(&s);
-	finish(&f);
-}
-
-/* Lanes divide what they have by what rows are worth, as they do in regions. */
-static void budgets_adapt(void **state)
-{
-	const struct calibrate_shape table = {.lanes = LANES, .knots = 2, .lengths = 1, .distances = 1};
-	_cleanup_free_ uint8_t *image = make_image(shape(2), calibrate_bytes(&table), 23);
-	float *t = (float *)(image + ((struct weights_header *)image)->calib_off);
-	struct wire_scorer_reply a;
-	struct fixture f;
-	struct wseq q;
-	uint32_t sum = 0;
-
-	calibrate_begin(t, &table);
-	for (uint32_t l = 0; l < LANES; l++) {
-		const float lane[5] = {1, -20, 20, 0, 8.0f / (float)(1u << l)};
-
-		memcpy(t + calibrate_head(&table) + l * calibrate_stride(&table), lane, sizeof(lane));
-	}
-	weights_image_seal(image, image_size(image));
-	begin_kvp(&f, 2, image);
-	assert_int_equal(ask_scorer(&f.l, "", &a), 0);
-	close(f.l.fds[0]);
-	open_scored(&f, &q, 35, &a);
-	for (int i = 0; i < 3; i++) {
-		assert_int_equal(wq_append(&q, 400), 0);
-		assert_int_equal(wq_plan(&q, KEEP, KVT_ROWS_ALL, KVT_ROWS_ALL), 0);
-		assert_int_equal(wq_wrong(&q), 0);
-	}
-	for (uint32_t l = 0; l < LANES; l++)
-		sum += q.count[l];
-	assert_int_equal(sum, KEEP * LANES);
-	assert_true(q.count[0] > q.count[LANES - 1] + 50);
-	assert_no_miss(&f);
-	wq_free(&q);
-	finish(&f);
 }
 
 int main(void)
@@ -374,9 +108,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(the_network_of_a_policy_is_handed_out),
 		cmocka_unit_test(what_has_no_network_says_so),
-		cmocka_unit_test(scores_of_a_growing_sequence_follow_its_length),
-		cmocka_unit_test(open_sequences_keep_the_network_that_they_run),
-		cmocka_unit_test(budgets_adapt),
+		cmocka_unit_test(a_client_may_leave_while_its_network_is_made),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
