@@ -56,7 +56,8 @@ struct scatter_args {
 	uint64_t lane;
 	uint64_t page;     /* struct scatter_page [n] */
 	uint64_t bring_in; /* [lanes][words], in GPU memory */
-	uint64_t bad;      /* uint32_t: counts pages whose checksum does not match; 0: do not check */
+	uint64_t bad;      /* uint32_t: counts pages whose checksum does not match; 0: do not check. A page is
+			      checked if 7/8 of it is wanted: then it is read whole, else its wanted rows alone */
 	uint64_t crc;
 	uint32_t words, cap, n, pad;
 };
@@ -72,7 +73,7 @@ struct compact_args {
 	uint64_t lane, to;           /* struct cuda_lane [lanes]; to: 0 or the other memory */
 	uint64_t resident, bring_in; /* [lanes][words] */
 	uint64_t count, in, after;   /* uint32_t [lanes] */
-	uint64_t scratch;            /* as compact_scratch() says */
+	uint64_t scratch; /* compact_scratch() bytes, zeroed by whoever makes them, then left alone */
 	uint32_t lanes, words, watermark, rows, cap;
 	uint32_t keep_words; /* set by kern_compact() */
 };

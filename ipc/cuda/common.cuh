@@ -144,6 +144,30 @@ static __device__ __forceinline__ uint64_t load_acquire_system(const uint64_t *p
 #endif
 }
 
+/* A word that another block of this kernel wrote. */
+static __device__ __forceinline__ uint32_t load_l2(const uint32_t *p)
+{
+#ifdef __CUDA_ARCH__
+	return __ldcg(p);
+#else
+	return *p;
+#endif
+}
+/* Until blocks that run have counted *p up to n. What they wrote before is seen afterwards. */
+static __device__ __forceinline__ void wait_until(uint32_t *p, uint32_t n)
+{
+#ifdef __CUDA_ARCH__
+	uint32_t x;
+
+	do
+		asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+	while (x < n);
+#else
+	if (*p < n)
+		__builtin_trap(); /* blocks run one after another here: nobody would come */
+#endif
+}
+
 /* Bits [from, to) of word w of a bitmap: the mask. */
 static __device__ __forceinline__ uint64_t range_mask(uint32_t w, uint32_t from, uint32_t to)
 {

@@ -3,7 +3,7 @@
  * itself. */
 #include "ipc/cuda/common.cuh"
 
-#define MAPS_AHEAD 8u /* rows of a thread whose positions are on their way */
+#define FIND_SLOTS (WARPS * WARP * 32u)
 #define COPY_AHEAD 4u /* pieces of a thread in flight */
 
 /* What a warp copies at a time. */
@@ -99,48 +99,54 @@ static __device__ __forceinline__ void copy_moves(const struct cuda_lane &l, con
 
 /* ---- in place ---- */
 
-/* A lane's slots: which survive, and how many of them are before each word. */
-struct slots {
-	uint32_t *live, *before; /* [words] */
-	uint32_t words, near, far, moves, after;
+/* Of compact_args.scratch; all zero between launches but for the words. */
+struct compact_work {
+	uint32_t ticket, done,
+		found[]; /* found[lanes]: slices of the lane whose live words are written; then the words */
 };
 
-/* Does the row at position p stay where it is? keep: resident and not coming in, in shared memory, or NULL. */
-static __device__ __forceinline__ bool stays(const struct compact_args &a, const struct lane_bits &b,
-					     const uint32_t *keep, uint32_t p)
-{
-	if (p >= a.watermark)
-		return true;
-	if (keep)
-		return keep[p / 32] >> p % 32 & 1;
-	return (b.resident[p / 64] & ~b.bring_in[p / 64]) >> p % 64 & 1;
-}
+/* A lane's slots: which survive, and how many of them are before each word; staged rows before each word of
+ * positions. */
+struct slots {
+	uint32_t *live, *before, *staged;
+	uint32_t words, near, far;
+};
 
-/* One bit per slot. A warp takes 32 words of 32 slots at a time, so that 32 loads of each thread overlap. */
-static __device__ void find_live(const struct compact_args &a, const struct lane_bits &b, const uint32_t *keep,
-				 const uint32_t *pos_of, uint32_t count, struct slots *s)
+/*
+ * Which of FIND_SLOTS slots hold a row that stays where it is or moves down: one bit each. A warp takes 32
+ * words of 32 slots, so that 32 loads of each thread overlap. keep: keep_words of shared memory.
+ */
+static __device__ void find_live(const struct compact_args &a, uint32_t lane, uint32_t slice, uint32_t *live,
+				 uint32_t *keep)
 {
-	for (uint32_t w0 = warp_index() * WARP; w0 < s->words; w0 += BLOCK) {
-		uint32_t p[WARP], mine = 0;
+	const uint32_t *pos_of = at<const uint32_t>(a.maps.pos_of) + (uint64_t)lane * a.maps.map_slots;
+	uint32_t count = at<const uint32_t>(a.count)[lane], words = (a.cap + 31) / 32, p[WARP], mine = 0;
+	uint32_t w0 = slice * (FIND_SLOTS / 32) + warp_index() * WARP;
+	struct lane_bits b = lane_bits(a, lane);
 
 #pragma unroll
-		for (uint32_t u = 0; u < WARP; u++) {
-			uint32_t slot = (w0 + u) * 32 + warp_lane();
+	for (uint32_t u = 0; u < WARP; u++) {
+		uint32_t slot = (w0 + u) * 32 + warp_lane();
 
-			p[u] = slot < count ? pos_of[slot] : 0;
-		}
-#pragma unroll
-		for (uint32_t u = 0; u < WARP; u++) {
-			bool live = (w0 + u) * 32 + warp_lane() < count && stays(a, b, keep, p[u]);
-			uint32_t bits = __ballot_sync(ALL, live);
-
-			mine = warp_lane() == u ? bits : mine;
-		}
-		if (w0 + warp_lane() < s->words) {
-			s->live[w0 + warp_lane()] = mine;
-			s->before[w0 + warp_lane()] = __popc(mine);
-		}
+		p[u] = slot < count ? pos_of[slot] : 0;
 	}
+	for (uint32_t w = threadIdx.x; w < a.keep_words / 2; w += BLOCK)
+		((uint64_t *)keep)[w] = b.resident[w] & ~b.bring_in[w];
+	__syncthreads();
+#pragma unroll
+	for (uint32_t u = 0; u < WARP; u++) {
+		bool stays = (w0 + u) * 32 + warp_lane() < count;
+
+		if (stays && p[u] < a.watermark)
+			stays = a.keep_words
+					? keep[p[u] / 32] >> p[u] % 32 & 1
+					: (b.resident[p[u] / 64] & ~b.bring_in[p[u] / 64]) >> p[u] % 64 & 1;
+		uint32_t bits = __ballot_sync(ALL, stays);
+
+		mine = warp_lane() == u ? bits : mine;
+	}
+	if (w0 + warp_lane() < words)
+		live[(uint64_t)lane * words + w0 + warp_lane()] = mine;
 }
 
 /* Live slots below `slot`. */
@@ -148,12 +154,11 @@ static __device__ __forceinline__ uint32_t live_below(const struct slots *s, uin
 {
 	uint32_t w = slot / 32;
 
-	if (w >= s->words)
-		w = s->words - 1, slot = s->words * 32;
-	return s->before[w] + __popc(s->live[w] & (uint32_t)range_mask(0, 0, slot - w * 32));
+	return w < s->words ? s->before[w] + __popc(s->live[w] & (uint32_t)range_mask(0, 0, slot % 32))
+			    : s->before[s->words - 1] + __popc(s->live[s->words - 1]);
 }
 
-/* The k-th slot below `after` that is free. */
+/* The k-th slot that is free. */
 static __device__ __forceinline__ uint32_t hole(const struct slots *s, uint32_t k)
 {
 	uint32_t low = 0, high = s->words; /* the last word with at most k holes before it */
@@ -169,131 +174,137 @@ static __device__ __forceinline__ uint32_t hole(const struct slots *s, uint32_t 
 	return low * 32 + select64(~s->live[low], k - (low * 32 - s->before[low]));
 }
 
-/* The k-th live slot. */
-static __device__ __forceinline__ uint32_t live(const struct slots *s, uint32_t k)
+/* The last entry of sums[0, n) that is at most k. */
+static __device__ __forceinline__ uint32_t last_upto(const uint32_t *sums, uint32_t n, uint32_t k)
 {
-	uint32_t low = 0, high = s->words;
+	uint32_t low = 0, high = n;
 
 	while (high - low > 1) {
 		uint32_t mid = (low + high) / 2;
 
-		if (s->before[mid] <= k)
+		if (sums[mid] <= k)
 			low = mid;
 		else
 			high = mid;
 	}
-	return low * 32 + select64(s->live[low], k - s->before[low]);
+	return low;
 }
 
-/* Where the k-th move comes from: the rows that are too far up, then the staged ones. */
-static __device__ __forceinline__ uint32_t source(const struct compact_args &a, const struct slots *s,
-						  uint32_t k)
+/* Where the k-th move comes from: the rows that are too far up, then the staged ones. And that row's position.
+ */
+static __device__ __forceinline__ uint32_t source(const struct compact_args &a, const struct lane_bits &b,
+						  const struct slots *s, const uint32_t *pos_of, uint32_t k,
+						  uint32_t *ret_pos)
 {
-	return k < s->far ? live(s, s->near + k) : a.cap + (k - s->far);
+	uint32_t w, slot;
+
+	if (k < s->far) {
+		w = last_upto(s->before, s->words, s->near + k);
+		slot = w * 32 + select64(s->live[w], s->near + k - s->before[w]);
+		*ret_pos = pos_of[slot];
+		return slot;
+	}
+	k -= s->far;
+	w = last_upto(s->staged, a.words, k);
+	*ret_pos = w * 64 + select64(b.bring_in[w], k - s->staged[w]);
+	return a.cap + k;
 }
 
-/* The maps of a lane, by the block that came last: until then others read them. */
-static __device__ void set_maps(const struct compact_args &a, const struct lane_bits &b, const struct slots *s,
-				uint32_t lane, uint32_t *sh)
+/* One part of a lane's moves; the lane's live words are written. */
+static __device__ void move_down(const struct compact_args &a, uint32_t lane, uint32_t part, uint32_t parts,
+				 const uint32_t *live, uint32_t *shared, uint32_t *sh, struct moves *m)
 {
+	const struct cuda_lane l = at<const struct cuda_lane>(a.lane)[lane];
 	uint32_t *slot_of = at<uint32_t>(a.maps.slot_of) + (uint64_t)lane * a.maps.map_rows;
 	uint32_t *pos_of = at<uint32_t>(a.maps.pos_of) + (uint64_t)lane * a.maps.map_slots;
-	uint32_t base = s->far, far = s->far < s->moves ? s->far : s->moves;
+	uint32_t after = at<const uint32_t>(a.after)[lane], in = at<const uint32_t>(a.in)[lane];
+	uint32_t words = (a.cap + 31) / 32, moves, k = (part * WARPS + warp_index()) * WARP + warp_lane();
+	uint32_t from = 0, to = 0, pos = 0;
+	struct lane_bits b = lane_bits(a, lane);
+	struct slots s = {shared, shared + words, shared + 2 * words, words, 0, 0};
 
-	for (uint32_t k0 = threadIdx.x; k0 < far; k0 += MAPS_AHEAD * BLOCK) {
-		uint32_t p[MAPS_AHEAD];
-
-#pragma unroll
-		for (uint32_t u = 0; u < MAPS_AHEAD; u++)
-			if (k0 + u * BLOCK < far)
-				p[u] = pos_of[live(s, s->near + k0 + u * BLOCK)];
-#pragma unroll
-		for (uint32_t u = 0; u < MAPS_AHEAD; u++)
-			if (k0 + u * BLOCK < far) {
-				uint32_t h = hole(s, k0 + u * BLOCK);
-
-				pos_of[h] = p[u];
-				if (p[u] < a.maps.map_rows)
-					slot_of[p[u]] = h;
-			}
+	for (uint32_t w = threadIdx.x; w < words; w += BLOCK) {
+		s.live[w] = load_l2(&live[(uint64_t)lane * words + w]);
+		s.before[w] = __popc(s.live[w]);
 	}
-	for (uint32_t w0 = 0; w0 < a.words && base < s->moves; w0 += BLOCK) {
-		uint32_t w = w0 + threadIdx.x, all;
-		uint64_t bits = w < a.words ? b.bring_in[w] & range_mask(w, 0, a.watermark) : 0;
-		uint32_t k = base + block_before(__popcll(bits), sh, &all);
+	for (uint32_t w = threadIdx.x; in && w < a.words; w += BLOCK)
+		s.staged[w] = __popcll(b.bring_in[w]);
+	__syncthreads();
+	prefix(s.before, words, sh);
+	if (in)
+		prefix(s.staged, a.words, sh);
+	s.near = live_below(&s, after);
+	s.far = live_below(&s, words * 32) - s.near;
+	moves = after - s.near < s.far + in ? after - s.near : s.far + in;
 
-		for (; bits && k < s->moves; bits &= bits - 1, k++) {
-			uint32_t p = w * 64 + __ffsll((long long)bits) - 1, h = hole(s, k);
+	if (k < moves) {
+		from = source(a, b, &s, pos_of, k, &pos);
+		to = hole(&s, k);
+	}
+	for (uint32_t k0 = k - warp_lane(); k0 < moves; k0 += parts * BLOCK, k += parts * BLOCK) {
+		uint32_t next = k + parts * BLOCK;
 
-			pos_of[h] = p;
-			slot_of[p] = h;
+		m->from[warp_lane()] = from;
+		m->to[warp_lane()] = to;
+		if (k < moves) {
+			pos_of[to] = pos;
+			if (pos < a.maps.map_rows)
+				slot_of[pos] = to;
 		}
-		base += all;
+		__syncwarp();
+		if (next < moves) { /* found while these are copied */
+			from = source(a, b, &s, pos_of, next, &pos);
+			to = hole(&s, next);
+		}
+		copy_moves(l, l, m, moves - k0 < WARP ? moves - k0 : WARP);
+		__syncwarp();
 	}
 }
 
 /*
  * Holes below after[lane] are filled with the rows that lie above it and with the staged ones, in the order of
- * their slots. Sources and holes never overlap, so parts and lanes need no order; only the maps, which every
- * part reads first, wait for the last part. Shared memory: two words per 32 slots, and keep_words.
+ * their slots. Sources and holes never overlap, so moves need no order; but all of a lane's slots must have
+ * been looked at before its maps change. Blocks take tickets: first those to look, FIND_SLOTS slots each, then
+ * those to move, `parts` a lane, which wait for the former; whoever waits, waits for blocks that run and wait
+ * for nobody. Shared memory: keep_words to look; two words per 32 slots and one per 64 positions to move.
  */
 KERNEL(4) kvt_compact(struct compact_args a)
 {
 	SHARED(uint32_t, shared);
 	__shared__ struct moves lists[WARPS];
-	__shared__ uint32_t sh[WARPS], last;
-	struct moves *m = &lists[warp_index()];
-	uint32_t lane = blockIdx.y, count = at<const uint32_t>(a.count)[lane],
-		 in = at<const uint32_t>(a.in)[lane];
-	const struct cuda_lane l = at<const struct cuda_lane>(a.lane)[lane];
-	const uint32_t *pos_of = at<const uint32_t>(a.maps.pos_of) + (uint64_t)lane * a.maps.map_slots;
-	struct lane_bits b = lane_bits(a, lane);
-	uint32_t *keep = a.keep_words ? shared : NULL;
-	struct slots s;
+	__shared__ uint32_t sh[WARPS], mine;
+	struct compact_work *work = at<struct compact_work>(a.scratch);
+	uint32_t *live = work->found + a.lanes, slices = (a.cap + FIND_SLOTS - 1) / FIND_SLOTS, ticket, lane;
+	uint32_t parts = (gridDim.x - slices * a.lanes) / a.lanes;
 
-	s.after = at<const uint32_t>(a.after)[lane];
-	s.words = ((count > s.after ? count : s.after) + 31) / 32;
-	s.live = shared + a.keep_words;
-	s.before = s.live + s.words;
-	if (s.after == 0)
-		return;
-	for (uint32_t w = threadIdx.x; w < a.keep_words / 2; w += BLOCK) {
-		uint64_t bits = b.resident[w] & ~b.bring_in[w];
-
-		keep[2 * w] = (uint32_t)bits;
-		keep[2 * w + 1] = (uint32_t)(bits >> 32);
-	}
+	if (threadIdx.x == 0)
+		mine = atomicAdd(&work->ticket, 1u);
 	__syncthreads();
-	find_live(a, b, keep, pos_of, count, &s);
-	__syncthreads();
-	prefix(s.before, s.words, sh);
-	s.near = live_below(&s, s.after);
-	s.far = live_below(&s, s.words * 32) - s.near;
-	s.moves = s.after - s.near < s.far + in ? s.after - s.near : s.far + in;
-
-	for (uint32_t k = (blockIdx.x * WARPS + warp_index()) * WARP; k < s.moves; k += gridDim.x * BLOCK) {
-		uint32_t n = s.moves - k < WARP ? s.moves - k : WARP;
-
-		if (warp_lane() < n) {
-			m->from[warp_lane()] = source(a, &s, k + warp_lane());
-			m->to[warp_lane()] = hole(&s, k + warp_lane());
-		}
-		__syncwarp();
-		copy_moves(l, l, m, n);
-		__syncwarp();
+	ticket = mine;
+	if (ticket < slices * a.lanes) {
+		lane = ticket / slices;
+		find_live(a, lane, ticket % slices, live, shared);
+		__threadfence();
+		__syncthreads();
+		if (threadIdx.x == 0)
+			atomicAdd(&work->found[lane], 1u);
+	} else {
+		lane = (ticket - slices * a.lanes) / parts;
+		if (threadIdx.x == 0)
+			wait_until(&work->found[lane], slices);
+		__syncthreads();
+		move_down(a, lane, (ticket - slices * a.lanes) % parts, parts, live, shared, sh,
+			  &lists[warp_index()]);
 	}
 	__syncthreads();
 	if (threadIdx.x == 0) {
-		uint32_t *parts = at<uint32_t>(a.scratch) + lane;
-
 		__threadfence();
-		last = atomicAdd(parts, 1u) == gridDim.x - 1;
-		if (last)
-			*parts = 0;
+		mine = atomicAdd(&work->done, 1u) == gridDim.x - 1;
 	}
 	__syncthreads();
-	if (last)
-		set_maps(a, b, &s, lane, sh);
+	if (mine) /* nobody else is left: all zero for the next launch */
+		for (uint32_t i = threadIdx.x; i < 2 + a.lanes; i += BLOCK)
+			at<uint32_t>(a.scratch)[i] = 0;
 }
 
 /* ---- out of place ---- */
@@ -318,17 +329,9 @@ static __device__ __forceinline__ uint32_t move_row(const struct compact_args &a
 						    const struct rows *r, uint32_t *slot_of, uint32_t *pos_of,
 						    uint32_t k)
 {
-	uint32_t low = 0, high = r->words, place, p, from;
+	uint32_t low = last_upto(r->before, r->words, k), place, p, from;
 	uint64_t in;
 
-	while (high - low > 1) {
-		uint32_t mid = (low + high) / 2;
-
-		if (r->before[mid] <= k)
-			low = mid;
-		else
-			high = mid;
-	}
 	place = select64(r->bits ? r->bits[low] : final_word(a, b, low), k - r->before[low]);
 	p = low * 64 + place;
 	from = slot_of[p];

@@ -12,9 +12,11 @@
  * Blocks of the kernels that PCIe bounds. They need few multiprocessors: the figures are in tests/gpu/NOTES.md,
  * and what they do not take is left to decoding.
  */
-#define GATHER_BLOCKS 16u
-#define SCATTER_BLOCKS 32u
-#define COMPACT_PER_SM 4u /* blocks that fit one */
+#define GATHER_BLOCKS 24u
+#define SCATTER_BLOCKS 64u
+#define COMPACT_PER_SM 4u  /* blocks that fit one */
+#define ORDERED_PER_SM 27u /* few lanes at a time: their pages stay in the TLBs */
+#define FIND_SLOTS 8192u   /* of a block: compact.cu */
 
 int kern_extend(struct kvtier_cuda *g, const struct extend_args *a, void *stream)
 {
@@ -41,8 +43,7 @@ int kern_scatter(struct kvtier_cuda *g, const struct scatter_args *a, void *stre
 
 size_t compact_scratch(uint32_t lanes, uint32_t slots)
 {
-	(void)slots;
-	return lanes * sizeof(uint32_t);
+	return (2 + (size_t)lanes + (size_t)lanes * DIV_UP(slots, 32)) * sizeof(uint32_t);
 }
 
 /* Bytes of shared memory that a block may have. */
@@ -56,22 +57,29 @@ static unsigned shared_max(const struct kvtier_cuda *g)
 int kern_compact(struct kvtier_cuda *g, const struct compact_args *a, void *stream)
 {
 	struct compact_args args = *a;
-	unsigned keep = 2 * (a->to ? DIV_UP(a->rows, 64) : a->words) * sizeof(uint32_t);
-	unsigned shared = a->to ? keep : 2 * DIV_UP(a->cap, 32) * sizeof(uint32_t);
-	unsigned parts;
+	unsigned rows = DIV_UP(a->rows, 64), slots = DIV_UP(a->cap, 32), finders = 0, parts, shared, keep;
 
 	if (!a->lanes)
 		return 0;
-	args.keep_words = shared + keep > SHARED_KEEP ? 0 : keep / sizeof(uint32_t);
-	shared += args.keep_words * sizeof(uint32_t);
+	keep = 2 * (a->to ? rows : a->words);
+	shared = a->to ? 2 * rows + keep : keep;
+	args.keep_words = shared * sizeof(uint32_t) > SHARED_KEEP ? 0 : keep;
+	shared = a->to ? 2 * rows + args.keep_words : MAX(2 * slots + a->words, args.keep_words);
+	shared *= sizeof(uint32_t);
 	if (shared > shared_max(g))
 		return err_set(KVT_E_INVAL,
-			       "compaction: %u %s a lane need %u bytes of shared memory, must be at most %u",
-			       a->to ? a->rows : a->cap, a->to ? "rows" : "slots", shared, shared_max(g));
-	parts = MIN(MAX((unsigned)g->sms * COMPACT_PER_SM / a->lanes, 1),
-		    DIV_UP(a->to ? a->rows : a->cap, BLOCK));
-	return cuda_launch(g, a->to ? K_kvt_compact_to : K_kvt_compact, parts, a->lanes, BLOCK, shared, &args,
-			   stream);
+			       "compaction: %u rows in %u slots a lane need %u bytes of shared memory, must be "
+			       "at most %u",
+			       a->rows, a->cap, shared, shared_max(g));
+	if (a->to) {
+		parts = MAX((unsigned)g->sms * ORDERED_PER_SM / a->lanes, 1);
+		parts = MIN(parts, DIV_UP(a->rows, BLOCK));
+		return cuda_launch(g, K_kvt_compact_to, parts, a->lanes, BLOCK, shared, &args, stream);
+	}
+	finders = DIV_UP(a->cap, FIND_SLOTS) * a->lanes;
+	parts = MAX((unsigned)g->sms * COMPACT_PER_SM / a->lanes, 1);
+	parts = MIN(parts, DIV_UP(a->cap, BLOCK));
+	return cuda_launch(g, K_kvt_compact, finders + parts * a->lanes, 1, BLOCK, shared, &args, stream);
 }
 
 int kern_word(struct kvtier_cuda *g, const struct word_args *a, void *stream)

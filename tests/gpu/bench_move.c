@@ -8,7 +8,6 @@
  *    bench_move --only W   milliseconds of one kernel, a number alone: in-place, ordered
  * (tests/gpu/bench_gather.py)
  */
-#include <dlfcn.h>
 #include "shm/bits.h"
 #include "shm/window.h"
 #include "tests/gpu/gpu.h"
@@ -394,12 +393,13 @@ static void bench_compact(struct bench *b, uint32_t width, bool ordered, bool on
 				    .count = gpu_new(&b->u, count, sizeof(count)),
 				    .in = gpu_new(&b->u, zero, sizeof(zero)),
 				    .after = gpu_new(&b->u, after, sizeof(after)),
-				    .scratch = gpu_new(&b->u, none, compact_scratch(LANES, ROWS)),
+				    .scratch = gpu_alloc(&b->u, compact_scratch(LANES, ROWS)),
 				    .lanes = LANES,
 				    .words = WORDS,
 				    .watermark = ROWS,
 				    .rows = ROWS,
 				    .cap = ROWS};
+	MUST(&b->u, b->u.d->set8(c.a.scratch, 0, compact_scratch(LANES, ROWS), b->u.stream));
 	race(b, restore, run_compact, only ? NULL : floor_copy, &c, &k, &f);
 	if (only) {
 		printf("%.4f\n", k);
@@ -422,12 +422,10 @@ static void bench_compact(struct bench *b, uint32_t width, bool ordered, bool on
 static void bench_open(struct bench *b)
 {
 	uint64_t *noise = need(NOISE / 8, 8);
-	void *lib;
 
 	random_state = 20261123;
 	gpu_open(&b->u);
-	lib = dlopen(getenv("KVTIER_LIBCUDA") ? getenv("KVTIER_LIBCUDA") : "libcuda.so.1", RTLD_NOW);
-	b->copy = lib ? (int (*)(uint64_t, uint64_t, size_t, void *))dlsym(lib, "cuMemcpyDtoDAsync_v2") : NULL;
+	b->copy = (int (*)(uint64_t, uint64_t, size_t, void *))gpu_symbol("cuMemcpyDtoDAsync_v2");
 	if (!b->copy)
 		die("libcuda.so.1 has no cuMemcpyDtoDAsync_v2");
 	MUST(&b->u, b->u.d->event_create(&b->from, 0));

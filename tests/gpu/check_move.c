@@ -44,8 +44,9 @@ static void append(struct run *r, uint32_t n)
 			bits_set(row_bits(r, r->resident, l), p);
 		}
 	gpu_put(r->u, r->mem, r->now, r->bytes);
+	launch_begin(r->u);
 	MUST(r->u, kern_extend(r->u->g, &a, r->u->stream));
-	gpu_sync(r->u);
+	launch_end(r->u);
 	ok(maps_are(r), "extend: %u rows from %u", n, r->rows);
 	r->rows += n;
 	gpu_free(r->u, d_count);
@@ -210,9 +211,10 @@ static void gather(struct run *r, uint32_t row_limit)
 		memset(want, POISON, ring.bytes);
 		for (uint32_t i = first; i < first + a.n; i++)
 			page_fill(r, want, &page[i], i, a.plan);
+		launch_begin(r->u);
 		MUST(r->u, kern_gather(r->u->g, &a, r->u->stream));
 		MUST(r->u, kern_word(r->u->g, &w, r->u->stream));
-		gpu_sync(r->u);
+		launch_end(r->u);
 		good = memcmp(ring.p, want, ring.bytes) == 0;
 		told = *(volatile uint64_t *)(word.p + 64) == w.value;
 	}
@@ -323,8 +325,9 @@ static void scatter(struct run *r, bool check, bool in_gpu)
 	a.page = gpu_new(r->u, page, n * sizeof(*page));
 	a.bring_in = upload_bits(r, r->bring);
 	a.bad = check ? gpu_new(r->u, &none, 4) : 0;
+	launch_begin(r->u);
 	MUST(r->u, kern_scatter(r->u->g, &a, r->u->stream));
-	gpu_sync(r->u);
+	launch_end(r->u);
 	if (check) {
 		gpu_get(r->u, &bad, a.bad, 4);
 		ok(bad == spoilt, "scatter: %u of %u pages spoilt, %u found", spoilt, n, bad);
@@ -399,7 +402,9 @@ static void compact(struct run *r, bool ordered)
 	} else {
 		memcpy(r->want, r->now, r->bytes);
 	}
+	launch_begin(r->u);
 	MUST(r->u, kern_compact(r->u->g, &a, r->u->stream));
+	launch_end(r->u);
 	gpu_get(r->u, slot, r->slot_of, (size_t)lanes * r->max_rows * 4);
 	gpu_get(r->u, pos, r->pos_of, (size_t)lanes * r->s.cap * 4);
 	for (uint32_t l = 0; l < lanes && good; l++) {
@@ -487,6 +492,9 @@ int main(int argc, char **argv)
 		play(&u, &small[i]);
 	for (size_t i = 0; i < ARRAY_SIZE(large) && !few; i++)
 		play(&u, &large[i]);
+	printf("# %u launches through CUDA graphs\n", u.captured);
+	if (u.graphs.begin)
+		ok(u.captured > 0, "launches can be captured");
 	gpu_close(&u);
 	printf("1..%u\n", tests);
 	return failures ? 1 : 0;

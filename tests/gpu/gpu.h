@@ -4,6 +4,7 @@
  * What checks and benchmarks of the library's kernels share: a GPU (or the fake one) opened by the library,
  * memory on it, random numbers. Failures end the program: exit status 1, or 77 where there is no GPU.
  */
+#include <dlfcn.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -14,10 +15,23 @@
 #include "ipc/kvtier_cuda.h"
 #include "shm/util.h"
 
+/* CUDA graphs, as far as checks need them; not there in the fake driver. */
+struct gpu_graphs {
+	int (*begin)(void *stream, int mode);
+	int (*end)(void *stream, void **ret);
+	int (*instantiate)(void **ret, void *graph, unsigned long long flags);
+	int (*launch)(void *exec, void *stream);
+	int (*exec_destroy)(void *exec);
+	int (*destroy)(void *graph);
+};
+
 struct gpu {
 	struct kvtier_cuda *g;
 	const struct cuda_driver *d;
 	void *stream;
+	struct gpu_graphs graphs;
+	bool capturing;
+	unsigned captured;
 };
 
 __attribute__((noreturn, format(printf, 1, 2))) static inline void die(const char *fmt, ...)
@@ -43,6 +57,15 @@ static inline void must(struct gpu *u, int r, const char *what)
 }
 #define MUST(u, call) must(u, call, #call)
 
+/* A symbol of the driver, or NULL. */
+static inline void *gpu_symbol(const char *name)
+{
+	const char *path = getenv("KVTIER_LIBCUDA");
+	void *lib = dlopen(path ? path : "libcuda.so.1", RTLD_NOW);
+
+	return lib ? dlsym(lib, name) : NULL;
+}
+
 /* GPU 0, current on this thread. TAP's "skip all" where there is none. */
 static inline void gpu_open(struct gpu *u)
 {
@@ -58,6 +81,13 @@ static inline void gpu_open(struct gpu *u)
 	u->d = u->g->d;
 	MUST(u, cuda_enter(u->g));
 	MUST(u, u->d->stream_create(&u->stream, 1));
+	u->graphs.begin = (int (*)(void *, int))gpu_symbol("cuStreamBeginCapture_v2");
+	u->graphs.end = (int (*)(void *, void **))gpu_symbol("cuStreamEndCapture");
+	u->graphs.instantiate =
+		(int (*)(void **, void *, unsigned long long))gpu_symbol("cuGraphInstantiateWithFlags");
+	u->graphs.launch = (int (*)(void *, void *))gpu_symbol("cuGraphLaunch");
+	u->graphs.exec_destroy = (int (*)(void *))gpu_symbol("cuGraphExecDestroy");
+	u->graphs.destroy = (int (*)(void *))gpu_symbol("cuGraphDestroy");
 }
 
 static inline void gpu_close(struct gpu *u)
@@ -157,4 +187,28 @@ static inline void *need(size_t n, size_t size)
 	if (!p)
 		die("out of memory");
 	return p;
+}
+
+/* What is launched between these goes through a CUDA graph every other time, where there are graphs. */
+static inline void launch_begin(struct gpu *u)
+{
+	u->capturing = u->graphs.begin && u->graphs.instantiate && below(2);
+	if (u->capturing)
+		MUST(u, u->graphs.begin(u->stream, 0));
+}
+
+static inline void launch_end(struct gpu *u)
+{
+	void *graph, *exec;
+
+	if (u->capturing) {
+		MUST(u, u->graphs.end(u->stream, &graph));
+		MUST(u, u->graphs.instantiate(&exec, graph, 0));
+		MUST(u, u->graphs.launch(exec, u->stream));
+		gpu_sync(u);
+		MUST(u, u->graphs.exec_destroy(exec));
+		MUST(u, u->graphs.destroy(graph));
+		u->captured++;
+	}
+	gpu_sync(u);
 }
