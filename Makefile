@@ -59,7 +59,7 @@ BLAS := -lopenblas
 # kvtier-train opens by itself. Where a host has no nvcc, .ci/deps gets one into build/cuda.
 NVCC      ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null) \
 	     $(wildcard build/cuda/nvidia/cu*/bin/nvcc))
-CUDA_ARCH ?= -gencode arch=compute_90,code=sm_90 -gencode arch=compute_80,code=compute_80
+CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=compute_80
 NVCCFLAGS += -O3 -std=c++17 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden,-Wall $(CUDA_ARCH)
 CUDA_LIBS ?= -lcublas
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: MIT
 """The scoring kernel beside its rivals, in turns on the same GPU: the same network batched over the lanes in PyTorch,
 eager and compiled, and the rate of a large bf16 product. JSON lines. Exit status 77 without a GPU or PyTorch."""
+import copy
 import json
 import os
 import subprocess
@@ -40,6 +41,14 @@ class Network:
         self.gain = {w: constant(w, 1) for w in (POS, PROJ, HIDDEN)}
         self.rows = torch.arange(ROWS, device="cuda").clamp(max=5999)
 
+    def exact(self, lanes):
+        """The first lanes of it in fp64."""
+        n = copy.copy(self)
+        for name in ("k", "v", "w1", "w2", "w3", "table"):
+            setattr(n, name, getattr(self, name)[:lanes].double())
+        n.bias, n.gain = ({w: t[:lanes].double() for w, t in d.items()} for d in (self.bias, self.gain))
+        return n
+
     def linear(self, x, w):
         return torch.bmm(x, w) + self.bias[w.shape[-1]]
 
@@ -53,13 +62,13 @@ class Network:
 
     def as_published(self, k, v):
         x = [self.norm(self.linear(k, self.k)), self.norm(self.linear(v, self.v)), self.norm(self.table)[:, self.rows]]
-        return self.linear(self.second(self.linear(torch.cat(x, -1), self.w1)), self.w3).float()
+        return self.linear(self.second(self.linear(torch.cat(x, -1), self.w1)), self.w3)[..., 0].float()
 
     def without_cat(self, k, v):
         a, c = self.norm(self.linear(k, self.k)), self.norm(self.linear(v, self.v))
         place = torch.bmm(self.norm(self.table), self.w1[:, 2 * PROJ :])[:, self.rows]
         x = torch.bmm(a, self.w1[:, :PROJ]) + torch.bmm(c, self.w1[:, PROJ : 2 * PROJ]) + place + self.bias[HIDDEN]
-        return (self.second(x).float() * self.w3.float().transpose(1, 2)).sum(-1, keepdim=True) + self.bias[1].float()
+        return (self.second(x).float() * self.w3.float().transpose(1, 2)).sum(-1) + self.bias[1][..., 0].float()
 
 
 def milliseconds(run):
@@ -93,8 +102,11 @@ def main():
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
     ways = (net.as_published, net.without_cat)
     compiled = [torch.compile(w) for w in ways]
-    difference = max((c(k, v) - w(k, v)).abs().max().item() for c, w in zip(compiled, ways))
-    print(f"# {torch.cuda.get_device_name()}, PyTorch {torch.__version__}; compiled and eager differ by {difference:.1e}", file=sys.stderr)
+    want = net.exact(2).as_published(k[:2].double(), v[:2].double())
+    off = [(f(k, v)[:2] - want).square().mean().sqrt().item() / want.std().item() for f in (*ways, *compiled)]
+    print(f"# {torch.cuda.get_device_name()}, PyTorch {torch.__version__}; eager, eager, compiled, compiled are off by",
+          *(f"{o:.1e}" for o in off), "of the spread", file=sys.stderr)
+    right = [i for i in range(2) if off[2 + i] < 0.05] or [0, 1]  # what computes something else is no rival
     eager_ms, compiled_ms, product_ms, ours = [[], []], [[], []], [], []
     for _ in range(TURNS):
         for i in range(2):
@@ -103,7 +115,7 @@ def main():
         product_ms += milliseconds(lambda: a @ b)
         torch.cuda.synchronize()
         ours.append(float(subprocess.run([binary, "--only", "0"], check=True, stdout=subprocess.PIPE, text=True).stdout))
-    ms, eager, comp = median(ours), min(map(median, eager_ms)), min(map(median, compiled_ms))
+    ms, eager, comp = median(ours), min(map(median, eager_ms)), min(median(compiled_ms[i]) for i in right)
     rate, ceiling = FLOP / ms * 1e-9, 2 * 8192**3 / median(product_ms) * 1e-9
     what = f"scores, {ROWS:,} rows x {LANES} lanes, published network"
     line(what + ": products as published", rate, "TFLOP/s", "bf16 product of 8192^3", ceiling, rate / ceiling, ">=0.40", rate >= 0.4 * ceiling)
