@@ -16,7 +16,7 @@ int scorer_header(struct scorer_hdr *ret, const struct weights *w, char *err, si
 
 /*
  * The whole into `out`: h->bytes bytes of zeros, aligned to 64; h from scorer_header() of the same weights.
- * Takes about 15 ms of one core per lane at the published size. -ENOMEM.
+ * Takes about 20 ms of one core per lane at the published size. -ENOMEM.
  */
 int scorer_build(void *out, const struct scorer_hdr *h, const struct weights *w);
 /* The same in parts, for several threads: once what precedes the lanes, then every lane once, in any order. */
