@@ -239,19 +239,22 @@ static int on_close(struct client *cl, const struct wire_seq_close *m)
 	return 0;
 }
 
-/* Rows, over all lanes, that nothing below the device tier holds. */
+/* Rows, over all lanes, that nothing below the device tier holds. The index may still have rows that a cut to
+ * come takes away. */
 static uint64_t unsaved_rows(const struct seq *s)
 {
 	const struct index *ix = &s->ix;
-	uint64_t n = (uint64_t)(s->rows - ix->rows) * ix->lanes;
+	uint32_t rows = MIN(ix->rows, s->cut), full = rows / 64;
+	uint64_t n = (uint64_t)(s->rows - rows) * ix->lanes, rest = (UINT64_C(1) << rows % 64) - 1;
 
-	for (uint32_t l = 0; l < ix->lanes && ix->rows; l++) {
+	for (uint32_t l = 0; l < ix->lanes && rows; l++) {
 		const uint64_t *on = index_bits(ix, KVT_TIER_DEVICE, l),
 			       *dram = index_bits(ix, KVT_TIER_DRAM, l),
 			       *nvme = index_bits(ix, KVT_TIER_NVME, l);
 
-		for (uint32_t w = 0; w < BITS_WORDS(ix->rows); w++)
-			n += (uint32_t)__builtin_popcountll(on[w] & ~dram[w] & ~nvme[w]);
+		for (uint32_t w = 0; w < BITS_WORDS(rows); w++)
+			n += (uint32_t)__builtin_popcountll(on[w] & ~dram[w] & ~nvme[w] &
+							    (w < full ? UINT64_MAX : rest));
 	}
 	return n;
 }

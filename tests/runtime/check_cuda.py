@@ -303,13 +303,13 @@ def fetch_by_hand(d, c):
 
 def anything_in_any_order(d, c):
     """Random rows, budgets, fetches and rollbacks; after each every row on the device is that of its position."""
-    seed = int.from_bytes(os.urandom(4), "little")
+    seed = int(os.environ.get("KVT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
     print(f"# seed {seed}", flush=True)
     rng = random.Random(seed)
     ours = fresh(c, b=budget(90, 2 * ROWS, policy="random", slack=24), cap=300, stage=rng.choice((40, 300)),
                  push_every=rng.choice((1, 17, 64)), equal_lanes=False)
     rows = [[torch.empty(KV, ROWS, hf.DIM) for _ in "kv"] for _ in range(LAYERS)]
-    for _ in range(60):
+    for _ in range(40):
         what = rng.choices(("grow", "step", "budget", "fetch", "back", "settle"), (6, 6, 2, 2, 1, 1))[0]
         at = ours.seen
         if what in ("grow", "step") and at < ROWS - 64:
@@ -330,7 +330,9 @@ def anything_in_any_order(d, c):
         ours.push()
         ours._known(5000)
         holds(ours, rows)
-    info = ours.info()
+    end = time.monotonic() + 5  # what a rollback took is counted until the plan that it cancelled has ended
+    while sum((info := ours.info())["tier_rows"].values()) != ours.seen * LANES and time.monotonic() < end:
+        pass
     assert sum(info["tier_rows"].values()) == ours.seen * LANES and info["misses"] == 0, info
 
 
