@@ -219,38 +219,55 @@ def tokens_per_second(model, cache, steps):
     return cache.batch * steps / (time.perf_counter() - start)
 
 
+def small_cache(s, args, context, keep, every):
+    """Sequences of kvtierd that have come to `context` rows with `keep` on the device: (tokens per second, bytes of GPU
+    memory each)."""
+    batch = args.batch
+    below = int(args.dram * 0.8 * 2**30 / (batch * ROW_BYTES))  # the rest is dropped; attention does not see which
+    before, start = held_bytes(), time.monotonic()
+    cache = s.kvtier(context + 512, budget(keep, below, policy="kvp", slack=16), cap=keep + every + 96, stage=16,
+                     batch=batch, push_every=every, out_bytes=2 << 20, in_bytes=1 << 20)
+    for part in range(1, 5):
+        fill(cache, context * part // 4, every + 64)
+        say(f"# {cache.seen} rows of each of {batch} sequences after {time.monotonic() - start:.1f} s")
+    cache.settle()
+    each = (held_bytes() - before) / batch
+    info = cache.seq.info()
+    say(f"# {info['plans']} plans of the first, fullest lane {cache.most}, {info['tier_rows']}, {info['dropped_rows']} "
+        f"dropped, policy {info['policy']}")
+    rate = tokens_per_second(s.model, cache, args.tokens)
+    cache.close()
+    return rate, each
+
+
+def plain_cache(s, args, rows, batch, cap):
+    """The same without kvtierd, random rows written straight in."""
+    before = held_bytes()
+    cache = fill_plain(s.plain(cap, batch), rows)
+    each = (held_bytes() - before) / batch
+    rate = tokens_per_second(s.model, cache, args.tokens)
+    cache.close()
+    return rate, each
+
+
 def throughput(s, args, context=32768, share=0.10, every=128):
-    steps = 64
-    keep = int(context * share)
-    small, full = {}, {}
-    for batch in args.batch:
-        below = int(args.dram * 0.8 * 2**30 / (batch * ROW_BYTES))  # the rest is dropped; attention does not see which
-        before, start = held_bytes(), time.monotonic()
-        cache = s.kvtier(context + 512, budget(keep, below, policy="kvp", slack=16), cap=keep + every + 96, stage=16,
-                         batch=batch, push_every=every, out_bytes=2 << 20, in_bytes=1 << 20)
-        fill(cache, context, every + 64)
-        cache.settle()
-        each = (held_bytes() - before) / batch
-        info = cache.seq.info()
-        say(f"# {batch} sequences at {context} rows in {time.monotonic() - start:.1f} s, {info['plans']} plans each, "
-            f"fullest lane {cache.most}, {each / 2**20:.1f} MiB each; rows of the first: {info['tier_rows']}, "
-            f"{info['dropped_rows']} dropped, policy {info['policy']}")
-        small[batch] = tokens_per_second(s.model, cache, steps), each
-        cache.close()
-    room = torch.cuda.get_device_properties(DEV).total_memory - held_bytes() - (3 << 30)
-    most = min(max(args.batch), int(room // ((context + 512) * ROW_BYTES)))
-    for batch in sorted({min(args.batch[0], most), most}):
-        before = held_bytes()
-        cache = fill_plain(s.plain(context + 512, batch), context)
-        full[batch] = tokens_per_second(s.model, cache, steps), (held_bytes() - before) / batch
-        cache.close()
-    for batch in set(small) & set(full):
-        report(f"decode at {context} rows, 10 % on the device, {batch} sequences", small[batch][0], "tokens/s",
-               "full cache, same batch", full[batch][0], None)
-    report(f"decode at {context} rows, largest batches: {max(small)} sequences", small[max(small)][0], "tokens/s",
-           f"full cache, {max(full)} sequences", full[max(full)][0], None)
-    report("GPU memory of a sequence, everything allocated", small[max(small)][1] / 2**20, "MiB", "full cache",
-           full[max(full)][1] / 2**20, 0.12)
+    keep, batch = int(context * share), args.batch
+    cap = keep + every + 96
+    small, each = small_cache(s, args, context, keep, every)
+    bare, _ = plain_cache(s, args, keep + every // 2, batch, cap)
+    full, full_each = plain_cache(s, args, context, batch, context + 512)
+    at = f"decode at {context} rows, {share:.0%} on the device"
+    report(f"GPU memory of a sequence of {context} rows, everything allocated", each / 2**20, "MiB", "full cache",
+           full_each / 2**20, 0.12)
+    report(f"{at}, {batch} sequences, append, scoring and plans", small, "tokens/s", "without kvtier, as many rows",
+           bare, None)
+    report(f"{at}, {batch} sequences", small, "tokens/s", "full cache, same batch", full, None)
+    room = torch.cuda.get_device_properties(DEV).total_memory - held_bytes() - (4 << 30)  # for activations
+    most, fits = int(room // each), int(room // full_each)
+    most_rate, _ = plain_cache(s, args, keep + every // 2, most, cap)
+    full_rate, _ = plain_cache(s, args, context, fits, context + 512)
+    report(f"{at}, {most} sequences: the most that fit (rows written straight in)", most_rate, "tokens/s",
+           f"full cache, {fits} sequences", full_rate, None)
 
 
 def main():
@@ -258,7 +275,8 @@ def main():
     p.add_argument("what", nargs="*", default=["decode", "prefill", "throughput"])
     p.add_argument("--steps", type=int, default=1024, help="decode steps of each kind")
     p.add_argument("--rounds", type=int, default=5, help="prefills of each kind")
-    p.add_argument("--batch", type=int, nargs="+", default=[32, 64], help="sequences, ascending")
+    p.add_argument("--batch", type=int, default=32, help="sequences of kvtierd in throughput")
+    p.add_argument("--tokens", type=int, default=64, help="tokens of each sequence in throughput")
     p.add_argument("--dram", type=int, default=24, help="size of the DRAM tier, GiB")
     args = p.parse_args()
     if not torch.cuda.is_available():
@@ -270,7 +288,8 @@ def main():
     with tempfile.TemporaryDirectory(prefix="kvt.models.") as folder:
         network = os.path.join(folder, NAME + ".kvp")
         subprocess.run([str(build_dir() / "kvtier-weights"), "random", "--layers", str(LAYERS), "--heads", str(KV),
-                        "--dim", str(DIM), "--model", NAME, "--theta", "1e6", "-o", network], check=True, stdout=sys.stderr)
+                        "--dim", str(DIM), "--model", NAME, "--theta", "1e6", "-o", network],
+                       check=True, stdout=sys.stderr)
         with PrivateDaemon(dram=f"{args.dram}G", nvme="1G", model_dir=folder) as d, \
                 Client(d.socket, name="bench_model", max_seqs=2048, plan_bytes=4 << 30) as client:
             s = Setting(model, client)
