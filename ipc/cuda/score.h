@@ -11,4 +11,4 @@
 #define SCORE_STAGES_80 6u
 
 /* Bytes of shared memory: the chunks, the vectors of two lanes, RoPE's turns, barriers. */
-#define SCORE_SHARED(stages, dim, vecs) ((stages) * (SCORER_CHUNK + 16) + 2 * (vecs) * 4 + (dim) / 2 * 8)
+#define SCORE_SHARED(stages, dim, vecs) ((stages) * (SCORER_CHUNK + 16) + 2 * (vecs)*4 + (dim) / 2 * 8)
