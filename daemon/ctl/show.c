@@ -121,13 +121,15 @@ static void show_tier_notes(const json_t *tiers)
 			       flag(o, "io_uring") ? "io_uring" : "no io_uring",
 			       fmt_count(num(o, "cleaned_segments")), (double)num(o, "free_min_permille") / 10);
 		else
-			printf("%s pages, %s published (%s held back), node %s, free marks %.1f %.1f %.1f %%\n",
-			       flag(o, "huge_pages") ? "huge" : "small", fmt_bytes(num(o, "published_bytes")),
-			       fmt_bytes(num(o, "published_held_bytes")),
+			printf("%s pages, node %s, free marks %.1f %.1f %.1f %%\n",
+			       flag(o, "huge_pages") ? "huge" : "small",
 			       node < 0 ? "interleaved" : fmt_count((uint64_t)node),
 			       (double)num(o, "free_min_permille") / 10,
 			       (double)num(o, "free_low_permille") / 10,
 			       (double)num(o, "free_high_permille") / 10);
+		if (num(o, "published_bytes"))
+			printf("           %s published, %s of it held back\n",
+			       fmt_bytes(num(o, "published_bytes")), fmt_bytes(num(o, "published_held_bytes")));
 		if (strcmp(text(o, "note"), "-"))
 			printf("           %s\n", clean(text(o, "note")));
 	}

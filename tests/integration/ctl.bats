@@ -199,7 +199,7 @@ s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.bind('$dir/s'); s.li
 	ctl ls --json
 	echo "$output" | jq -e '.seqs | type == "array"'
 	ctl --json version
-	echo "$output" | jq -e '.protocol == 1'
+	echo "$output" | jq -e '.protocol == 2'
 	ctl --json policy list
 	echo "$output" | jq -e '(.policies | map(select(.default)) | length == 1) and
 		(.policies | map(.name) | contains(["streaming", "knorm"]))'
