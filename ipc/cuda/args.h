@@ -68,6 +68,7 @@ struct scatter_args {
  * the watermark) and staged rows fill slots [0, after[l]); maps follow. In place: rows in slots below after[l]
  * that survive do not move. to != 0: all rows go, ascending by position, to the lanes of `to`.
  */
+#define COMPACT_SLICE 8192u /* slots that one block looks at */
 struct compact_args {
 	struct cuda_maps maps;
 	uint64_t lane, to;           /* struct cuda_lane [lanes]; to: 0 or the other memory */

@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: MIT */
-/* After a plan: the rows that stay close up. Blocks are (part, lane); every part of a lane finds its moves by
- * itself. */
+/* After a plan: the rows that stay close up, in place or in order elsewhere. All lanes in one launch. */
 #include "ipc/cuda/common.cuh"
 
-#define FIND_SLOTS (WARPS * WARP * 32u)
+static_assert(COMPACT_SLICE == WARPS * WARP * 32, "a word of 32 slots a thread");
 #define COPY_AHEAD 4u /* pieces of a thread in flight */
 
 /* What a warp copies at a time. */
@@ -22,31 +21,28 @@ static __device__ __forceinline__ struct lane_bits lane_bits(const struct compac
 		at<const uint64_t>(a.bring_in) + (uint64_t)lane * a.words};
 }
 
-/* Exclusive sum over the block; *ret_all: of everybody. sh: WARPS words, free again after the next barrier. */
-static __device__ uint32_t block_before(uint32_t x, uint32_t *sh, uint32_t *ret_all)
+/* Exclusive sum over the block. sh: WARPS words, free again after the next barrier. */
+static __device__ uint32_t block_before(uint32_t x, uint32_t *sh)
 {
-	uint32_t upto = warp_prefix(x), before = 0, all = 0;
+	uint32_t upto = warp_prefix(x), before = 0;
 
 	__syncthreads();
 	if (warp_lane() == WARP - 1)
 		sh[warp_index()] = upto;
 	__syncthreads();
-	for (uint32_t w = 0; w < WARPS; w++) {
-		before += w < warp_index() ? sh[w] : 0;
-		all += sh[w];
-	}
-	*ret_all = all;
+	for (uint32_t w = 0; w < warp_index(); w++)
+		before += sh[w];
 	return before + upto - x;
 }
 
 /* count[0, n): from counts to sums of those before. Every thread a run of neighbours. Ends with a barrier. */
 static __device__ void prefix(uint32_t *count, uint32_t n, uint32_t *sh)
 {
-	uint32_t run = (n + BLOCK - 1) / BLOCK, from = threadIdx.x * run, sum = 0, all;
+	uint32_t run = (n + BLOCK - 1) / BLOCK, from = threadIdx.x * run, sum = 0;
 
 	for (uint32_t i = from; i < from + run && i < n; i++)
 		sum += count[i];
-	sum = block_before(sum, sh, &all);
+	sum = block_before(sum, sh);
 	for (uint32_t i = from; i < from + run && i < n; i++) {
 		uint32_t c = count[i];
 
@@ -113,7 +109,7 @@ struct slots {
 };
 
 /*
- * Which of FIND_SLOTS slots hold a row that stays where it is or moves down: one bit each. A warp takes 32
+ * Which of COMPACT_SLICE slots hold a row that stays where it is or moves down: one bit each. A warp takes 32
  * words of 32 slots, so that 32 loads of each thread overlap. keep: keep_words of shared memory.
  */
 static __device__ void find_live(const struct compact_args &a, uint32_t lane, uint32_t slice, uint32_t *live,
@@ -121,7 +117,7 @@ static __device__ void find_live(const struct compact_args &a, uint32_t lane, ui
 {
 	const uint32_t *pos_of = at<const uint32_t>(a.maps.pos_of) + (uint64_t)lane * a.maps.map_slots;
 	uint32_t count = at<const uint32_t>(a.count)[lane], words = (a.cap + 31) / 32, p[WARP], mine = 0;
-	uint32_t w0 = slice * (FIND_SLOTS / 32) + warp_index() * WARP;
+	uint32_t w0 = slice * (COMPACT_SLICE / 32) + warp_index() * WARP;
 	struct lane_bits b = lane_bits(a, lane);
 
 #pragma unroll
@@ -264,9 +260,9 @@ static __device__ void move_down(const struct compact_args &a, uint32_t lane, ui
 /*
  * Holes below after[lane] are filled with the rows that lie above it and with the staged ones, in the order of
  * their slots. Sources and holes never overlap, so moves need no order; but all of a lane's slots must have
- * been looked at before its maps change. Blocks take tickets: first those to look, FIND_SLOTS slots each, then
- * those to move, `parts` a lane, which wait for the former; whoever waits, waits for blocks that run and wait
- * for nobody. Shared memory: keep_words to look; two words per 32 slots and one per 64 positions to move.
+ * been looked at before its maps change. Blocks take tickets: first those to look, COMPACT_SLICE slots each,
+ * then those to move, `parts` a lane, which wait for the former; whoever waits, waits for blocks that run and
+ * wait for nobody. Shared memory: keep_words to look; two words per 32 slots and one per 64 positions to move.
  */
 KERNEL(4) kvt_compact(struct compact_args a)
 {
@@ -274,7 +270,8 @@ KERNEL(4) kvt_compact(struct compact_args a)
 	__shared__ struct moves lists[WARPS];
 	__shared__ uint32_t sh[WARPS], mine;
 	struct compact_work *work = at<struct compact_work>(a.scratch);
-	uint32_t *live = work->found + a.lanes, slices = (a.cap + FIND_SLOTS - 1) / FIND_SLOTS, ticket, lane;
+	uint32_t *live = work->found + a.lanes, slices = (a.cap + COMPACT_SLICE - 1) / COMPACT_SLICE, ticket,
+		 lane;
 	uint32_t parts = (gridDim.x - slices * a.lanes) / a.lanes;
 
 	if (threadIdx.x == 0)

@@ -4,10 +4,9 @@
 #include "ipc/cuda/kernels.h"
 
 #define BLOCK 256u
-#define WARPS (BLOCK / 32)
-#define SHARED_MAX (227u << 10) /* of a block, on compute capability 9.0 */
-#define SHARED_OLD (99u << 10)  /* the least of all from 8.0 on */
-#define SHARED_KEEP (96u << 10) /* above this the bitmap of positions is read where it lies */
+#define SHARED_MAX (223u << 10) /* of a block on compute capability 9.0, less what kernels have anyway */
+#define SHARED_OLD (95u << 10)  /* the least of all from 8.0 on */
+#define SHARED_KEEP (48u << 10) /* above this the bitmap of positions is read where it lies */
 /*
  * Blocks of the kernels that PCIe bounds. They need few multiprocessors: the figures are in tests/gpu/NOTES.md,
  * and what they do not take is left to decoding.
@@ -16,7 +15,6 @@
 #define SCATTER_BLOCKS 64u
 #define COMPACT_PER_SM 4u  /* blocks that fit one */
 #define ORDERED_PER_SM 27u /* few lanes at a time: their pages stay in the TLBs */
-#define FIND_SLOTS 8192u   /* of a block: compact.cu */
 
 int kern_extend(struct kvtier_cuda *g, const struct extend_args *a, void *stream)
 {
@@ -49,7 +47,7 @@ size_t compact_scratch(uint32_t lanes, uint32_t slots)
 /* Bytes of shared memory that a block may have. */
 static unsigned shared_max(const struct kvtier_cuda *g)
 {
-	return g->major == 8 && g->minor == 0    ? 163u << 10
+	return g->major == 8 && g->minor == 0    ? 159u << 10
 	       : g->major == 9 || g->major == 10 ? SHARED_MAX
 						 : SHARED_OLD;
 }
@@ -76,7 +74,7 @@ int kern_compact(struct kvtier_cuda *g, const struct compact_args *a, void *stre
 		parts = MIN(parts, DIV_UP(a->rows, BLOCK));
 		return cuda_launch(g, K_kvt_compact_to, parts, a->lanes, BLOCK, shared, &args, stream);
 	}
-	finders = DIV_UP(a->cap, FIND_SLOTS) * a->lanes;
+	finders = DIV_UP(a->cap, COMPACT_SLICE) * a->lanes;
 	parts = MAX((unsigned)g->sms * COMPACT_PER_SM / a->lanes, 1);
 	parts = MIN(parts, DIV_UP(a->cap, BLOCK));
 	return cuda_launch(g, K_kvt_compact, finders + parts * a->lanes, 1, BLOCK, shared, &args, stream);

@@ -12,21 +12,6 @@
 enum keep { RANDOM, EVERYTHING, NOTHING, FRONT, BACK, ONE, KEEPS };
 static const char *const keep_names[] = {"half", "everything", "nothing", "front", "back", "one row"};
 
-static unsigned tests, failures;
-
-__attribute__((format(printf, 2, 3))) static bool ok(bool good, const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	printf("%s %u - ", good ? "ok" : "not ok", ++tests);
-	vprintf(fmt, ap);
-	printf("\n");
-	va_end(ap);
-	failures += !good;
-	return good;
-}
-
 /* ---- rows are appended ---- */
 
 static void append(struct run *r, uint32_t n)

@@ -7,6 +7,22 @@
 #include "shm/bits.h"
 #include "tests/gpu/gpu.h"
 
+/* TAP */
+static unsigned tests, failures;
+
+__attribute__((format(printf, 2, 3))) static inline bool ok(bool good, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	printf("%s %u - ", good ? "ok" : "not ok", ++tests);
+	vprintf(fmt, ap);
+	printf("\n");
+	va_end(ap);
+	failures += !good;
+	return good;
+}
+
 #define SWAP(a, b)                                                                                             \
 	do {                                                                                                   \
 		__typeof__(a) swap = a;                                                                        \
