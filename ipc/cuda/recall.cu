@@ -306,7 +306,8 @@ KERNEL(3) kvt_recall_select(struct find_args a)
 	__shared__ float x[FIND_TOKENS * FIND_MAX_DIM];
 	__shared__ struct farthest best[WARPS];
 	__shared__ float red[WARPS];
-	uint32_t head = blockIdx.x, pick[FIND_TOKENS], next = a.n_tokens - 1, all = a.heads * a.group;
+	__shared__ uint32_t pick[FIND_TOKENS];
+	uint32_t head = blockIdx.x, next = a.n_tokens - 1, all = a.heads * a.group;
 	const char *q = at<const char>(a.q) + head * a.head_stride;
 	float scale = a.scale > 0 ? a.scale : 1 / sqrtf((float)a.dim);
 
@@ -318,7 +319,8 @@ KERNEL(3) kvt_recall_select(struct find_args a)
 		uint64_t out = (uint64_t)head * a.tokens + got;
 		float sq = 0, v = 0, bad = 0;
 
-		pick[got] = next;
+		if (!threadIdx.x)
+			pick[got] = next;
 		if (threadIdx.x < a.dim) {
 			v = query_value(q + next * a.token_stride, threadIdx.x, a.ix.dtype);
 			x[got * a.dim + threadIdx.x] = v;
@@ -413,7 +415,7 @@ KERNEL(2) kvt_recall_bound(struct find_args a)
 }
 
 /* The groups to look into, ascending: one block per head. */
-KERNEL(2) kvt_recall_choose(struct find_args a)
+FIND_WIDE_KERNEL kvt_recall_choose(struct find_args a)
 {
 	__shared__ struct find_shared s;
 	__shared__ float top[FIND_MAX_QUERIES];
@@ -426,17 +428,17 @@ KERNEL(2) kvt_recall_choose(struct find_args a)
 	if (!threadIdx.x)
 		at<uint32_t>(a.count)[h] = n;
 	if (n == f.groups) {
-		for (uint32_t g = threadIdx.x; g < n; g += BLOCK)
+		for (uint32_t g = threadIdx.x; g < n; g += FIND_WIDE)
 			probed[g] = g;
 		return;
 	}
-	for (uint32_t q = threadIdx.x; q < f.queries; q += BLOCK)
+	for (uint32_t q = threadIdx.x; q < f.queries; q += FIND_WIDE)
 		top[q] = at<const float>(a.spread)[(uint64_t)h * f.queries + q] < 0
 				 ? INFINITY
 				 : fmaxf(unordered(at<const uint32_t>(a.top)[(uint64_t)h * f.queries + q]),
 					 -3e38f);
 	__syncthreads();
-	for (uint32_t g = threadIdx.x; g < f.groups; g += BLOCK) {
+	for (uint32_t g = threadIdx.x; g < f.groups; g += FIND_WIDE) {
 		const float *b = at<const float>(a.bound) +
 				 ((uint64_t)h * a.room_groups + g / FIND_GROUP * FIND_GROUP) * f.queries +
 				 g % FIND_GROUP;

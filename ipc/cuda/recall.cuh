@@ -11,7 +11,10 @@
 #define FIND_PAD 4u     /* floats behind each row of a tile: no bank is hit twice */
 #define FIND_BINS 2048u /* of a histogram */
 #define FIND_LIST 2048u /* elements of one bin that are looked at one by one */
-#define FIND_AHEAD 8u   /* loads of one thread on their way */
+#define FIND_WIDE 1024u /* threads of a block that is alone with a head's rows */
+#define FIND_WIDE_WARPS (FIND_WIDE / WARP)
+#define FIND_AHEAD 4u /* loads of one of its threads on their way */
+#define FIND_WIDE_KERNEL extern "C" __global__ void __launch_bounds__(FIND_WIDE, 1)
 
 enum { FIND_F32 = 1, FIND_F16 = 2, FIND_BF16 = 3 }; /* enum kvtier_dtype */
 
@@ -36,7 +39,8 @@ static __device__ __forceinline__ float unordered(uint32_t u)
 
 /* ---- whole blocks ------------------------------------------------------------------------- */
 
-/* Sum over the threads up to and with this one, and of all; `sums`: WARPS words of shared memory. */
+/* Sum over the threads up to and with this one, and of all; `sums`: a word of shared memory for each warp. */
+template <uint32_t threads = BLOCK>
 static __device__ __forceinline__ uint32_t find_prefix(uint32_t x, uint32_t *sums, uint32_t *ret_all)
 {
 	uint32_t own = warp_prefix(x), before = 0, all = 0;
@@ -45,7 +49,7 @@ static __device__ __forceinline__ uint32_t find_prefix(uint32_t x, uint32_t *sum
 	if (warp_lane() == WARP - 1)
 		sums[warp_index()] = own;
 	__syncthreads();
-	for (uint32_t w = 0; w < WARPS; w++) {
+	for (uint32_t w = 0; w < threads / WARP; w++) {
 		before += w < warp_index() ? sums[w] : 0;
 		all += sums[w];
 	}
@@ -189,13 +193,13 @@ static __device__ __forceinline__ uint32_t rank_of(const struct find_index &ix, 
 	       (uint32_t)__popcll(at<const uint64_t>(ix.bits)[word] & ((1ull << pos % 64) - 1));
 }
 
-/* ---- the k largest, by one block ----------------------------------------------------------------- */
+/* ---- the k largest, by one block of FIND_WIDE threads ---------------------------------------------------- */
 
 struct find_edge {
 	uint32_t key, left; /* what is above key, and of what equals it the first `left` */
 };
 struct find_shared {
-	uint32_t bin[FIND_BINS], list[FIND_LIST], sums[3 * WARPS], at, above, n;
+	uint32_t bin[FIND_BINS], list[FIND_LIST], sums[3 * FIND_WIDE_WARPS], at, above, n;
 };
 
 /* Four of v[n] from i on, 0 past the end. */
@@ -213,12 +217,12 @@ static __device__ __forceinline__ uint4 load_four(const uint32_t *v, uint32_t i,
 /* f(x) for every element of v[n] that is not 0, several loads on their way at a time. */
 template <typename F> static __device__ __forceinline__ void each_of(const uint32_t *v, uint32_t n, F f)
 {
-	for (uint32_t from = threadIdx.x * 4; from < n; from += BLOCK * 4 * FIND_AHEAD) {
+	for (uint32_t from = threadIdx.x * 4; from < n; from += FIND_WIDE * 4 * FIND_AHEAD) {
 		uint4 x[FIND_AHEAD];
 
 #pragma unroll
 		for (uint32_t j = 0; j < FIND_AHEAD; j++)
-			x[j] = load_four(v, from + j * BLOCK * 4, n);
+			x[j] = load_four(v, from + j * FIND_WIDE * 4, n);
 #pragma unroll
 		for (uint32_t j = 0; j < FIND_AHEAD; j++) {
 			f(x[j].x);
@@ -235,7 +239,7 @@ static __device__ __forceinline__ void count_bins(const uint32_t *v, uint32_t n,
 {
 	uint32_t last = 0, same = 0;
 
-	for (uint32_t i = threadIdx.x; i < FIND_BINS; i += BLOCK)
+	for (uint32_t i = threadIdx.x; i < FIND_BINS; i += FIND_WIDE)
 		bins[i] = 0;
 	__syncthreads();
 	each_of(v, n, [&](uint32_t x) {
@@ -259,14 +263,14 @@ static __device__ __forceinline__ void count_bins(const uint32_t *v, uint32_t n,
 /* The bin that the k-th largest is in, into s->at; what is in higher ones into s->above. Returns its count. */
 static __device__ uint32_t find_bin(uint32_t k, struct find_shared *s)
 {
-	uint32_t own = 0, all, bin = threadIdx.x * (FIND_BINS / BLOCK), above, n;
+	uint32_t own = 0, all, bin = threadIdx.x * (FIND_BINS / FIND_WIDE), above, n;
 
-	for (uint32_t i = 0; i < FIND_BINS / BLOCK; i++)
+	for (uint32_t i = 0; i < FIND_BINS / FIND_WIDE; i++)
 		own += s->bin[bin + i];
-	above = find_prefix(own, s->sums, &all);
+	above = find_prefix<FIND_WIDE>(own, s->sums, &all);
 	above = all - above;
 	if (above < k && above + own >= k) {
-		uint32_t i = FIND_BINS / BLOCK - 1;
+		uint32_t i = FIND_BINS / FIND_WIDE - 1;
 
 		for (; above + s->bin[bin + i] < k; i--)
 			above += s->bin[bin + i];
@@ -301,7 +305,7 @@ static __device__ struct find_edge edge_by_digits(const uint32_t *v, uint32_t n,
 	return (struct find_edge){key, k};
 }
 
-/* The same of a list of at most BLOCK elements: each thread counts what is above its own. */
+/* The same of a list of at most FIND_WIDE elements: each thread counts what is above its own. */
 static __device__ struct find_edge edge_of_few(const uint32_t *v, uint32_t n, uint32_t k, struct find_shared *s)
 {
 	uint32_t own = threadIdx.x < n ? v[threadIdx.x] : 0, above = 0, same = 0;
@@ -334,15 +338,15 @@ static __device__ void find_range(const uint32_t *v, uint32_t n, struct find_sha
 	all = warp_sum(all);
 	if (!warp_lane()) {
 		s->sums[warp_index()] = low;
-		s->sums[WARPS + warp_index()] = high;
-		s->sums[2 * WARPS + warp_index()] = all;
+		s->sums[FIND_WIDE_WARPS + warp_index()] = high;
+		s->sums[2 * FIND_WIDE_WARPS + warp_index()] = all;
 	}
 	__syncthreads();
 	all = 0;
-	for (uint32_t w = 0; w < WARPS; w++) {
+	for (uint32_t w = 0; w < FIND_WIDE_WARPS; w++) {
 		low = min(low, s->sums[w]);
-		high = max(high, s->sums[WARPS + w]);
-		all += s->sums[2 * WARPS + w];
+		high = max(high, s->sums[FIND_WIDE_WARPS + w]);
+		all += s->sums[2 * FIND_WIDE_WARPS + w];
 	}
 	*ret_low = low;
 	*ret_high = high;
@@ -382,7 +386,8 @@ static __device__ struct find_edge find_edge(const uint32_t *v, uint32_t n, uint
 			s->list[atomicAdd(&s->n, 1u)] = x;
 	});
 	__syncthreads();
-	return in <= BLOCK ? edge_of_few(s->list, in, k - above, s) : edge_by_digits(s->list, in, k - above, s);
+	return in <= FIND_WIDE ? edge_of_few(s->list, in, k - above, s)
+			       : edge_by_digits(s->list, in, k - above, s);
 }
 
 /* The bits of 32 elements that are taken, one per thread; *eq counts those that equal the edge. */
@@ -404,8 +409,9 @@ static __device__ __forceinline__ uint32_t edge_word(struct find_edge e, uint32_
 static __device__ uint32_t edge_take(struct find_edge e, const uint32_t *v, uint32_t n, uint32_t *take,
 				     uint32_t *copy, uint32_t *base, uint32_t *list, struct find_shared *s)
 {
-	uint32_t words = (n + 31) / 32, each = (words + WARPS - 1) / WARPS, from = warp_index() * each,
-		 to = min(from + each, words), eq = 0, over = 0, out = 0, all = 0, lane = warp_lane();
+	uint32_t words = (n + 31) / 32, each = (words + FIND_WIDE_WARPS - 1) / FIND_WIDE_WARPS,
+		 from = warp_index() * each, to = min(from + each, words), eq = 0, over = 0, out = 0, all = 0,
+		 lane = warp_lane();
 
 #pragma unroll 8
 	for (uint32_t w = from; w < to; w++) {
@@ -419,13 +425,13 @@ static __device__ uint32_t edge_take(struct find_edge e, const uint32_t *v, uint
 	__syncthreads();
 	if (!lane) {
 		s->bin[warp_index()] = eq;
-		s->bin[WARPS + warp_index()] = over;
+		s->bin[FIND_WIDE_WARPS + warp_index()] = over;
 	}
 	__syncthreads();
 	eq = 0;
-	for (uint32_t w = 0, seen = 0; w < WARPS; w++) {
+	for (uint32_t w = 0, seen = 0; w < FIND_WIDE_WARPS; w++) {
 		uint32_t room = e.left > seen ? e.left - seen : 0,
-			 took = min(s->bin[w], room) + s->bin[WARPS + w];
+			 took = min(s->bin[w], room) + s->bin[FIND_WIDE_WARPS + w];
 
 		out += w < warp_index() ? took : 0;
 		eq += w < warp_index() ? s->bin[w] : 0;

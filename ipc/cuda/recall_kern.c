@@ -7,7 +7,8 @@
 
 #define THREADS 256u
 #define WARPS (THREADS / 32)
-#define PER_SM 3u /* blocks of what reads host memory: several times what hides its latency */
+#define WIDE 1024u /* threads of what is one block per head: FIND_WIDE of recall.cuh */
+#define PER_SM 3u  /* blocks of what reads host memory: several times what hides its latency */
 
 const enum cuda_kernel kern_recall_steps[KERN_RECALL_STEPS] = {
 	K_kvt_recall_select, K_kvt_recall_bound, K_kvt_recall_choose, K_kvt_recall_probe,
@@ -49,7 +50,7 @@ int kern_recall_step(struct kvtier_cuda *g, enum cuda_kernel k, const struct fin
 	uint32_t sms = (uint32_t)g->sms, groups = MAX(pages * FIND_PARTS, 1u), tiles = 0, x = a->heads,
 		 y = a->heads;
 	uint32_t one = MAX(sms / a->heads, 1u), each = MAX(sms * PER_SM / a->heads, 1u); /* blocks of a head */
-	unsigned shared = 0;
+	unsigned shared = 0, threads = THREADS;
 
 	for (uint32_t h = 0; h < a->heads; h++)
 		tiles = MAX(tiles, DIV_UP(a->resident[h], FIND_GROUP));
@@ -80,8 +81,9 @@ int kern_recall_step(struct kvtier_cuda *g, enum cuda_kernel k, const struct fin
 		break;
 	default: /* one block per head */
 		y = 1;
+		threads = WIDE;
 	}
-	return cuda_launch(g, k, x, y, THREADS, shared, &args, stream);
+	return cuda_launch(g, k, x, y, threads, shared, &args, stream);
 }
 
 int kern_recall(struct kvtier_cuda *g, const struct find_args *a, uint32_t pages, uint32_t rows, void *stream)

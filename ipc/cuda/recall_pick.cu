@@ -105,7 +105,7 @@ KERNEL(2) kvt_recall_near(struct find_args a)
 /* ---- the best ------------------------------------------------------------------------------------- */
 
 /* One block per head: which ranks are recalled, and how many. */
-KERNEL(2) kvt_recall_top(struct find_args a)
+FIND_WIDE_KERNEL kvt_recall_top(struct find_args a)
 {
 	__shared__ struct find_shared s;
 	uint32_t h = blockIdx.x, rows = at<const uint32_t>(a.ix.rows)[a.first + h], n;
@@ -120,6 +120,8 @@ KERNEL(2) kvt_recall_top(struct find_args a)
 
 /* ---- their bytes ------------------------------------------------------------------------------------ */
 
+#define FIND_BURST 8u /* pieces of one thread on their way */
+
 /* What one block copies: where rows are and where they go. */
 struct find_copy {
 	const char *k[BLOCK], *v[BLOCK];
@@ -132,11 +134,11 @@ static __device__ void copy_found(const struct find_args &a, uint32_t h, const s
 	uint32_t k_pieces = l->k_bytes / 16, pieces = k_pieces + l->v_bytes / 16;
 	char *to_k = at<char>(a.k) + h * a.k_head_stride, *to_v = at<char>(a.v) + h * a.v_head_stride;
 
-	for (uint32_t i = threadIdx.x; i < n * pieces; i += BLOCK * FIND_AHEAD) {
-		uint4 x[FIND_AHEAD];
+	for (uint32_t i = threadIdx.x; i < n * pieces; i += BLOCK * FIND_BURST) {
+		uint4 x[FIND_BURST];
 
 #pragma unroll
-		for (uint32_t j = 0; j < FIND_AHEAD; j++) { /* all on their way before the first is needed */
+		for (uint32_t j = 0; j < FIND_BURST; j++) { /* all on their way before the first is needed */
 			uint32_t piece = i + j * BLOCK, row = piece / pieces, col = piece - row * pieces;
 
 			if (row < n)
@@ -144,7 +146,7 @@ static __device__ void copy_found(const struct find_args &a, uint32_t h, const s
 								  : c->v[row] + (col - k_pieces) * 16);
 		}
 #pragma unroll
-		for (uint32_t j = 0; j < FIND_AHEAD; j++) {
+		for (uint32_t j = 0; j < FIND_BURST; j++) {
 			uint32_t piece = i + j * BLOCK, row = piece / pieces, col = piece - row * pieces;
 
 			if (row < n)
