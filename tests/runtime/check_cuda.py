@@ -50,6 +50,8 @@ from kvtier.hf import KvtierCache  # noqa: E402
 from kvtier.hf_cuda import DecodeGraph, KvtierCudaCache, LaneCache  # noqa: E402
 
 torch.set_grad_enabled(False)
+if not REAL:
+    torch.set_num_threads(1)  # small work: threads would only wait for each other
 attention_cuda.register()
 DEV = torch.device("cuda" if REAL else "cpu")
 MODEL = make_model("kvtier_cuda").to(DEV)
