@@ -5,7 +5,7 @@
  * status 77 with one line where there is no GPU.
  */
 #include <stdio.h>
-#include "tests/unit/gpu_rt.h"
+#include "tests/unit/gpu_live.h"
 
 static int number, failed;
 

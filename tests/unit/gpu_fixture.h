@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 #include "tests/unit/fake_gpu.h"
-#include "tests/unit/gpu_rt.h"
+#include "tests/unit/gpu_live.h"
 
 static struct fake_gpu fake;
 static struct harness h;

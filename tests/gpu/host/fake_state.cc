@@ -194,6 +194,8 @@ void fake_reset(void)
 	fake.host.clear();
 	fake.handles.clear();
 	fake.reserved.clear();
+	for (void *m : fake.modules)
+		delete (char *)m;
 	fake.modules.clear();
 	for (stream *s : fake.streams)
 		delete s;

@@ -59,8 +59,8 @@ static std::vector<uint64_t> addresses(const find_args &a)
 {
 	std::vector<uint64_t> v = addresses(a.ix);
 
-	for (uint64_t x : {a.q, a.qt, a.spread, a.top, a.bound, a.order, a.probed, a.count, a.logit, a.part, a.score,
-			   a.near, a.take, a.left, a.base, a.k, a.v, a.counts, a.positions})
+	for (uint64_t x : {a.q, a.qt, a.spread, a.top, a.bound, a.order, a.probed, a.count, a.logit, a.part,
+			   a.score, a.near, a.take, a.left, a.base, a.k, a.v, a.counts, a.positions})
 		v.push_back(x);
 	return v;
 }
