@@ -27,7 +27,7 @@ MALFORMED = [
     ("length field too large", message(REGION, REGION_BODY, length=4096), (), r"len: 4096, the packet has 24"),
     ("length field 2^32-1", message(REGION, REGION_BODY, length=ALL), (), r"len: 4294967295, the packet"),
     ("type 0", message(0, b""), (), r"type: 0, not a known request"),
-    ("type 13", message(13, REGION_BODY), (), r"type: 13, not a known"),
+    ("type 16", message(16, REGION_BODY), (), r"type: 16, not a known"),
     ("a reply as request", message(REGION | REPLY, REGION_BODY), (), r"type: 32771, not a known"),
     ("type 65535", message(0xFFFF, b""), (), r"type: 65535"),
     ("region: a byte too many", message(REGION, REGION_BODY + b"\0"), (), r"region: 25 bytes, must be 24"),
@@ -63,7 +63,28 @@ MALFORMED = [
 ]
 
 # Well-formed messages with impossible values: refused by field, value and limit; the client is served on.
+def windowed(r, window=(0, 65536, 65536, 65536), flags=1, k_off=0, **kw):
+    """A sequence whose rows the daemon never sees: a layout says nothing of where they are."""
+    return raw.seq_open(region=r.region_handle, flags=flags, window=window,
+                        layouts=[raw.LAYOUT.pack(k_off, 0, 0, 0, 0, 0, 0, 0, 256, 64)] * 2, **kw)
+
+
 REFUSED = [
+    ("a window without its flag", SEQ_OPEN, lambda r: windowed(r, flags=0), E_INVAL, r"^window\.out_bytes: 65536"),
+    ("published memory without a window", SEQ_OPEN, lambda r: windowed(r, window=(0,) * 4, flags=2), E_INVAL,
+     r"^flags: 2, DIRECT only with WINDOW"),
+    ("flags of a later version", SEQ_OPEN, lambda r: windowed(r, flags=1 << 31), E_INVAL, r"^flags: 2147483648"),
+    ("rings that lie over each other", SEQ_OPEN, lambda r: windowed(r, window=(0, 65536, 61440, 65536)), E_INVAL,
+     r"^window\.in_off: 61440"),
+    ("rings of 2^64 bytes", SEQ_OPEN, lambda r: windowed(r, window=(0, 65536, 65536, (1 << 64) - 4096)), E_INVAL,
+     r"^window\.in_bytes"),
+    ("a ring past the region", SEQ_OPEN, lambda r: windowed(r, window=(0, 65536, (1 << 20) - 4096, 65536)), E_INVAL,
+     r"^window\.in_off: 1044480, its 65536 bytes end past"),
+    ("a ring smaller than a page", SEQ_OPEN, lambda r: windowed(r, window=(0, 16384, 65536, 65536)), E_INVAL,
+     r"^window\.out_bytes: 16384, must be at least 16512"),
+    ("rows of a window", SEQ_OPEN, lambda r: windowed(r, k_off=4096), E_INVAL, r"^layout\[0\]\.k_off: 4096"),
+    ("a scorer of nobody", SEQ_OPEN, lambda r: windowed(r, scorer=ALL), E_STALE, r"^scorer: 00000000ffffffff"),
+    ("a fork with a window", SEQ_OPEN, lambda r: windowed(r, op=2, parent=r.s), E_INVAL, r"^op: fork"),
     ("an enum: op 3", SEQ_OPEN, lambda r: raw.seq_open(op=3, region=r.region_handle), E_INVAL, r"^op: 3"),
     ("an enum: lifetime 2", SEQ_OPEN, lambda r: raw.seq_open(lifetime=2, region=r.region_handle), E_INVAL, "^lifetime"),
     ("an enum: granularity", SEQ_OPEN, lambda r: raw.seq_open(granularity=ALL, region=r.region_handle), E_INVAL, "^gran"),

@@ -5,7 +5,7 @@ import os
 import socket
 import struct
 
-MAGIC, VERSION, REPLY = 0x3154564B, 1, 0x8000
+MAGIC, VERSION, REPLY = 0x3154564B, 2, 0x8000
 (HELLO, MODEL, REGION, REGION_CLOSE, SEQ_OPEN, SEQ_TRUNCATE, SEQ_CLOSE, SEQ_INFO, PLAN_REQUEST, FETCH,
  REGION_IMPORT) = range(1, 12)
 ADMIN = 32
@@ -16,12 +16,12 @@ U64 = (1 << 64) - 1
 
 HDR = struct.Struct("<IHHII")
 STATUS = struct.Struct("<iI200s")
-BUDGET = struct.Struct("<8I32s")
+BUDGET = struct.Struct("<10I32s")
 LAYOUT = struct.Struct("<6Q4I")
 LAYER = struct.Struct("<6I")
 RING_HEAD, RING_TAIL, RING_WAKE, RING_ENTRY, ENTRY = 0, 128, 256, 384, 64
 SLOT = 192
-assert BUDGET.size == LAYOUT.size == ENTRY and HDR.size == 16
+assert BUDGET.size == 72 and LAYOUT.size == ENTRY and HDR.size == 16
 
 
 class HungUp(Exception):
@@ -55,8 +55,8 @@ def model(name=b"raw", n_layers=2, dtype=0, head_dim=0, rope=0, post_rope=0, ran
                         pad) + b"".join(LAYER.pack(*v) for v in layers))
 
 
-def budget(kind=0, device=64, dram=64, nvme=ALL, slack=0, manual=1, table_n=0, given=1, policy=b""):
-    return BUDGET.pack(kind, device, dram, nvme, slack, manual, table_n, given, policy)
+def budget(kind=0, device=64, dram=64, nvme=ALL, slack=0, manual=1, table_n=0, given=1, policy=b"", through=0, pad=0):
+    return BUDGET.pack(kind, device, dram, nvme, slack, manual, table_n, given, through, pad, policy)
 
 
 def layout(k_off=0, v_off=None, head=None, row=64, cap=256, stage=64, score=0, score_head=0, v_head=None, v_row=None):
@@ -73,10 +73,12 @@ def plain(cap=256, stage=64):
 
 
 def seq_open(op=OPEN, lifetime=0, ttl=60, max_rows=1024, granularity=0, equal=0, n_layers=None, prefix=0, model=1,
-             region=0, parent=0, key=None, secret=b"s" * 32, b=None, layouts=None, table=()):
+             region=0, parent=0, key=None, secret=b"s" * 32, b=None, layouts=None, table=(), flags=0, pad=0,
+             window=(0, 0, 0, 0), scorer=0):
     layouts = plain() if layouts is None else layouts
-    return (struct.pack("<8I3Q16s32s", op, lifetime, ttl, max_rows, granularity, equal,
-                        len(layouts) if n_layers is None else n_layers, prefix, model, region, parent,
+    return (struct.pack("<10I8Q16s32s", op, lifetime, ttl, max_rows, granularity, equal,
+                        len(layouts) if n_layers is None else n_layers, prefix, flags, pad, *window, scorer, model,
+                        region, parent,
                         os.urandom(16) if key is None else key, secret) +
             (budget() if b is None else b) + b"".join(layouts) + struct.pack(f"<{len(table)}I", *table))
 
