@@ -87,8 +87,8 @@ struct cuda_plan {
 	const uint64_t *resident, *copy_out, *bring_in, *to_dram; /* [lanes][words], in pinned_tables */
 	const struct plan_page *page;
 	uint64_t plane, page_off; /* bytes of a table; of `page` from the tables' start */
-	uint32_t kept; /* rows of the longest lane after it, below the watermark */
-	bool spoilt;   /* to be refused: a page that came in was damaged, or there is no room for so many rows */
+	uint32_t kept;            /* rows of the longest lane after it, below the watermark */
+	bool spoilt; /* to be refused: a page that came in was damaged, or there is no room for so many rows */
 };
 
 /*

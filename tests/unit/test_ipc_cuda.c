@@ -189,6 +189,70 @@ static void test_idle_poll(void **state)
 	end();
 }
 
+/* The GPU finds a page damaged that came in: that plan changes nothing, and the next one brings the rows. */
+static void test_damaged_page(void **state)
+{
+	struct kvtier_stats st = {.size = sizeof(st)};
+	struct gpu_seq q;
+	uint64_t id;
+
+	begin(false, 1 << 20);
+	assert_ok(gpu_prepare(&q, &gpu, &rt, window, 42, 400, 400, 1000, 0));
+	q.flags = KVT_CUDA_DIRECT;
+	assert_ok(gpu_seq_open(&q, KVT_EPHEMERAL, NULL, 1 << 16));
+	assert_ok(gpu_append(&q, 300));
+	assert_ok(gpu_plan(&q, 50, KVT_ROWS_ALL, 0, NULL));
+	fake.set("lazy");
+	assert_ok(kvtier_plan_request(q.rt.s,
+				      &(struct kvtier_budget){.size = sizeof(struct kvtier_budget),
+							      .device_rows = 300,
+							      .dram_rows = KVT_ROWS_ALL,
+							      .manual = 1,
+							      .policy = "random"},
+				      &id));
+	for (int i = 0; i < 5000 && !q.rt.s->cu->pages_used; i++) {
+		assert_true(kvtier_cuda_poll(q.rt.s, q.stream, &q.state) >= 0);
+		usleep(500);
+	}
+	assert_true(q.rt.s->cu->pages_used > 0);
+	atomic_fetch_add(q.rt.s->cu->bad, 1); /* as kvt_scatter does */
+	for (int i = 0; i < 5000 && q.rt.s->acked < id; i++) {
+		(void)fake.step(4);
+		assert_true(kvtier_cuda_poll(q.rt.s, q.stream, &q.state) != KVT_PLAN_READY);
+		usleep(500);
+	}
+	assert_ok(kvtier_stats(rt.c, &st));
+	assert_int_equal(st.plans_nacked, 1);
+	assert_int_equal(kvtier_cuda_counts(q.rt.s, NULL), 50);
+	fake.set(NULL);
+	assert_int_equal(gpu_wrong(&q), 0);
+	assert_ok(gpu_plan(&q, 300, KVT_ROWS_ALL, 0, NULL));
+	assert_int_equal(kvtier_cuda_counts(q.rt.s, NULL), 300);
+	assert_int_equal(gpu_wrong(&q), 0);
+	gpu_seq_free(&q, false);
+	end();
+}
+
+/* The connection goes first, with a window and a sequence on it and work in flight: it takes them along. */
+static void test_close_everything(void **state)
+{
+	struct gpu_seq q;
+
+	begin(false, 1 << 20);
+	assert_ok(gpu_prepare(&q, &gpu, &rt, window, 41, 400, 200, 1000, 0));
+	assert_ok(gpu_seq_open(&q, KVT_EPHEMERAL, NULL, 1 << 16));
+	fake.set("lazy");
+	assert_ok(gpu_append(&q, 200));
+	assert_ok(kvtier_cuda_push(q.rt.s, q.stream));
+	assert_true(fake_gpu_counts(&fake).queued > 0);
+	rt_close(&rt);
+	q.rt.s = NULL;
+	gpu_seq_free(&q, false);
+	gpu_close(&gpu);
+	end_core();
+	assert_baseline();
+}
+
 static void test_pool(void **state)
 {
 	struct kvtier_cuda_pool *a = NULL, *b = NULL;
@@ -239,6 +303,8 @@ int main(void)
 		cmocka_unit_test(test_steady),
 		cmocka_unit_test(test_idle_poll),
 		cmocka_unit_test(test_pool),
+		cmocka_unit_test(test_close_everything),
+		cmocka_unit_test(test_damaged_page),
 	};
 
 	return gpu_main(tests, ARRAY_SIZE(tests));
