@@ -36,7 +36,10 @@ int scorer_check(const struct scorer_hdr *h, uint64_t size, uint32_t lanes)
 	if (!h->coefs || h->coefs > SCORER_MAX_COEFS)
 		return bad("coefs", h->coefs, "1 or 2");
 	scorer_lay_out(&should);
-	if (should.bytes != h->bytes || memcmp(&should, h, sizeof(should)))
+	if (should.bytes != h->bytes || should.turn_off != h->turn_off || should.lane_off != h->lane_off ||
+	    should.lane_stride != h->lane_stride ||
+	    memcmp(should.tensor_off, h->tensor_off, sizeof(should.tensor_off)) ||
+	    memcmp(should.tensor_bytes, h->tensor_bytes, sizeof(should.tensor_bytes)))
 		return bad("lane_stride", h->lane_stride, "what its dimensions say, all other places too");
 	return 0;
 }
