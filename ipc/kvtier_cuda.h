@@ -191,10 +191,10 @@ struct kvtier_cuda_recall_opts {
 	uint64_t positions; /* device uint32_t [KV heads][rows], ascending; 0: not wanted */
 };
 /*
- * Look at the directory and launch what makes it searchable: a cache line of each page when nothing changed, the
- * keys of new pages read once. The first time asks the daemon, as does a page in a segment that is new. KVT_AGAIN:
- * pages move faster than they can be looked at. Errors: INVAL (not DIRECT; keys of more than 512 bytes or not
- * of a multiple of 8 elements), MODEL (opaque rows), NOMEM, GPU.
+ * Look at the directory and launch what makes it searchable: a cache line of each page when nothing changed,
+ * the keys of new pages read once. The first time asks the daemon, as does a page in a segment that is new.
+ * KVT_AGAIN: pages move faster than they can be looked at. Errors: INVAL (not DIRECT; keys of more than 512
+ * bytes or not of a multiple of 8 elements), MODEL (opaque rows), NOMEM, GPU.
  */
 KVT_PUBLIC int kvtier_cuda_recall_prepare(struct kvtier_seq *s, void *stream);
 /*

@@ -3,8 +3,8 @@
 /*
  * What a client sees of a sequence's pages in published DRAM (shm/direct.h): its directory, and the segments
  * that the directory names, mapped and registered with the GPU. A segment is registered once for each
- * struct kvtier_cuda, whatever the number of sequences that read it, and goes when the last of them lets go of it. A view
- * belongs to one thread at a time; the segments behind it are shared under a lock of their own.
+ * struct kvtier_cuda, whatever the number of sequences that read it, and goes when the last of them lets go of
+ * it. A view belongs to one thread at a time; the segments behind it are shared under a lock of their own.
  */
 #include <stdbool.h>
 #include <stddef.h>

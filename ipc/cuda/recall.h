@@ -28,7 +28,7 @@ struct find_query {
 	uint32_t group, n_queries;
 	uint32_t rows, probe, before, after;
 	bool mass;
-	float scale; /* 0: 1 / sqrt(elements of a key) */
+	float scale;              /* 0: 1 / sqrt(elements of a key) */
 	const uint32_t *resident; /* [heads] rows on the device that count into the mass; NULL: none */
 	uint64_t queries, token_stride, head_stride;
 	uint64_t k, v, k_head_stride, v_head_stride;

@@ -29,7 +29,7 @@ static struct {
 	unsigned rounds, rows, workers, depth, staging, ring; /* MiB the last two */
 	double prefill, step;
 	bool small, idle;
-} opt = {.dir = "build", .rounds = 3, .rows = 74898, .workers = 8, .depth = 32, .staging = 128, .ring = 64};
+} opt = {.dir = "build", .rounds = 3, .rows = 74898, .workers = 8, .depth = 32, .staging = 64, .ring = 64};
 
 /* ---- figures ------------------------------------------------------------------------------------ */
 
