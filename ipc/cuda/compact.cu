@@ -3,6 +3,7 @@
 #include "ipc/cuda/common.cuh"
 
 static_assert(COMPACT_SLICE == WARPS * WARP * 32, "a word of 32 slots a thread");
+#define LOOK_AHEAD 8u /* lanes looked at before the first is moved */
 #define COPY_AHEAD 4u /* pieces of a thread in flight */
 
 /* What a warp copies at a time. */
@@ -257,41 +258,64 @@ static __device__ void move_down(const struct compact_args &a, uint32_t lane, ui
 	}
 }
 
+/* What a ticket is for. */
+struct errand {
+	uint32_t lane, index; /* index: of the slice to look at, or of the part to move */
+	bool look;
+};
+
+/* Lanes [0, ahead) are looked at first; then lane after lane is moved, and one `ahead` lanes further looked at.
+ */
+static __device__ __forceinline__ struct errand errand(uint32_t ticket, uint32_t lanes, uint32_t slices,
+						       uint32_t parts)
+{
+	uint32_t ahead = lanes < LOOK_AHEAD ? lanes : LOOK_AHEAD, both = parts + slices;
+
+	if (ticket < ahead * slices)
+		return {ticket / slices, ticket % slices, true};
+	ticket -= ahead * slices;
+	if (ticket >= (lanes - ahead) * both) {
+		ticket -= (lanes - ahead) * both;
+		return {lanes - ahead + ticket / parts, ticket % parts, false};
+	}
+	if (ticket % both < parts)
+		return {ticket / both, ticket % both, false};
+	return {ticket / both + ahead, ticket % both - parts, true};
+}
+
 /*
  * Holes below after[lane] are filled with the rows that lie above it and with the staged ones, in the order of
  * their slots. Sources and holes never overlap, so moves need no order; but all of a lane's slots must have
- * been looked at before its maps change. Blocks take tickets: first those to look, COMPACT_SLICE slots each,
- * then those to move, `parts` a lane, which wait for the former; whoever waits, waits for blocks that run and
- * wait for nobody. Shared memory: keep_words to look; two words per 32 slots and one per 64 positions to move.
+ * been looked at before its maps change. Blocks take tickets, COMPACT_SLICE slots to look at or a part of a
+ * lane to move; who moves waits for those who look, and they have earlier tickets, so they run, and wait for
+ * nobody. Few lanes are in work at a time: their pages stay in the TLBs. Shared memory: keep_words to look; two
+ * words per 32 slots and one per 64 positions to move.
  */
-KERNEL(4) kvt_compact(struct compact_args a)
+KERNEL(3) kvt_compact(struct compact_args a)
 {
 	SHARED(uint32_t, shared);
 	__shared__ struct moves lists[WARPS];
 	__shared__ uint32_t sh[WARPS], mine;
 	struct compact_work *work = at<struct compact_work>(a.scratch);
-	uint32_t *live = work->found + a.lanes, slices = (a.cap + COMPACT_SLICE - 1) / COMPACT_SLICE, ticket,
-		 lane;
-	uint32_t parts = (gridDim.x - slices * a.lanes) / a.lanes;
+	uint32_t *live = work->found + a.lanes, slices = (a.cap + COMPACT_SLICE - 1) / COMPACT_SLICE;
+	uint32_t parts = gridDim.x / a.lanes - slices;
+	struct errand e;
 
 	if (threadIdx.x == 0)
 		mine = atomicAdd(&work->ticket, 1u);
 	__syncthreads();
-	ticket = mine;
-	if (ticket < slices * a.lanes) {
-		lane = ticket / slices;
-		find_live(a, lane, ticket % slices, live, shared);
+	e = errand(mine, a.lanes, slices, parts);
+	if (e.look) {
+		find_live(a, e.lane, e.index, live, shared);
 		__threadfence();
 		__syncthreads();
 		if (threadIdx.x == 0)
-			atomicAdd(&work->found[lane], 1u);
+			atomicAdd(&work->found[e.lane], 1u);
 	} else {
-		lane = (ticket - slices * a.lanes) / parts;
 		if (threadIdx.x == 0)
-			wait_until(&work->found[lane], slices);
+			wait_until(&work->found[e.lane], slices);
 		__syncthreads();
-		move_down(a, lane, (ticket - slices * a.lanes) % parts, parts, live, shared, sh,
-			  &lists[warp_index()]);
+		move_down(a, e.lane, e.index, parts, live, shared, sh, &lists[warp_index()]);
 	}
 	__syncthreads();
 	if (threadIdx.x == 0) {

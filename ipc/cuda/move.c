@@ -13,8 +13,7 @@
  */
 #define GATHER_BLOCKS 24u
 #define SCATTER_BLOCKS 64u
-#define COMPACT_PER_SM 4u  /* blocks that fit one */
-#define ORDERED_PER_SM 27u /* few lanes at a time: their pages stay in the TLBs */
+#define COMPACT_PER_SM 27u /* blocks that move: many a lane, so that few lanes are in work at a time */
 
 int kern_extend(struct kvtier_cuda *g, const struct extend_args *a, void *stream)
 {
@@ -55,7 +54,7 @@ static unsigned shared_max(const struct kvtier_cuda *g)
 int kern_compact(struct kvtier_cuda *g, const struct compact_args *a, void *stream)
 {
 	struct compact_args args = *a;
-	unsigned rows = DIV_UP(a->rows, 64), slots = DIV_UP(a->cap, 32), finders = 0, parts, shared, keep;
+	unsigned rows = DIV_UP(a->rows, 64), slots = DIV_UP(a->cap, 32), parts, shared, keep;
 
 	if (!a->lanes)
 		return 0;
@@ -69,15 +68,12 @@ int kern_compact(struct kvtier_cuda *g, const struct compact_args *a, void *stre
 			       "compaction: %u rows in %u slots a lane need %u bytes of shared memory, must be "
 			       "at most %u",
 			       a->rows, a->cap, shared, shared_max(g));
-	if (a->to) {
-		parts = MAX((unsigned)g->sms * ORDERED_PER_SM / a->lanes, 1);
-		parts = MIN(parts, DIV_UP(a->rows, BLOCK));
+	parts = MIN(MAX((unsigned)g->sms * COMPACT_PER_SM / a->lanes, 1),
+		    DIV_UP(a->to ? a->rows : a->cap, BLOCK));
+	if (a->to)
 		return cuda_launch(g, K_kvt_compact_to, parts, a->lanes, BLOCK, shared, &args, stream);
-	}
-	finders = DIV_UP(a->cap, COMPACT_SLICE) * a->lanes;
-	parts = MAX((unsigned)g->sms * COMPACT_PER_SM / a->lanes, 1);
-	parts = MIN(parts, DIV_UP(a->cap, BLOCK));
-	return cuda_launch(g, K_kvt_compact, finders + parts * a->lanes, 1, BLOCK, shared, &args, stream);
+	parts += DIV_UP(a->cap, COMPACT_SLICE); /* those that look */
+	return cuda_launch(g, K_kvt_compact, parts * a->lanes, 1, BLOCK, shared, &args, stream);
 }
 
 int kern_word(struct kvtier_cuda *g, const struct word_args *a, void *stream)
