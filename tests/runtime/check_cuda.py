@@ -518,6 +518,10 @@ def generate_accepts_the_cache(d, c):
         auto.poll()
         time.sleep(0.01)
     assert auto.most < 200 and max(counts(auto)) == auto.most, (auto.most, counts(auto))
+    # a prompt that never fits whole
+    small = fresh(c, b=budget(96, 400, policy="random", slack=16), cap=160, push_every=32)
+    out = MODEL.generate(MY_IDS[:, :400], past_key_values=small, prefill_chunk_size=32, **args)
+    assert out.shape[1] == 424 and small.seen == 423 and small.most <= 160, (small.seen, small.most)
 
 
 def a_small_cache_waits_for_its_plans(d, c):
