@@ -240,7 +240,7 @@ def _multiprocessors(device):
 def shape_of(queries, lanes, most, row_bytes, device, waves=2):
     """(queries in a tile, rows in a block, rows of a split, splits): 16 KiB of K in a block, enough programs to fill the
     GPU `waves` times with lanes x splits, no split shorter than two blocks."""
-    bm = min(max(16, triton.next_power_of_2(queries)), 64)
+    bm = 16 if queries <= 16 else 64
     bn = min(max(16, 16384 // row_bytes), 128)
     wanted = max(1, waves * _multiprocessors(device) // (lanes * triton.cdiv(queries, bm)))
     chunk = max(2 * bn, triton.cdiv(triton.cdiv(most, wanted), bn) * bn)
