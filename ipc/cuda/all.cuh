@@ -6,5 +6,6 @@
 #if __has_include("ipc/cuda/score.cu")
 #include "ipc/cuda/score.cu"
 #endif
+#include "ipc/cuda/recall_pages.cu"
 #include "ipc/cuda/recall.cu"
 #include "ipc/cuda/recall_pick.cu"

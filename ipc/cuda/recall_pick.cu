@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Recall on the GPU, second part: from products to scores by position, the best of them, and their bytes. */
+/* Recall on the GPU, third part: from products to scores by position, the best of them, and their bytes. */
 #include "ipc/cuda/recall.cuh"
 
 /* ---- scores ----------------------------------------------------------------------------------- */

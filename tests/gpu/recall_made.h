@@ -60,6 +60,15 @@ static inline uint32_t elem_of(uint32_t dtype)
 {
 	return dtype == KVT_DTYPE_F32 ? 4 : 2;
 }
+/* Of a float's bits, cut off; what is too small for a normal half is 0. */
+static inline uint16_t made_half(uint32_t u)
+{
+	uint32_t exp = u >> 23 & 255;
+
+	if (exp < 113 || exp > 142)
+		return 0;
+	return (uint16_t)(u >> 16 & 0x8000u) | (uint16_t)((exp - 112) << 10) | (uint16_t)(u >> 13 & 1023);
+}
 /* n elements of dtype, standard normal times `by`; two-byte types only lose what they must. */
 static inline void put_normal(void *dst, uint32_t n, uint32_t dtype, float by)
 {
@@ -73,7 +82,7 @@ static inline void put_normal(void *dst, uint32_t n, uint32_t dtype, float by)
 		else if (dtype == KVT_DTYPE_BF16)
 			((uint16_t *)dst)[i] = (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 		else
-			((_Float16 *)dst)[i] = (_Float16)f;
+			((uint16_t *)dst)[i] = made_half(u);
 	}
 }
 
