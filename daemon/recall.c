@@ -141,12 +141,13 @@ static double effort(const struct recall *k)
 {
 	const struct recall_query *q = &k->hunt[0].q;
 	double rows = 0, probed = (double)k->searched * q->probe / 1000;
+	uint32_t queries = ALIGN_UP(q->n, RECALL_LANES);
 
 	for (uint32_t h = 0; h < k->m.heads; h++)
 		rows += k->hunt[h].q.resident ? k->hunt[h].q.resident_n : 0;
 	rows += MAX(probed, MIN(4.0 * k->m.rows * k->m.heads, (double)k->searched)) +
 		(double)k->searched / RECALL_GROUP;
-	return rows * q->dim * (double)ALIGN_UP(q->n, RECALL_LANES) * MAC_NS;
+	return rows * q->dim * queries * MAC_NS;
 }
 
 static void search_here(struct recall *k)

@@ -212,7 +212,7 @@ static int take_page(void *arg, uint32_t slot, bool sum, const struct find_page 
 /* Pages by lane: start[lanes + 1], then slots, in the order of the directory. */
 static int list_pages(struct cuda_recall *f, const struct cuda_direct *d, void *stream)
 {
-	uint32_t lanes = f->shape.lanes, *start, *list, stage, n = 0;
+	uint32_t lanes = f->shape.lanes, *start, *list, stage = 0, n = 0;
 	uint64_t bytes;
 	int r;
 
@@ -252,7 +252,7 @@ int find_mark(struct cuda_recall *f, const struct find_resident *resident, void 
 {
 	struct find_mark_args a = {.ix = f->ix, .words = resident->words, .end = resident->end};
 	uint64_t bytes = (uint64_t)f->shape.lanes * resident->words * sizeof(uint64_t);
-	uint32_t stage;
+	uint32_t stage = 0;
 	int r = find_grow(f, &f->residents, (uint64_t)f->shape.lanes * f->ix.words * sizeof(uint64_t));
 
 	f->marked = false;
