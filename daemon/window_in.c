@@ -54,7 +54,7 @@ int window_reserve(struct plan *p, struct pio *io)
 	    direct_where(page, &io->segment, &io->segment_off))
 		io->segment++;
 	bytes = io->segment ? 0 : (uint64_t)mask_rows(io->words, page->span) * (page->bytes / page->rows);
-	bytes = sizeof(struct window_in) + ALIGN_UP(bytes, WINDOW_ALIGN);
+	bytes = window_in_bytes(bytes);
 	io->wrap_at = UINT64_MAX;
 	if (bytes > ring - at % ring) {
 		io->wrap_at = at % ring;

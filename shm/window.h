@@ -26,6 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include "shm/plan.h"
+#include "shm/util.h"
 
 #define WINDOW_SPAN PLAN_PAGE_SPAN
 #define WINDOW_ROWS 128u /* of a page at most */
@@ -62,8 +63,12 @@ _Static_assert(offsetof(struct window_in, pos) == WINDOW_ALIGN, "layout");
 /* Bytes of an out page in the ring. */
 static inline uint64_t window_out_bytes(uint32_t rows, uint32_t row_bytes)
 {
-	return sizeof(struct window_out) +
-	       (((uint64_t)rows * row_bytes + WINDOW_ALIGN - 1) & ~(uint64_t)(WINDOW_ALIGN - 1));
+	return sizeof(struct window_out) + ALIGN_UP((uint64_t)rows * row_bytes, WINDOW_ALIGN);
+}
+/* Bytes of an in record whose planes, `bytes` together, follow it. */
+static inline uint64_t window_in_bytes(uint64_t bytes)
+{
+	return sizeof(struct window_in) + ALIGN_UP(bytes, WINDOW_ALIGN);
 }
 /* A cursor word: how many of plan `id`'s pages or records. */
 static inline uint64_t window_cursor(uint64_t id, uint32_t n)

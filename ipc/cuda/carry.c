@@ -79,7 +79,7 @@ static int read_record(struct kvtier_seq *s, const struct plan_view *v, const ch
 	}
 	k_bytes = plane_bytes(s, layer_of(s->m, h.lane), false);
 	rows_bytes = h.rows * (k_bytes + plane_bytes(s, layer_of(s->m, h.lane), true));
-	*ret_bytes = sizeof(h) + (h.segment ? 0 : ALIGN_UP(rows_bytes, WINDOW_ALIGN));
+	*ret_bytes = window_in_bytes(h.segment ? 0 : rows_bytes);
 	if (rows != h.rows || wanted != h.wanted || h.bytes != *ret_bytes || *ret_bytes > room)
 		return plan_refuse(v, "a record's size", h.lane);
 	*ret = (struct scatter_page){.lane = h.lane,

@@ -94,7 +94,7 @@ static uint64_t longest_page(const struct kvtier_model *m)
 
 	for (uint32_t i = 0; i < m->msg->n_layers; i++)
 		row = MAX(row, m->msg->layer[i].k_bytes + m->msg->layer[i].v_bytes);
-	return sizeof(struct window_in) + ALIGN_UP((uint64_t)PAGE_ROWS * row, WINDOW_ALIGN);
+	return window_in_bytes((uint64_t)PAGE_ROWS * row);
 }
 
 static int take_place(struct cuda_seq *q, const struct kvtier_model *m, const struct kvtier_cuda_seq_opts *g,

@@ -256,16 +256,21 @@ def bfloat16_rows(d, c):
     assert torch.equal(ours.layers[2].keys[0, 1], want[1][ours.positions(2, 1)])
 
 
+def refused(fn, word):
+    """fn() fails with one line that names `word`."""
+    try:
+        fn()
+    except (Error, ValueError) as e:
+        assert word in str(e) and "\n" not in str(e), str(e)
+    else:
+        raise AssertionError(f"accepted: {word}")
+
+
 def bad_input_is_one_line(d, c):
     for fn, word in ((lambda: fresh(c, b=budget(10, policy="nonesuch")), "nonesuch"),
                      (lambda: MODEL(IDS[:, :8].repeat(2, 1), past_key_values=fresh(c)), "batch"),
                      (lambda: Client("/nonexistent/sock", timeout_ms=200), "nonexistent")):
-        try:
-            fn()
-        except (Error, ValueError) as e:
-            assert word in str(e) and "\n" not in str(e), str(e)
-        else:
-            raise AssertionError(f"accepted: {word}")
+        refused(fn, word)
 
 
 def daemon_killed_runtime_goes_on(d, c):

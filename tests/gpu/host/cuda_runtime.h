@@ -217,54 +217,36 @@ template <typename T> static inline void __stcs(T *p, T x)
 #define __stwt __stcs
 #define __stwb __stcs
 /* Fibers change only at barriers: what a thread does between two of them is atomic already. */
-template <typename T> static inline T atomicAdd(T *p, T x)
-{
-	T old = *p;
-
-	*p = old + x;
-	return old;
-}
-template <typename T> static inline T atomicMax(T *p, T x)
-{
-	T old = *p;
-
-	*p = old > x ? old : x;
-	return old;
-}
-template <typename T> static inline T atomicMin(T *p, T x)
-{
-	T old = *p;
-
-	*p = old < x ? old : x;
-	return old;
-}
-template <typename T> static inline T atomicOr(T *p, T x)
-{
-	T old = *p;
-
-	*p = old | x;
-	return old;
-}
-template <typename T> static inline T atomicAnd(T *p, T x)
-{
-	T old = *p;
-
-	*p = old & x;
-	return old;
-}
-template <typename T> static inline T atomicXor(T *p, T x)
-{
-	T old = *p;
-
-	*p = old ^ x;
-	return old;
-}
 template <typename T> static inline T atomicExch(T *p, T x)
 {
 	T old = *p;
 
 	*p = x;
 	return old;
+}
+template <typename T> static inline T atomicAdd(T *p, T x)
+{
+	return atomicExch(p, (T)(*p + x));
+}
+template <typename T> static inline T atomicMax(T *p, T x)
+{
+	return atomicExch(p, (T)(*p > x ? *p : x));
+}
+template <typename T> static inline T atomicMin(T *p, T x)
+{
+	return atomicExch(p, (T)(*p < x ? *p : x));
+}
+template <typename T> static inline T atomicOr(T *p, T x)
+{
+	return atomicExch(p, (T)(*p | x));
+}
+template <typename T> static inline T atomicAnd(T *p, T x)
+{
+	return atomicExch(p, (T)(*p & x));
+}
+template <typename T> static inline T atomicXor(T *p, T x)
+{
+	return atomicExch(p, (T)(*p ^ x));
 }
 template <typename T> static inline T atomicCAS(T *p, T want, T x)
 {
