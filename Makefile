@@ -13,6 +13,7 @@ CC        ?= gcc
 SCDOC     ?= scdoc
 SAN       ?=
 OPT       ?= -O2 -g
+TRIAL     ?=
 
 ifeq ($(V),1)
 Q :=
@@ -23,7 +24,7 @@ say = @printf '  %-7s %s\n'
 endif
 
 CPPFLAGS += -D_GNU_SOURCE -I. -DKVT_VERSION='"$(VERSION)"' -DKVT_SYSCONFDIR='"$(SYSCONFDIR)"' \
-	    -DKVT_DATADIR='"$(PREFIX)/share/kvtier"' -DKVT_PKGLIBDIR='"$(LIBDIR)/kvtier"'
+	    -DKVT_DATADIR='"$(PREFIX)/share/kvtier"' -DKVT_PKGLIBDIR='"$(LIBDIR)/kvtier"' $(if $(TRIAL),-DKVT_TRIAL)
 WARN     := -Wall -Wextra -Werror -Wno-unused-parameter -Wvla -Wstrict-prototypes -Wmissing-prototypes -Wshadow
 CFLAGS   += -std=gnu11 $(OPT) -fPIC -fvisibility=hidden -fno-strict-aliasing -pthread $(WARN) \
 	    $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer)
@@ -47,6 +48,7 @@ CUDA   := $(wildcard policy/train/cuda/*.cu)
 UNIT   := $(wildcard tests/unit/test_*.c)
 BENCH  := $(wildcard tests/bench/bench_*.c)
 HELPERS := $(wildcard tests/integration/*.c)
+TORTURE := $(wildcard tests/torture/*.c)
 
 obj = $(patsubst %.c,$(BUILD)/obj/%.o,$(1))
 ROOMS := $(call obj,$(SHM) $(IPC) $(TIERS) $(POLICY))
@@ -75,6 +77,7 @@ TOOL_BINS  := $(patsubst policy/tools/%.c,$(BUILD)/%,$(TOOLS))
 UNIT_BINS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(UNIT))
 BENCH_BINS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(BENCH))
 HELPER_BINS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(HELPERS))
+TORTURE_BINS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(TORTURE))
 # What checks kernels and the library's CUDA side: on a GPU (make check-gpu), and small on the fake driver (make test).
 GPU_CHECKS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(filter-out tests/gpu/check_train.c,$(wildcard tests/gpu/check_*.c)) tests/gpu/e2e.c)
 SOLIB      := $(BUILD)/libkvtier.so.$(SOVERSION)
@@ -196,6 +199,12 @@ $(BUILD)/tests/integration/%: tests/integration/%.c $(SOLIB) $(BUILD)/librooms.a
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
 		-L$(BUILD) -lkvtier -Wl,-rpath,'$$ORIGIN/../..' $(BUILD)/librooms.a $(LIBS)
 
+$(BUILD)/tests/torture/%: tests/torture/%.c $(BUILD)/libdaemon.a $(BUILD)/librooms.a $(BUILD)/libkvtier.a
+	@mkdir -p $(@D)
+	$(say) LD $@
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
+		$(BUILD)/libkvtier.a $(BUILD)/libdaemon.a $(BUILD)/librooms.a -lcmocka $(LIBS)
+
 # A CUDA driver of host memory with libkvtier's kernels in it, for tests where there is no GPU.
 FAKE_SRC := $(wildcard tests/gpu/host/fake_*.cc) tests/gpu/host/fibers.cc tests/gpu/host/kernels.cc
 FAKE_OBJ := $(patsubst %.cc,$(BUILD)/obj/%.o,$(FAKE_SRC))
@@ -243,7 +252,12 @@ bench-gpu: ## every figure of the GPU; writes tests/bench/results/
 	$(Q)tests/gpu/run bench
 
 .PHONY: tests-bin bench-bin
-tests-bin: all $(UNIT_BINS) $(HELPER_BINS) $(GPU_CHECKS) $(FAKE_CUDA)
+tests-bin: all $(UNIT_BINS) $(HELPER_BINS) $(GPU_CHECKS) $(FAKE_CUDA) $(TORTURE_BINS)
+# With planted bugs and crash points (shm/trial.h), each asleep until the environment names it.
+.PHONY: trial trial-bin
+trial: ## build/trial: the same with bugs that tests must catch and places to die at
+	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/trial TRIAL=1 NVCC= trial-bin
+trial-bin: $(DAEMON_BIN) $(CTL_BIN) $(SOLIB) $(TORTURE_BINS) $(HELPER_BINS)
 bench-bin: all $(BENCH_BINS)
 
 # The interpreter that .ci/deps found or made; tests of the Python package run under it.
@@ -266,11 +280,21 @@ demo: ## the main job on a real model: keep, demote to DRAM and NVMe, drop, brin
 test: ## install what is missing, build, run every test
 	$(Q).ci/deps all
 	$(Q)$(MAKE) --no-print-directory -j2 tests-bin
-	$(Q)$(TESTENV) $(PY) tests/run --timeout 240 tests/check-layers $(sort $(UNIT_BINS)) $(INTEGRATION) $(RUNTIME)
+	$(Q)$(MAKE) --no-print-directory trial
+	$(Q)$(TESTENV) $(PY) tests/run --timeout 400 tests/check-layers tests/check-trials $(sort $(UNIT_BINS)) \
+		$(INTEGRATION) $(RUNTIME) --and $$($(TESTENV) $(PY) tests/torture/run list)
 
 .PHONY: test-unit
 test-unit: tests-bin ## unit tests alone (no model needed)
 	$(Q)$(TESTENV) $(PYTHON) tests/run $(sort $(UNIT_BINS))
+
+.PHONY: torture check-planted
+torture: tests-bin ## the tests of tests/torture at full length (hours); ONLY=1,5 chooses, OUT=FILE keeps the report
+	$(Q)$(MAKE) --no-print-directory trial
+	$(Q)$(TESTENV) $(PY) tests/torture/run full $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
+check-planted: tests-bin ## each of those tests, short, with each bug that it must catch planted
+	$(Q)$(MAKE) --no-print-directory trial
+	$(Q)$(TESTENV) $(PY) tests/torture/run planted $(if $(ONLY),--only $(ONLY))
 
 .PHONY: bench
 bench: bench-bin ## measure against floors and rivals; writes build/bench.json

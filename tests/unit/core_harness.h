@@ -119,6 +119,7 @@ static inline void harness_init(struct harness *h, bool nvme)
 	h->cfg.nvme_segment = UINT64_C(16) << 20;
 	h->cfg.nvme_staging = UINT64_C(8) << 20;
 	h->cfg.nvme_prealloc = false;
+	h->cfg.nvme_io_uring = !getenv("KVT_IO") || strcmp(getenv("KVT_IO"), "threads");
 	strcpy(h->cfg.policy, "client");
 	strcpy(h->cfg.fallback, "streaming");
 	h->cfg.budget_device = h->cfg.budget_dram = h->cfg.budget_nvme = 0;

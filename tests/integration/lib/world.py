@@ -87,7 +87,8 @@ def config_text(run, store, sections):
     base = {
         "kvtierd": {"run_dir": run, "workers": 2},
         "dram": {"size": "64M", "segment": "4M", "huge_pages": "no"},
-        "nvme": {"enabled": "yes", "path": store, "size": "64M", "segment": "1M", "staging": "4M"},
+        "nvme": {"enabled": "yes", "path": store, "size": "64M", "segment": "1M", "staging": "4M",
+                 "io_uring": "no" if os.environ.get("KVT_IO") == "threads" else "yes"},
         "policy": {"default": "random", "fallback": "streaming", "model_dir": os.path.join(run, "models")},
         "tenant default": {},
     }
