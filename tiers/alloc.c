@@ -244,21 +244,13 @@ static void pool_take(struct alloc *a, uint32_t id, uint32_t run)
 		bits_clear(a->avail, id >> 20);
 }
 
-/* Dedicate a slab or run from the pool to a class. */
-static int slab_make(struct alloc *a, uint32_t units)
+/* A pooled run becomes the class's; wide_ready() was called where it is a small one. */
+static void dedicate(struct alloc *a, uint32_t id, uint32_t run, uint32_t units)
 {
-	uint32_t run = best_run(units), id = pool_find(a, run), n;
-	struct alloc_slab *s;
+	struct alloc_slab *s = slab_of(a, id);
+	uint32_t n = places_in(run, units);
 
-	if (id == NIL && run > 1)
-		id = pool_find(a, run = 1);
-	if (id == NIL)
-		return -ENOSPC;
-	if (units < WIDE_BELOW && wide_ready(a, &a->seg[id >> 20]))
-		return -ENOMEM;
 	pool_take(a, id, run);
-	s = slab_of(a, id);
-	n = places_in(run, units);
 	for (uint32_t i = 0; i < run; i++)
 		s[i] = (struct alloc_slab){
 			.units = (uint16_t)units, .run = (uint8_t)run, .run_off = (uint8_t)i};
@@ -272,7 +264,38 @@ static int slab_make(struct alloc *a, uint32_t units)
 	a->cls[units].slabs += run;
 	a->st.stranded += stranded_in(run, units);
 	list_push(a, id);
+}
+
+/* Dedicate a slab or run from the pool to a class. */
+static int slab_make(struct alloc *a, uint32_t units)
+{
+	uint32_t run = best_run(units), id = pool_find(a, run);
+
+	if (id == NIL && run > 1)
+		id = pool_find(a, run = 1);
+	if (id == NIL)
+		return -ENOSPC;
+	if (units < WIDE_BELOW && wide_ready(a, &a->seg[id >> 20]))
+		return -ENOMEM;
+	dedicate(a, id, run, units);
 	return 0;
+}
+
+static void place_mark(struct alloc *a, uint32_t id, uint32_t i)
+{
+	struct alloc_slab *s = slab_of(a, id);
+
+	if (s->units < WIDE_BELOW) {
+		uint64_t *w = wide_of(a, id) + i / 64;
+
+		bits_clear(w, i % 64);
+		if (!*w)
+			bits_clear(&s->bits, i / 64);
+	} else {
+		bits_clear(&s->bits, i);
+	}
+	if (--s->nfree == 0)
+		list_drop(a, id);
 }
 
 /* Take the first free place of a slab that has one; its index. */
@@ -281,20 +304,18 @@ static uint32_t place_take(struct alloc *a, uint32_t id)
 	struct alloc_slab *s = slab_of(a, id);
 	uint32_t i = (uint32_t)__builtin_ctzll(s->bits);
 
-	if (s->units < WIDE_BELOW) {
-		uint64_t *w = wide_of(a, id) + i;
-		uint32_t b = (uint32_t)__builtin_ctzll(*w);
-
-		*w &= *w - 1;
-		if (!*w)
-			bits_clear(&s->bits, i);
-		i = i * 64 + b;
-	} else {
-		bits_clear(&s->bits, i);
-	}
-	if (--s->nfree == 0)
-		list_drop(a, id);
+	if (s->units < WIDE_BELOW)
+		i = i * 64 + (uint32_t)__builtin_ctzll(wide_of(a, id)[i]);
+	place_mark(a, id, i);
 	return i;
+}
+
+static void count_page(struct alloc *a, uint32_t units, uint32_t bytes)
+{
+	a->cls[units].pages++;
+	a->st.pages++;
+	a->st.used += (uint64_t)units * KVT_UNIT;
+	a->st.payload += bytes;
 }
 
 int alloc_get(struct alloc *a, uint32_t bytes, bool borrow, uint64_t *ret)
@@ -317,10 +338,7 @@ int alloc_get(struct alloc *a, uint32_t bytes, bool borrow, uint64_t *ret)
 	}
 	id = a->cls[c].head;
 	i = place_take(a, id);
-	a->cls[c].pages++;
-	a->st.pages++;
-	a->st.used += (uint64_t)c * KVT_UNIT;
-	a->st.payload += bytes;
+	count_page(a, c, bytes);
 	*ret = (uint64_t)(id >> 20) << 32 |
 	       ((uint64_t)(id & (ALLOC_MAX_SLABS - 1)) * ALLOC_SLAB_UNITS + (uint64_t)i * c);
 	return 0;
@@ -362,6 +380,70 @@ int alloc_check(const struct alloc *a, uint64_t addr, uint32_t bytes)
 	uint32_t id, i;
 
 	return place_find(a, addr, bytes, &id, &i);
+}
+
+int alloc_where(const struct alloc *a, uint64_t addr, uint32_t bytes, struct alloc_place *ret)
+{
+	const struct alloc_slab *s;
+	uint32_t id, i;
+	int r = place_find(a, addr, bytes, &id, &i);
+
+	if (r < 0)
+		return r;
+	s = &a->seg[id >> 20].slab[id & (ALLOC_MAX_SLABS - 1)];
+	*ret = (struct alloc_place){
+		.units = s->units,
+		.run = s->run,
+		.run_off = (uint8_t)((uint32_t)addr / ALLOC_SLAB_UNITS - (id & (ALLOC_MAX_SLABS - 1))),
+	};
+	return 0;
+}
+
+/* The run that begins at slab `at` is this class's; it is made so when it was in the pool. */
+static int restore_run(struct alloc *a, uint32_t seg, uint32_t at, const struct alloc_place *p)
+{
+	struct alloc_seg *g = &a->seg[seg];
+	const struct alloc_slab *s = &g->slab[at];
+
+	if (s->units)
+		return s->units == p->units && s->run == p->run && !s->run_off ? 0 : -EINVAL;
+	for (uint32_t i = 0; i < p->run; i++)
+		if (!bits_test(g->pool, at + i))
+			return -EINVAL;
+	if (p->units < WIDE_BELOW && wide_ready(a, g))
+		return -ENOMEM;
+	dedicate(a, slab_id(seg, at), p->run, p->units);
+	return 0;
+}
+
+int alloc_restore(struct alloc *a, uint64_t addr, uint32_t bytes, const struct alloc_place *p)
+{
+	uint32_t seg = alloc_addr_seg(addr), unit = (uint32_t)addr, at = unit / ALLOC_SLAB_UNITS, off, i;
+	uint32_t need = (uint32_t)DIV_UP((uint64_t)bytes, KVT_UNIT);
+	const struct alloc_slab *s;
+	bool is_free;
+	int r;
+
+	if (seg >= a->top || !a->seg[seg].slab || !need || need > p->units || need * 2 < p->units ||
+	    p->units > ALLOC_MAX_UNITS || !p->run || p->run > MAX_RUN || p->run_off >= p->run ||
+	    at < p->run_off || at - p->run_off + p->run > a->seg[seg].slabs)
+		return -EINVAL;
+	at -= p->run_off;
+	off = unit - at * ALLOC_SLAB_UNITS;
+	i = off / p->units;
+	if (off % p->units || i >= places_in(p->run, p->units))
+		return -EINVAL;
+	r = restore_run(a, seg, at, p);
+	if (r < 0)
+		return r;
+	s = &a->seg[seg].slab[at];
+	is_free = s->units < WIDE_BELOW ? bits_test(a->seg[seg].wide + (uint64_t)at * WIDE_WORDS, i)
+					: bits_test(&s->bits, i);
+	if (!is_free)
+		return -EINVAL;
+	place_mark(a, slab_id(seg, at), i);
+	count_page(a, p->units, bytes);
+	return 0;
 }
 
 /* Return a slab or run without pages to the pool. True when that empties its segment. */

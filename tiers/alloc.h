@@ -109,4 +109,17 @@ int alloc_get(struct alloc *a, uint32_t bytes, bool borrow, uint64_t *ret);
 int alloc_put(struct alloc *a, uint64_t addr, uint32_t bytes);
 /* 0 when addr is a place in use that can hold `bytes`, else -EINVAL. */
 int alloc_check(const struct alloc *a, uint64_t addr, uint32_t bytes);
+/* How a place was cut, so that a later life can cut it again. */
+struct alloc_place {
+	uint16_t units;  /* its class: what it really takes */
+	uint8_t run;     /* slabs in its run */
+	uint8_t run_off; /* slab of the run in which it begins */
+};
+/* Of a place in use; -EINVAL when it is none. */
+int alloc_where(const struct alloc *a, uint64_t addr, uint32_t bytes, struct alloc_place *ret);
+/*
+ * Put the place in use again that alloc_where() described, in an allocator that has the segment. 0, -EINVAL (no
+ * such place, another in its way, or in use), -ENOMEM. Nothing is believed: p may be garbage.
+ */
+int alloc_restore(struct alloc *a, uint64_t addr, uint32_t bytes, const struct alloc_place *p);
 void alloc_stat(const struct alloc *a, struct alloc_stat *ret);
