@@ -84,7 +84,8 @@ static int dram_open(struct tier **ret, const struct tier_cfg *cfg, char *err, s
 	d->no_huge = cfg->no_huge;
 	d->tail = &d->head;
 	d->slot = calloc(DRAM_SLOTS, sizeof(*d->slot)); /* what is not used is not touched */
-	if (!d->slot)
+	d->keep = cfg->keep;
+	if (!d->slot || dram_adopt(d) < 0)
 		goto nomem;
 	*ret = &d->tier;
 	return 0;
@@ -126,6 +127,7 @@ static void dram_submit(struct tier *t, struct tier_io *const *ios, unsigned n)
 			d->st.reads++;
 			d->st.read_bytes += io->bytes;
 		} else {
+			dram_remember(d, io);
 			d->st.writes++;
 			d->st.write_bytes += io->bytes;
 			d->st.device_write_bytes += ALIGN_UP((uint64_t)io->bytes, KVT_UNIT);
@@ -247,6 +249,11 @@ static int dram_segment(struct tier *t, uint64_t owner, uint32_t number, uint64_
 	return s->seg.fd;
 }
 
+static void dram_op_forget(struct tier *t, tier_addr addr)
+{
+	dram_forget(dram_of(t), addr);
+}
+
 static void dram_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *ret)
 {
 	struct dram *d = dram_of(t);
@@ -264,7 +271,7 @@ static void dram_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *r
 	};
 	if (owner) /* the empty private one would be given up */
 		for (uint32_t i = 0; (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top; i++)
-			ret->room += d->slot[i].seg.size;
+			ret->room += d->slot[i].bytes;
 }
 
 const struct tier_ops tier_dram_ops = {
@@ -272,11 +279,13 @@ const struct tier_ops tier_dram_ops = {
 	.caps = TIER_CAP_MAPPED,
 	.open = dram_open,
 	.close = dram_close,
+	.scan = dram_scan,
 	.prepare = dram_prepare,
 	.submit = dram_submit,
 	.reap = dram_reap,
 	.release = dram_release,
 	.free = dram_free,
+	.forget = dram_op_forget,
 	.event_fd = dram_event_fd,
 	.stat = dram_stat,
 	.tick = dram_tick,

@@ -9,6 +9,7 @@
  * Everything on the tier's owner thread, except that a thread of its own unmaps segments.
  */
 #include "tiers/alloc.h"
+#include "tiers/dram_dir.h"
 #include "tiers/tier.h"
 #include "shm/seg.h"
 
@@ -32,8 +33,10 @@ struct pool {
 
 struct dram_seg {
 	struct seg seg;
-	struct pool *pool; /* NULL: free slot */
-	uint32_t gen;      /* of the published segment that is here, or was last; 12 bits */
+	uint64_t bytes;      /* of pages; a directory may follow */
+	struct dram_dir dir; /* of a private segment that outlives us; id 0: it does not */
+	struct pool *pool;   /* NULL: free slot */
+	uint32_t gen;        /* of the published segment that is here, or was last; 12 bits */
 };
 
 struct dead_seg { /* to be unmapped */
@@ -51,6 +54,8 @@ struct dram {
 	uint64_t published;                 /* of that, of published ones */
 	int node;
 	bool no_huge;
+	const struct tier_keep *keep; /* NULL: memory ends with the process */
+	bool scanning;                /* segments stay, empty or not */
 	struct tier_io *head, **tail; /* finished, not yet reaped */
 	struct tier_stat st;
 	int grow_err;         /* why the last segment could not be made */
@@ -73,9 +78,25 @@ struct pool *dram_pool_get(struct dram *d, uint64_t owner);
 int dram_place(struct dram *d, struct pool *p, uint32_t bytes, uint64_t room, tier_addr *ret);
 /* A place is free again. -EINVAL: it was not in use. */
 int dram_put(struct dram *d, tier_addr addr, uint32_t bytes);
+/* It is written: a later life may find it. / No later life shall. Where there is none nothing happens. */
+void dram_remember(struct dram *d, const struct tier_io *io);
+void dram_forget(struct dram *d, tier_addr addr);
 /* Where a page of `bytes` at addr lies; NULL: there is none. */
 void *dram_page(const struct dram *d, tier_addr addr, uint32_t bytes);
 /* Nobody names the pool's segments any more. p is gone when it has none left. */
 void dram_pool_release(struct dram *d, struct pool *p);
-/* End: unmap everything. */
+/* The segment takes a free slot; its memory is a private one's. Takes seg and dir on success only. */
+int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes);
+/* Private segments without a page, but for one. */
+void dram_trim(struct dram *d);
+/* End: unmap everything. What is kept stays kept. */
 void dram_unmap(struct dram *d);
+
+/* ---- dram_keep.c: what outlives us -------------------------------------------------------- */
+/* Hand a new segment over. 0 and its directory made, or not kept: -errno. */
+int dram_keep(const struct dram *d, const struct seg *s, uint64_t bytes, struct dram_dir *ret);
+/* It goes. */
+void dram_unkeep(const struct dram *d, const struct dram_dir *dir);
+/* Take over what earlier lives left. Refuses with a line each; -ENOMEM alone fails. */
+int dram_adopt(struct dram *d);
+int dram_scan(struct tier *t, tier_found_fn fn, void *arg);

@@ -133,8 +133,10 @@ void dram_unmap(struct dram *d)
 
 	reaper_join(d);
 	for (uint32_t i = 0; d->slot && i < d->top; i++)
-		if (d->slot[i].pool)
+		if (d->slot[i].pool) {
 			seg_close(&d->slot[i].seg);
+			dir_free(&d->slot[i].dir);
+		}
 	alloc_fini(&d->private.alloc);
 	while ((p = LIST_FIRST(&d->pools))) {
 		LIST_REMOVE(p, link);
@@ -153,11 +155,13 @@ static void give_back(struct dram *d, uint32_t i)
 
 	if (alloc_remove(&p->alloc, i) < 0)
 		return;
-	p->mapped -= s->seg.size;
-	d->mapped -= s->seg.size;
+	p->mapped -= s->bytes;
+	d->mapped -= s->bytes;
 	if (p->owner)
-		d->published -= s->seg.size;
+		d->published -= s->bytes;
 	s->pool = NULL;
+	dram_unkeep(d, &s->dir);
+	dir_free(&s->dir);
 	unmap(d, &s->seg);
 	while (d->top && !d->slot[d->top - 1].pool)
 		d->top--;
@@ -187,30 +191,29 @@ static uint64_t next_size(struct dram *d, const struct pool *p, uint64_t room)
 
 static int make(const struct dram *d, const struct pool *p, uint64_t bytes, struct seg *ret)
 {
-	return seg_create(ret, p->owner ? SEG_PUBLISHED : SEG_PRIVATE,
-			  p->owner ? "kvtier-direct" : "kvtier-dram", bytes, d->no_huge ? 0 : SEG_F_HUGE);
+	unsigned flags = d->no_huge ? 0 : SEG_F_HUGE;
+
+	if (p->owner)
+		return seg_create(ret, SEG_PUBLISHED, "kvtier-direct", bytes, flags);
+	return seg_create(ret, SEG_PRIVATE, "kvtier-dram", bytes + (d->keep ? dir_bytes(bytes) : 0), flags);
 }
 
-/* Add one segment of what is left of the capacity. -ENOSPC when nothing is, or none can be made. */
-static int grow(struct dram *d, struct pool *p, uint64_t room)
+int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes)
 {
-	uint64_t bytes = next_size(d, p, room);
-	struct seg s = SEG_INIT;
 	uint32_t i = 0;
 	int r;
 
 	while (i < d->top && d->slot[i].pool)
 		i++;
-	if (!bytes || i == DRAM_SLOTS)
+	if (i == DRAM_SLOTS)
 		return -ENOSPC;
-	r = make(d, p, bytes, &s);
-	if (r < 0)
-		goto fail;
 	r = alloc_add_at(&p->alloc, i, (uint32_t)(bytes / ALLOC_SLAB_BYTES));
 	if (r < 0)
-		goto fail;
-	place(d, &s);
-	d->slot[i].seg = s;
+		return r;
+	place(d, s);
+	d->slot[i].seg = *s;
+	d->slot[i].bytes = bytes;
+	d->slot[i].dir = *dir;
 	d->slot[i].pool = p;
 	if (p->owner)
 		d->slot[i].gen = (d->slot[i].gen + 1) % (1u << DRAM_SLOT_BITS);
@@ -219,7 +222,27 @@ static int grow(struct dram *d, struct pool *p, uint64_t room)
 	d->mapped += bytes;
 	d->published += p->owner ? bytes : 0;
 	return 0;
-fail:
+}
+
+/* Add one segment of what is left of the capacity. -ENOSPC when nothing is, or none can be made. */
+static int grow(struct dram *d, struct pool *p, uint64_t room)
+{
+	uint64_t bytes = next_size(d, p, room);
+	struct dram_dir dir = {0};
+	struct seg s = SEG_INIT;
+	int r;
+
+	if (!bytes)
+		return -ENOSPC;
+	r = make(d, p, bytes, &s);
+	if (!r && !p->owner && d->keep)
+		(void)dram_keep(d, &s, bytes, &dir); /* else it ends with us, as it would without */
+	if (!r)
+		r = dram_seat(d, p, &s, &dir, bytes);
+	if (!r)
+		return 0;
+	dram_unkeep(d, &dir);
+	dir_free(&dir);
 	seg_close(&s);
 	d->grow_err = -r;
 	d->st.errors++;
@@ -279,14 +302,47 @@ int dram_put(struct dram *d, tier_addr addr, uint32_t bytes)
 	uint64_t local;
 	struct dram_seg *s = resolve(d, addr, &local);
 	struct pool *p = s ? s->pool : NULL;
-	int r = s ? alloc_put(&p->alloc, local, bytes) : -EINVAL;
+	int r = s ? alloc_check(&p->alloc, local, bytes) : -EINVAL;
 
+	if (r < 0)
+		return r;
+	if (s->dir.id)
+		dir_del(&s->dir, (uint32_t)local);
+	r = alloc_put(&p->alloc, local, bytes);
 	if (r <= 0)
 		return r;
-	if (p->owner ? !p->held : p->alloc.st.empty_segs > 1)
+	if (p->owner ? !p->held : p->alloc.st.empty_segs > 1 && !d->scanning)
 		give_back(d, alloc_addr_seg(local));
 	pool_end(p);
 	return 0;
+}
+
+void dram_remember(struct dram *d, const struct tier_io *io)
+{
+	struct alloc_place place;
+	uint64_t local;
+	struct dram_seg *s = io->seq && io->life == TIER_LONG ? resolve(d, io->addr, &local) : NULL;
+
+	if (s && s->dir.id && !alloc_where(&s->pool->alloc, local, io->bytes, &place))
+		dir_put(&s->dir, (uint32_t)local, &place, &io->meta, io->seq);
+}
+
+void dram_forget(struct dram *d, tier_addr addr)
+{
+	uint64_t local;
+	struct dram_seg *s = resolve(d, addr, &local);
+
+	if (s && s->dir.id)
+		dir_del(&s->dir, (uint32_t)local);
+}
+
+void dram_trim(struct dram *d)
+{
+	uint32_t i = 0;
+
+	while (d->private.alloc.st.empty_segs > 1 &&
+	       (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top)
+		give_back(d, i++);
 }
 
 void *dram_page(const struct dram *d, tier_addr addr, uint32_t bytes)

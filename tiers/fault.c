@@ -350,6 +350,14 @@ static void fault_free(struct tier *t, tier_addr addr, uint32_t bytes)
 	l->ops->free(l, addr, bytes);
 }
 
+static void fault_forget(struct tier *t, tier_addr addr)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	if (l->ops->forget)
+		l->ops->forget(l, addr);
+}
+
 static int fault_sync(struct tier *t)
 {
 	struct tier *l = fault_of(t)->lower;
@@ -428,6 +436,7 @@ const struct tier_ops tier_fault_ops = {
 	.reap = fault_reap,
 	.release = fault_release,
 	.free = fault_free,
+	.forget = fault_forget,
 	.sync = fault_sync,
 	.event_fd = fault_event_fd,
 	.stat = fault_stat,

@@ -108,6 +108,26 @@ struct tier_owner {
 	uint32_t segments, empty; /* empty: kept for its next pages */
 };
 
+#define TIER_KEEP_NAME 32 /* bytes, terminator included */
+
+/*
+ * Where memory outlives the process: systemd's fd store, behind the daemon. Called on the tier's owner
+ * thread. Its segments are ours alone: nobody else writes there.
+ */
+struct tier_keep {
+	void *arg;
+	/* Hand over a duplicate under this name. 0, or -errno: the memory ends with the process. */
+	int (*store)(void *arg, const char *name, int fd);
+	void (*drop)(void *arg, const char *name);
+	/* One that an earlier life left is not taken over, and dropped: one line. */
+	void (*refused)(void *arg, const char *name, const char *why);
+	struct tier_kept {
+		char name[TIER_KEEP_NAME];
+		int fd; /* set to -1 when taken */
+	} * kept;       /* what earlier lives left */
+	unsigned n;
+};
+
 struct tier_cfg {
 	const char *path;     /* nvme: directory of the container files */
 	uint64_t size;        /* capacity in bytes */
@@ -119,6 +139,7 @@ struct tier_cfg {
 	bool prealloc;        /* nvme: write containers over once at creation (default true in the daemon) */
 	bool no_huge;         /* dram */
 	int node;             /* dram: NUMA node, -1 = interleave over all */
+	const struct tier_keep *keep; /* dram: NULL: its memory ends with the process */
 	const char *fault; /* fault: "seed=N,write_eio=P,...,delay_us=N", keys in tiers/fault.h, P in 1/1000 */
 	const struct tier_ops *lower_ops; /* fault: what it wraps */
 };
@@ -135,7 +156,7 @@ struct tier_ops {
 	int (*open)(struct tier **ret, const struct tier_cfg *cfg, char *err, size_t errsize);
 	/* May block until I/O in flight ends or its deadline passes. NULL is fine. */
 	void (*close)(struct tier *t);
-	/* Durable tiers: walk what a previous life left. Before any other use. NULL: nothing to find. */
+	/* Walk what a previous life left. Before any other use. NULL: nothing to find. */
 	int (*scan)(struct tier *t, tier_found_fn fn, void *arg);
 	/* Reserve place (write) and buffer (both). -ENOSPC no place, -EAGAIN no buffer now: reap and retry. */
 	int (*prepare)(struct tier *t, struct tier_io *io);
@@ -147,6 +168,8 @@ struct tier_ops {
 	void (*release)(struct tier *t, struct tier_io *io);
 	/* The page at addr is dead. `bytes` as given at the write. Never while it is being read. */
 	void (*free)(struct tier *t, tier_addr addr, uint32_t bytes);
+	/* The page stays, but no later life shall find it. NULL: it can not be had. */
+	void (*forget)(struct tier *t, tier_addr addr);
 	/* Flush what is buffered so that it survives a restart. May block. NULL for volatile tiers. */
 	int (*sync)(struct tier *t);
 	int (*event_fd)(struct tier *t); /* -1 when everything completes in submit */
