@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: MIT */
+#include <sys/random.h>
 #include "shm/handle.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define NO_SLOT UINT32_MAX
@@ -8,7 +10,7 @@
 struct handle_slot {
 	void *obj; /* NULL: free or retired */
 	const void *owner;
-	uint32_t gen; /* of the live handle, or of the next one; starts at 1 so that no handle is 0 */
+	uint32_t gen; /* of the live handle, or of the next one; never 0, so that no handle is */
 	uint32_t next_free;
 };
 
@@ -19,7 +21,18 @@ struct handle_table {
 	uint32_t used; /* slots ever handed out */
 	uint32_t free_head;
 	uint32_t count;
+	uint32_t first; /* generation that slots begin with */
 };
+
+/* Somewhere in the lower half, so that what an earlier process gave out is stale here, and 2^31 are left. */
+static uint32_t first_generation(void)
+{
+	uint32_t n = 0;
+
+	if (planted("handles-start-over") || getrandom(&n, sizeof(n), 0) != sizeof(n))
+		n = 0;
+	return n % (UINT32_MAX / 2) + 1;
+}
 
 int handle_table_new(struct handle_table **ret, uint32_t max)
 {
@@ -28,6 +41,7 @@ int handle_table_new(struct handle_table **ret, uint32_t max)
 	if (!t)
 		return -ENOMEM;
 	t->max = MIN(max, NO_SLOT);
+	t->first = first_generation();
 	t->free_head = NO_SLOT;
 	*ret = t;
 	return 0;
@@ -66,7 +80,7 @@ static uint32_t take_slot(struct handle_table *t)
 	}
 	if (t->used == t->cap && !grow(t))
 		return NO_SLOT;
-	t->slot[t->used].gen = 1;
+	t->slot[t->used].gen = t->first;
 	return t->used++;
 }
 

@@ -3,7 +3,8 @@
 /*
  * Handles: 64-bit, index in the low half, generation in the high half. The
  * owner is checked at every use. A slot's generation rises on free and a slot
- * whose generation would wrap is retired, so a stale handle never resolves.
+ * whose generation would wrap is retired, so a stale handle never resolves. Generations begin at
+ * random, so that handles of an earlier process are stale too.
  * Private memory; event-loop thread only.
  */
 #include <stdint.h>
