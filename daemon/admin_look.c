@@ -48,6 +48,9 @@ static json_t *tier_json(const struct core_stat *s, unsigned t)
 		set_num(o, "published_bytes", ts->published);
 		set_num(o, "published_held_bytes", ts->held);
 	}
+	set_num(o, "returned_bytes", s->returned[t]);
+	if (t == KVT_TIER_DRAM)
+		set_bool(o, "kept", s->kept);
 	set_num(o, "free_min_permille", s->marks[t].min);
 	set_num(o, "free_low_permille", s->marks[t].low);
 	set_num(o, "free_high_permille", s->marks[t].high);

@@ -87,7 +87,9 @@ void budget_for(struct plan *p)
 	}
 	if (p->saving) {
 		want[0] = 0;
-		want[1] = c->draining ? 0 : ROWS_ALL;
+		want[1] = c->draining && !c->keep
+				  ? 0
+				  : ROWS_ALL; /* else on to nvme from there, as far as it takes them */
 		want[2] = ROWS_ALL;
 	}
 	/* Below min nothing new enters DRAM: rows pass it by. */

@@ -135,6 +135,7 @@ static int open_tier(struct core *c, int t, char *err, size_t errsize)
 		.prealloc = cfg->nvme_prealloc,
 		.no_huge = !cfg->dram_huge,
 		.node = cfg->dram_node,
+		.keep = c->keep,
 	};
 
 	if (dram ? !cfg->dram_size : !cfg->nvme_enabled)
@@ -211,6 +212,12 @@ static int core_open(struct core *c, char *err, size_t errsize)
 
 int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *err, size_t errsize)
 {
+	return core_new_keeping(ret, cfg, NULL, ev, err, errsize);
+}
+
+int core_new_keeping(struct core **ret, const struct config *cfg, const struct tier_keep *keep, sd_event *ev,
+		     char *err, size_t errsize)
+{
 	struct core *c = calloc(1, sizeof(*c));
 	int r;
 
@@ -219,6 +226,7 @@ int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *er
 		return KVT_E_NOMEM;
 	}
 	c->cfg = *cfg;
+	c->keep = keep;
 	c->ev = sd_event_ref(ev);
 	c->feed_seg = (struct seg)SEG_INIT;
 	c->tenants = cfg->tenants;
@@ -384,7 +392,8 @@ void drain_check(struct core *c)
 	if (!all && !late)
 		return;
 	if (!all)
-		log_line(LOG_WARNING, "drain: deadline passed, what is not on nvme yet is lost");
+		log_line(LOG_WARNING, "drain: deadline passed, what is not on nvme yet is %s",
+			 c->keep ? "lost if this is no restart" : "lost");
 	c->drain_done = NULL;
 	if (nvme && nvme->ops->sync && nvme->ops->sync(nvme) < 0)
 		log_line(LOG_ERR, "drain: the nvme tier could not be flushed");

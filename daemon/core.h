@@ -15,8 +15,11 @@
 
 struct core;
 
-/* Open tiers, scan the NVMe tier, make the feed, start workers. cfg is copied. */
+/* Open tiers, scan those that survive us, make the feed, start workers. cfg is copied. */
 int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *err, size_t errsize);
+/* The same where DRAM outlives the process; keep must outlive the core. NULL: it does not. */
+int core_new_keeping(struct core **ret, const struct config *cfg, const struct tier_keep *keep, sd_event *ev,
+		     char *err, size_t errsize);
 /* Serve this listening socket (SEQPACKET, taken). tenant: index into cfg, or -1: the admin socket. */
 int core_listen(struct core *c, int fd, int tenant);
 /* Stop accepting, flush leased sequences to NVMe, then call done once (from the loop). */
@@ -45,6 +48,9 @@ struct core_stat {
 	uint64_t direct_demotions, hangups_protocol, admin_mutations;
 	uint64_t index_bytes, staging_bytes, plan_bytes, directory_bytes;
 	uint64_t loop_max_ns; /* longest slice of the event loop */
+	uint64_t
+		returned[KVT_TIERS]; /* bytes of pages that an earlier life left there and the start believed */
+	bool kept;                   /* DRAM outlives the process */
 	bool observe, frozen, draining;
 	char policy[32];
 };

@@ -230,6 +230,25 @@ int index_list_page(struct index *ix, struct page *p)
 	return 0;
 }
 
+struct page *index_find(const struct index *ix, uint32_t lane, uint32_t first, uint64_t number)
+{
+	const struct lane_pages *lp = &ix->lane[lane];
+	uint32_t lo = 0, hi = lp->n;
+
+	while (lo < hi) {
+		uint32_t mid = lo + (hi - lo) / 2;
+
+		if (lp->v[mid]->first < first)
+			lo = mid + 1;
+		else
+			hi = mid;
+	}
+	for (; lo < lp->n && lp->v[lo]->first == first; lo++)
+		if (lp->v[lo]->number == number)
+			return lp->v[lo];
+	return NULL;
+}
+
 /* The page's rows in word w for which it speaks: positions below both the cut and the end of the index. */
 static uint64_t valid_rows(const struct page *p, uint32_t w, uint32_t end)
 {

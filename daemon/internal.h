@@ -189,10 +189,11 @@ struct seq {
 	bool compacting;
 	uint32_t compact_lane;
 	TAILQ_ENTRY(seq) compacts;
-	uint32_t repacks;  /* on their way */
-	struct page *note; /* see restart.c */
-	bool noting, note_again;
-	bool recount; /* background moves changed the counts */
+	uint32_t repacks;             /* on their way */
+	struct page *note[KVT_TIERS]; /* see restart.c */
+	uint32_t noting;              /* on their way */
+	bool note_busy, note_again;   /* one to nvme is, and another is due */
+	bool recount;                 /* background moves changed the counts */
 	STAILQ_ENTRY(seq) recounts;
 	uint32_t flushes;
 	bool recalls;                /* its pages get summaries */
@@ -261,6 +262,7 @@ struct plan {
 struct core {
 	struct config cfg;
 	sd_event *ev;
+	const struct tier_keep *keep; /* NULL: DRAM ends with the process */
 	struct workers *workers;
 	struct page_store pages;
 	sd_event_source *tier_io[KVT_TIERS], *tick, *poll, *pump;
@@ -523,6 +525,8 @@ void pio_read(struct pio *io);
 int pio_prepare(struct pio *io, const struct seq *s);
 /* Start a prepared write whose buffer is filled and whose page has its crc. */
 void pio_write(struct pio *io);
+/* The same, and the tier has it when this returns. */
+void pio_write_now(struct pio *io);
 /* Check a page against its identity. Any thread. */
 bool page_verify(const struct page *p, const void *buf);
 /* A page could not be read or checked: count it, take its rows out of that tier. */
@@ -680,6 +684,8 @@ void score_combine(const struct seq *s, const struct policy_use *use, uint32_t l
 int restart_scan(struct core *c);
 /* Write the sequence's epochs beside its pages so that a restart can cut them. */
 void restart_note(struct seq *s);
+/* Its rows from `cut` on are over: a life that begins this moment must know. DRAM only, at once. */
+void restart_cut(struct seq *s);
 void restart_forget(struct seq *s);
 
 /* ---- verify.c, stat.c ------------------------------------------------------------------------ */

@@ -7,6 +7,7 @@
 #include <sys/un.h>
 #include <syslog.h>
 #include <systemd/sd-daemon.h>
+#include "daemon/fdstore.h"
 #include "daemon/listen.h"
 #include "ipc/sock.h"
 #include "shm/util.h"
@@ -36,14 +37,19 @@ static int match(const struct listeners *l, const struct config *cfg, int fd, co
 	return -1;
 }
 
-static void take_passed(struct listeners *l, const struct config *cfg)
+static void take_passed(struct listeners *l, const struct config *cfg, struct fdstore *store)
 {
 	char **names = NULL;
 	int n = sd_listen_fds_with_names(1, &names);
 
 	for (int k = 0; k < n; k++) {
-		int fd = SD_LISTEN_FDS_START + k, i = match(l, cfg, fd, names[k]);
+		bool kept = fdstore_offer(store, SD_LISTEN_FDS_START + k, names[k]);
+		int fd = SD_LISTEN_FDS_START + k, i = kept ? -1 : match(l, cfg, fd, names[k]);
 
+		if (kept) {
+			free(names[k]);
+			continue;
+		}
 		if (i >= 0 && l->fd[i] < 0 && sd_is_socket(fd, AF_UNIX, SOCK_SEQPACKET, 1) > 0) {
 			fcntl(fd, F_SETFL,
 			      fcntl(fd, F_GETFL) | O_NONBLOCK); /* the loop must not wait in accept */
@@ -100,7 +106,8 @@ static int make(struct listeners *l, const struct config *cfg, unsigned i, char 
 	return set_group(l->path[i], t ? t->socket_group : cfg->admin_group, err, errsize);
 }
 
-int listeners_open(struct listeners *l, const struct config *cfg, char *err, size_t errsize)
+int listeners_open(struct listeners *l, const struct config *cfg, struct fdstore *store, char *err,
+		   size_t errsize)
 {
 	memset(l, 0, sizeof(*l));
 	l->n = cfg->tenants + 1;
@@ -114,7 +121,7 @@ int listeners_open(struct listeners *l, const struct config *cfg, char *err, siz
 			return r;
 		}
 	}
-	take_passed(l, cfg);
+	take_passed(l, cfg, store);
 	for (unsigned i = 0; i < l->n; i++) {
 		int r = l->fd[i] < 0 ? make(l, cfg, i, err, errsize) : 0;
 

@@ -12,6 +12,7 @@
 #include <syslog.h>
 #include <systemd/sd-daemon.h>
 #include "daemon/admin.h"
+#include "daemon/fdstore.h"
 #include "daemon/listen.h"
 #include "shm/util.h"
 
@@ -27,6 +28,7 @@ struct app {
 	struct core *core;
 	struct config cfg;
 	struct listeners listeners;
+	struct fdstore store;
 	const char *file;    /* -c; NULL: CONFIG_FILE if there is one */
 	const char *run_dir; /* --run-dir; overrides the file */
 	uint64_t tick_us;
@@ -228,12 +230,14 @@ static int start(struct app *app, char *err, size_t errsize)
 		snprintf(err, errsize, "event loop: %s", strerror(-r));
 		return r;
 	}
-	r = listeners_open(&app->listeners, &app->cfg, err, errsize);
+	fdstore_open(&app->store);
+	r = listeners_open(&app->listeners, &app->cfg, &app->store, err, errsize);
 	if (r < 0)
 		return r;
-	r = core_new(&app->core, &app->cfg, app->ev, err, errsize);
+	r = core_new_keeping(&app->core, &app->cfg, fdstore_keep(&app->store), app->ev, err, errsize);
 	if (r < 0)
 		return r;
+	fdstore_sweep(&app->store);
 	admin_set_config(&app->cfg);
 	admin_set_hooks(request_drain, reload, app);
 	r = add_events(app);
@@ -289,6 +293,7 @@ static int run(struct app *app)
 	}
 	listeners_close(&app->listeners);
 	core_free(app->core);
+	fdstore_close(&app->store);
 	sd_event_unref(app->ev);
 	return r;
 }

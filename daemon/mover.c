@@ -139,7 +139,7 @@ static bool room_for(struct pio *io, const struct seq *s)
 	if (dram) {
 		/* Its own segments have room for it whatever is left; new ones only as far as something is. */
 		held = used + direct_held(c, charge, 0);
-		io->io.owner = direct_owner_of(s);
+		io->io.owner = io->page->lane == PAGE_NOTE_LANE ? 0 : direct_owner_of(s);
 		io->io.room = limit > held ? limit - held : 0;
 		used = io->io.owner ? used + direct_held(c, charge, io->io.owner) : held;
 	}
@@ -183,6 +183,12 @@ void pio_write(struct pio *io)
 {
 	io->io.meta.crc = io->page->crc;
 	enqueue(io);
+}
+
+void pio_write_now(struct pio *io)
+{
+	pio_write(io);
+	submit(io->core, io->tier);
 }
 
 bool page_verify(const struct page *p, const void *buf)

@@ -13,8 +13,9 @@
 #include "shm/bits.h"
 #include "tiers/tier.h"
 
-#define PAGE_ROWS 128u /* rows of a page at most */
-#define PAGE_SPAN 32u  /* words of its position bitmap at most: 2,048 positions */
+#define PAGE_ROWS 128u         /* rows of a page at most */
+#define PAGE_SPAN 32u          /* words of its position bitmap at most: 2,048 positions */
+#define PAGE_NOTE_LANE 0xffffu /* of a page that holds no rows but what a restart must know: restart.c */
 
 /* Whose rows they are: the part of the identity that many pages share. */
 struct origin {

@@ -1,18 +1,20 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Restart: leased sequences are found again by the pages they left on the NVMe
- * tier. What a page cannot tell is which of its rows a later truncation cut off;
- * a note (a page of lane NOTE_LANE) written at every truncation and at the end
- * holds the list. Without a note of the newest epoch only pages of that epoch
+ * Restart: leased sequences are found again by the pages they left in tiers that outlive the daemon: on NVMe,
+ * and in DRAM where systemd holds its memory. What a page cannot tell is which of its rows a later truncation
+ * cut off; a note (a page of lane PAGE_NOTE_LANE) written at every truncation and at the end holds the list.
+ * Each such tier has its own, the newer one counts. Without a note of the newest epoch only pages of that epoch
  * are believed: fewer rows, never wrong ones.
+ *
+ * In DRAM the note is there before a truncation is answered. Pages found in both tiers are one page.
  */
 #include <poll.h>
 #include <string.h>
 #include "daemon/internal.h"
 #include "shm/crc.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
-#define NOTE_LANE 0xffffu
 #define NOTE_MAGIC 0x314f4e5453455651u
 #define NOTE_BYTES KVT_UNIT
 #define NOTE_MARKS ((NOTE_BYTES - 24) / sizeof(struct epoch_mark))
@@ -24,87 +26,152 @@ struct note {
 };
 _Static_assert(sizeof(struct note) == NOTE_BYTES, "one unit on disk");
 
+/* Do pages of this tier outlive us? */
+static bool outlives(const struct core *c, int tier)
+{
+	const struct tier *t = c->pages.tier[tier];
+
+	return t && (tier == KVT_TIER_DRAM ? c->keep != NULL : t->ops->caps & TIER_CAP_DURABLE);
+}
+
 /* ---- writing -------------------------------------------------------------------- */
+
+/* The page is a note of s; what it had there before goes. Takes no reference of the caller's. */
+static void note_take(struct seq *s, int tier, struct page *p)
+{
+	struct page *old = s->note[tier];
+
+	s->note[tier] = p;
+	page_ref(p);
+	if (old)
+		page_unref(&s->core->pages, old);
+}
 
 static void note_end(struct pio *io)
 {
 	struct seq *s = io->owner;
 	struct core *c = io->core;
 	struct page *p = io->page;
+	int tier = io->tier;
 
 	page_ref(p);
-	s->noting = false;
-	if (!io->io.res && !page_set_copy(&c->pages, p, KVT_TIER_NVME, io->io.addr) && !s->dead) {
-		struct page *old = s->note;
-
-		s->note = p;
-		page_ref(p);
-		if (old)
-			page_unref(&c->pages, old);
-	}
+	s->noting--;
+	/* In DRAM several may be on their way. */
+	if (!io->io.res && !page_set_copy(&c->pages, p, tier, io->io.addr) && !s->dead &&
+	    (!s->note[tier] || s->note[tier]->number < p->number))
+		note_take(s, tier, p);
 	pio_free(io);
 	page_unref(&c->pages, p);
-	if (!s->dead && s->note_again)
-		restart_note(s);
+	if (tier == KVT_TIER_NVME) {
+		s->note_busy = false;
+		if (!s->dead && s->note_again)
+			restart_note(s);
+	}
 	seq_unref(s);
 	mover_kick(c);
+}
+
+static void note_fill(const struct seq *s, struct note *n)
+{
+	const struct index *ix = &s->ix;
+
+	memset(n, 0, sizeof(*n));
+	n->magic = NOTE_MAGIC;
+	n->rows = s->rows;
+	n->epoch = s->epoch;
+	n->n = (uint32_t)MIN(ix->n_epochs, NOTE_MARKS - 1);
+	/* Too many: the oldest marks go, and with them (on reading) the pages that they would cut. */
+	for (uint32_t i = 0; i < n->n; i++)
+		n->mark[i] = ix->epochs[ix->n_epochs - n->n + i];
+	n->pad = ix->n_epochs > n->n ? n->mark[0].epoch : 0; /* oldest epoch that is believed */
+	if (s->cut != ROWS_ALL) /* a worker still has the index, which will say so later */
+		n->mark[n->n++] = (struct epoch_mark){.epoch = s->epoch, .start = s->cut};
+}
+
+static int note_write(struct seq *s, int tier)
+{
+	struct core *c = s->core;
+	struct page *p = page_new(&c->pages, s->origin, PAGE_NOTE_LANE, 0, 1);
+	struct page_ident id;
+	struct pio *io;
+	int r;
+
+	if (!p)
+		return -ENOMEM;
+	p->epoch = s->epoch;
+	p->rows = 1;
+	p->pos[0] = 1;
+	p->bytes = NOTE_BYTES;
+	io = pio_new(c, p, tier, note_end, s);
+	if (!io) {
+		page_ref(p);
+		page_unref(&c->pages, p);
+		return -ENOMEM;
+	}
+	r = pio_prepare(io, s);
+	if (r < 0) {
+		io->io.buf = NULL;
+		pio_free(io);
+		return r;
+	}
+	note_fill(s, io->io.buf);
+	page_ident(p, &id);
+	p->crc = crc32c(page_crc_seed(&id), io->io.buf, NOTE_BYTES);
+	s->noting++;
+	s->refs++;
+	if (tier == KVT_TIER_DRAM)
+		pio_write_now(io);
+	else
+		pio_write(io);
+	return 0;
+}
+
+/* No room for a note: what it would cut shall not be found. */
+static void forget_cut(struct seq *s)
+{
+	struct tier *t = s->core->pages.tier[KVT_TIER_DRAM];
+
+	for (uint32_t l = 0; l < s->ix.lanes; l++)
+		for (uint32_t i = 0; i < s->ix.lane[l].n; i++) {
+			const struct page *p = s->ix.lane[l].v[i];
+
+			if (page_in(p, KVT_TIER_DRAM) && p->first + p->span * 64u > s->cut && t->ops->forget)
+				t->ops->forget(t, p->addr[KVT_TIER_DRAM - 1]);
+		}
+}
+
+void restart_cut(struct seq *s)
+{
+	if (s->lifetime != KVT_LEASED || s->dead || !outlives(s->core, KVT_TIER_DRAM))
+		return;
+	if (note_write(s, KVT_TIER_DRAM) < 0)
+		forget_cut(s);
 }
 
 void restart_note(struct seq *s)
 {
 	struct core *c = s->core;
-	struct page_ident id;
-	struct note *n;
-	struct page *p;
-	struct pio *io;
 
-	if (s->lifetime != KVT_LEASED || !c->pages.tier[KVT_TIER_NVME] || s->dead ||
-	    !(c->pages.tier[KVT_TIER_NVME]->ops->caps & TIER_CAP_DURABLE))
+	if (s->lifetime != KVT_LEASED || s->dead)
 		return;
-	s->note_again = s->noting;
-	if (s->noting)
+	if (outlives(c, KVT_TIER_DRAM))
+		(void)note_write(
+			s, KVT_TIER_DRAM); /* an older one says the same, or restart_cut() did what it could */
+	if (!outlives(c, KVT_TIER_NVME))
 		return;
-	p = page_new(&c->pages, s->origin, NOTE_LANE, 0, 1);
-	if (!p)
-		return;
-	p->epoch = s->epoch;
-	p->rows = 1;
-	p->pos[0] = 1;
-	p->bytes = NOTE_BYTES;
-	io = pio_new(c, p, KVT_TIER_NVME, note_end, s);
-	if (!io) {
-		page_ref(p);
-		page_unref(&c->pages, p);
-		return;
-	}
-	if (pio_prepare(io, s) < 0) {
-		/* No buffer or no place: the restart falls back to the newest epoch. */
-		io->io.buf = NULL;
-		pio_free(io);
-		return;
-	}
-	n = io->io.buf;
-	memset(n, 0, sizeof(*n));
-	n->magic = NOTE_MAGIC;
-	n->rows = s->rows;
-	n->epoch = s->epoch;
-	n->n = (uint32_t)MIN(s->ix.n_epochs, NOTE_MARKS);
-	/* Too many: the oldest marks go, and with them (on reading) the pages that they would cut. */
-	for (uint32_t i = 0; i < n->n; i++)
-		n->mark[i] = s->ix.epochs[s->ix.n_epochs - n->n + i];
-	n->pad = s->ix.n_epochs > NOTE_MARKS ? n->mark[0].epoch : 0; /* oldest epoch that is believed */
-	page_ident(p, &id);
-	p->crc = crc32c(page_crc_seed(&id), n, NOTE_BYTES);
-	s->noting = true;
-	s->refs++;
-	pio_write(io);
+	s->note_again = s->note_busy;
+	/* No buffer or no place: the restart falls back to the newest epoch. */
+	if (!s->note_busy)
+		s->note_busy = !note_write(s, KVT_TIER_NVME);
 }
 
 void restart_forget(struct seq *s)
 {
-	if (s->note)
-		page_unref(&s->core->pages, s->note);
-	s->note = NULL;
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+		if (s->note[t])
+			page_unref(&s->core->pages, s->note[t]);
+		s->note[t] = NULL;
+	}
 }
 
 /* ---- scanning -------------------------------------------------------------------- */
@@ -123,7 +190,10 @@ static struct seq *orphan(struct core *c, const struct seq_record *r)
 	struct tenant *t = tenant_of(c, r->tenant);
 
 	if (s)
-		return s->ix.lanes == r->lanes && s->fingerprint == r->model ? s : NULL;
+		return s->ix.lanes == r->lanes && s->fingerprint == r->model &&
+				       !memcmp(s->secret_hash, r->secret_hash, sizeof(s->secret_hash))
+			       ? s
+			       : NULL;
 	if (!t)
 		return NULL;
 	s = seq_create(c, t, r->tenant, r->key, r->lanes);
@@ -149,14 +219,16 @@ static bool sane(const struct page_meta *m, const struct seq_record *r)
 	if (r->lifetime != KVT_LEASED || !r->lanes || r->lanes > CTL_MAX_LANES ||
 	    memcmp(r->key, m->id.key, 16) || r->tenant != m->id.tenant || !m->pos_words ||
 	    m->pos_words > PAGE_SPAN || !m->bytes || m->bytes > TIER_MAX_PAGE || m->id.first > WIRE_MAX_ROWS ||
-	    m->id.rows > PAGE_ROWS || !m->id.rows || (m->id.lane >= r->lanes && m->id.lane != NOTE_LANE))
+	    m->id.rows > PAGE_ROWS || !m->id.rows || m->bytes % m->id.rows || m->id.page >> 63 ||
+	    (m->id.lane == PAGE_NOTE_LANE ? m->bytes != NOTE_BYTES : m->id.lane >= r->lanes))
 		return false;
 	for (uint32_t w = 0; w < m->pos_words; w++)
 		rows += (uint32_t)__builtin_popcountll(m->pos[w]);
 	return rows == m->id.rows && m->id.first + m->pos_words * 64 <= WIRE_MAX_ROWS + 64;
 }
 
-static struct page *found_page(struct core *c, struct seq *s, tier_addr addr, const struct page_meta *m)
+static struct page *found_page(struct core *c, struct seq *s, int tier, tier_addr addr,
+			       const struct page_meta *m)
 {
 	struct page *p = page_new(&c->pages, s->origin, m->id.lane, m->id.first, m->pos_words);
 
@@ -169,7 +241,7 @@ static struct page *found_page(struct core *c, struct seq *s, tier_addr addr, co
 	p->bytes = m->bytes;
 	p->crc = m->crc;
 	memcpy(p->pos, m->pos, m->pos_words * sizeof(uint64_t));
-	if (page_set_copy(&c->pages, p, KVT_TIER_NVME, addr) < 0) {
+	if (page_set_copy(&c->pages, p, tier, addr) < 0) {
 		page_ref(p);
 		page_unref(&c->pages, p);
 		return NULL;
@@ -177,31 +249,44 @@ static struct page *found_page(struct core *c, struct seq *s, tier_addr addr, co
 	return p;
 }
 
+/* A page that is known already has another copy, if it is the same one in all that it says. */
+static bool second_copy(struct core *c, struct page *p, int tier, tier_addr addr, const struct page_meta *m)
+{
+	if (page_in(p, tier) || p->epoch != m->id.epoch || p->rows != m->id.rows || p->bytes != m->bytes ||
+	    p->crc != m->crc || p->span != m->pos_words || memcmp(p->pos, m->pos, p->span * sizeof(*p->pos)))
+		return false;
+	return page_set_copy(&c->pages, p, tier, addr) == 0;
+}
+
+struct finding {
+	struct core *core;
+	int tier;
+};
+
 static bool on_found(void *arg, tier_addr addr, const struct page_meta *m, const struct seq_record *r)
 {
-	struct core *c = arg;
+	const struct finding *f = arg;
+	struct core *c = f->core;
 	struct page *p;
 	struct seq *s;
 
-	if (!sane(m, r))
+	if (!r || !sane(m, r))
 		return false;
 	s = orphan(c, r);
 	if (!s)
 		return false;
-	p = found_page(c, s, addr, m);
+	p = m->id.lane == PAGE_NOTE_LANE ? NULL : index_find(&s->ix, m->id.lane, m->id.first, m->id.page);
+	if (p)
+		return second_copy(c, p, f->tier, addr, m);
+	p = found_page(c, s, f->tier, addr, m);
 	if (!p)
 		return false;
 	s->epoch = MAX(s->epoch, p->epoch);
-	if (p->lane != NOTE_LANE) {
+	if (p->lane != PAGE_NOTE_LANE) {
 		if (index_list_page(&s->ix, p) == 0)
 			return true;
-	} else if (!s->note || s->note->number < p->number) {
-		struct page *old = s->note;
-
-		s->note = p;
-		page_ref(p);
-		if (old)
-			page_unref(&c->pages, old);
+	} else if (!s->note[f->tier] || s->note[f->tier]->number < p->number) {
+		note_take(s, f->tier, p);
 		return true;
 	}
 	/* Freed here, so the tier must not do it again. */
@@ -213,15 +298,14 @@ static bool on_found(void *arg, tier_addr addr, const struct page_meta *m, const
 /* ---- rebuilding --------------------------------------------------------------------- */
 
 /* Start-up only: nobody else uses the tier yet, so waiting here is fine. */
-static int read_note(struct core *c, const struct page *p, struct note *ret)
+static int read_note(struct core *c, int tier, const struct page *p, struct note *ret)
 {
-	struct tier *t = c->pages.tier[KVT_TIER_NVME];
-	struct tier_io io = {.op = TIER_READ, .bytes = p->bytes, .addr = p->addr[KVT_TIER_NVME - 1]}, *done,
-		       *one = &io;
+	struct tier *t = c->pages.tier[tier];
+	struct tier_io io = {.op = TIER_READ, .bytes = p->bytes, .addr = p->addr[tier - 1]}, *done, *one = &io;
 	int r = t->ops->prepare(t, &io), fd = t->ops->event_fd(t);
 
-	if (r < 0 || p->bytes != NOTE_BYTES)
-		return r < 0 ? r : -EBADMSG;
+	if (r < 0)
+		return r;
 	t->ops->submit(t, &one, 1);
 	while (!t->ops->reap(t, &done, 1)) {
 		struct pollfd pf = {.fd = fd, .events = POLLIN};
@@ -238,6 +322,25 @@ static int read_note(struct core *c, const struct page *p, struct note *ret)
 	if (!r && (ret->magic != NOTE_MAGIC || ret->n > NOTE_MARKS || ret->rows > WIRE_MAX_ROWS))
 		r = -EBADMSG;
 	return r;
+}
+
+/* The newest note, if it is of the newest epoch. */
+static int find_note(struct core *c, const struct seq *s, struct note *ret)
+{
+	int newest = s->note[KVT_TIER_DRAM] ? KVT_TIER_DRAM : KVT_TIER_NVME;
+	const struct page *dram = s->note[KVT_TIER_DRAM], *nvme = s->note[KVT_TIER_NVME];
+	int r = -ENOENT;
+
+	if (dram && nvme && nvme->number > dram->number)
+		newest = KVT_TIER_NVME;
+	for (int i = 0; i < 2; i++, newest = KVT_TIER_DRAM + KVT_TIER_NVME - newest) {
+		if (!s->note[newest])
+			continue;
+		r = read_note(c, newest, s->note[newest], ret);
+		if (!r && ret->epoch == s->epoch)
+			return 0;
+	}
+	return r ? r : -ESTALE;
 }
 
 /* Pages that cannot be believed leave the list. Returns the rows that the others reach. */
@@ -272,15 +375,28 @@ static uint32_t drop_stale(struct core *c, struct seq *s, uint32_t oldest)
 	return rows;
 }
 
+/* The rows of the lane that have a copy in this tier. */
+static void mark_copies(struct core *c, struct seq *s, uint32_t lane, int tier)
+{
+	for (uint32_t i = 0; i < s->ix.lane[lane].n; i++) {
+		struct page *p = s->ix.lane[lane].v[i];
+
+		if (!page_in(p, tier))
+			continue;
+		index_mark(&s->ix, p, tier, true);
+		c->stat.returned[tier] += p->bytes;
+	}
+}
+
 static int rebuild(struct core *c, struct seq *s)
 {
 	static struct note n; /* start-up only */
 	uint32_t oldest = s->epoch, rows;
-	int r = s->note ? read_note(c, s->note, &n) : -ENOENT;
+	int r = find_note(c, s, &n);
 
-	if (!r && n.epoch == s->epoch) {
+	if (!r) {
 		oldest = n.pad;
-		for (uint32_t i = 0; i < n.n && !r; i++)
+		for (uint32_t i = 0; i < n.n && !r && !planted("restart-skips-epoch-cut"); i++)
 			r = index_mark_epoch(&s->ix, n.mark[i].epoch, n.mark[i].start);
 		if (r < 0)
 			return r;
@@ -295,11 +411,12 @@ static int rebuild(struct core *c, struct seq *s)
 	for (uint32_t l = 0; l < s->ix.lanes; l++) {
 		bits_clear_range(index_bits(&s->ix, KVT_TIER_DEVICE, l), 0, rows);
 		s->ix.resident[l] = 0;
-		for (uint32_t i = 0; i < s->ix.lane[l].n; i++)
-			index_mark(&s->ix, s->ix.lane[l].v[i], KVT_TIER_NVME, true);
-		/* Keys are not kept on disk: all rows are equal until they are scored again. */
-		bits_for_each(i, index_bits(&s->ix, KVT_TIER_NVME, l), rows)
-			s->ix.key[(size_t)l * s->ix.cap + i] = 1;
+		for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+			mark_copies(c, s, l, t);
+			/* Keys are not kept: all rows are equal until they are scored again. */
+			bits_for_each(i, index_bits(&s->ix, t, l), rows)
+				s->ix.key[(size_t)l * s->ix.cap + i] = 1;
+		}
 	}
 	s->expires_ns = now_ns() + (uint64_t)s->ttl_s * 1000000000u;
 	seq_recount(s);
@@ -308,15 +425,17 @@ static int rebuild(struct core *c, struct seq *s)
 
 int restart_scan(struct core *c)
 {
-	struct tier *t = c->pages.tier[KVT_TIER_NVME];
 	struct seq *s, *next;
 	int r;
 
-	if (!t || !t->ops->scan)
-		return 0;
-	r = t->ops->scan(t, on_found, c);
-	if (r < 0)
-		return r;
+	for (int t = KVT_TIERS - 1; t >= KVT_TIER_DRAM; t--) {
+		struct tier *tier = c->pages.tier[t];
+		struct finding f = {.core = c, .tier = t};
+
+		r = tier && tier->ops->scan ? tier->ops->scan(tier, on_found, &f) : 0;
+		if (r < 0)
+			return r;
+	}
 	for (s = TAILQ_FIRST(&c->gone); s; s = next) {
 		next = TAILQ_NEXT(s, gone);
 		r = rebuild(c, s);
@@ -327,7 +446,10 @@ int restart_scan(struct core *c)
 		}
 	}
 	if (c->n_orphans)
-		log_line(6, "restart: %u leased sequences found on nvme, kept %u s for their clients",
-			 c->n_orphans, c->cfg.orphan_ttl_s);
+		log_line(6,
+			 "restart: %u leased sequences found, %llu KiB in dram, %llu KiB on nvme, kept %u s "
+			 "for their clients",
+			 c->n_orphans, (unsigned long long)(c->stat.returned[KVT_TIER_DRAM] >> 10),
+			 (unsigned long long)(c->stat.returned[KVT_TIER_NVME] >> 10), c->cfg.orphan_ttl_s);
 	return 0;
 }

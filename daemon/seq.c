@@ -256,6 +256,7 @@ void seq_truncate(struct seq *s, uint32_t rows)
 	s->rows = rows;
 	s->cut = MIN(s->cut, rows);
 	direct_cut(&s->ix, s->cut); /* before the client hears of it and appends others there */
+	restart_cut(s);
 	s->scored = MIN(s->scored, rows);
 	s->plane_from = MIN(s->plane_from, rows);
 	if (s->share) { /* what is left may need less, or nothing: its next plan tells */

@@ -102,6 +102,14 @@ static void show_io_table(const json_t *tiers)
 	table_free(&t);
 }
 
+static const char *came_back(uint64_t bytes)
+{
+	static char text[64];
+
+	snprintf(text, sizeof(text), "%s came back from an earlier life", fmt_bytes(bytes));
+	return text;
+}
+
 static void show_tier_notes(const json_t *tiers)
 {
 	const json_t *o;
@@ -127,6 +135,10 @@ static void show_tier_notes(const json_t *tiers)
 			       (double)num(o, "free_min_permille") / 10,
 			       (double)num(o, "free_low_permille") / 10,
 			       (double)num(o, "free_high_permille") / 10);
+		if (flag(o, "kept") || num(o, "returned_bytes"))
+			printf("           %s%s%s\n", flag(o, "kept") ? "outlives the daemon" : "",
+			       flag(o, "kept") && num(o, "returned_bytes") ? ", " : "",
+			       num(o, "returned_bytes") ? came_back(num(o, "returned_bytes")) : "");
 		if (num(o, "published_bytes"))
 			printf("           %s published, %s of it held back\n",
 			       fmt_bytes(num(o, "published_bytes")), fmt_bytes(num(o, "published_held_bytes")));
