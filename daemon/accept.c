@@ -17,7 +17,8 @@ struct listener {
 	LIST_ENTRY(listener) link;
 	struct core *core;
 	int fd, tenant;
-	int spare; /* given up to turn a connection away when no descriptor is left */
+	int spare;   /* given up to turn a connection away when no descriptor is left */
+	bool paused; /* until the next tick */
 	sd_event_source *io;
 };
 
@@ -55,7 +56,21 @@ static void turn_away(int fd, const char *fmt, ...)
 	log_line(4, "connection refused: %s", text);
 }
 
-/* A connection that waits would wake the loop again and again. */
+/* A connection that waits and cannot be taken would wake the loop again and again. */
+static void pause_listener(struct listener *l)
+{
+	l->paused = sd_event_source_set_enabled(l->io, SD_EVENT_OFF) >= 0;
+}
+
+void session_listen_again(struct core *c)
+{
+	struct listener *l;
+
+	LIST_FOREACH(l, &c->listeners, link)
+		if (l->paused)
+			l->paused = sd_event_source_set_enabled(l->io, SD_EVENT_ON) < 0;
+}
+
 static void no_descriptor(struct listener *l, int lfd)
 {
 	int fd;
@@ -65,6 +80,8 @@ static void no_descriptor(struct listener *l, int lfd)
 	fd = sock_accept(lfd);
 	if (fd >= 0)
 		turn_away(fd, "clients: kvtierd has no descriptor left");
+	else
+		pause_listener(l); /* not even that one: the whole host is out of them */
 	l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
 }
 
@@ -81,6 +98,8 @@ static int on_accept(sd_event_source *src, int lfd, uint32_t revents, void *arg)
 		no_descriptor(l, lfd);
 		return 0;
 	}
+	if (fd == -ENOMEM || fd == -ENOBUFS)
+		pause_listener(l);
 	if (fd < 0)
 		return 0;
 	r = sock_peer(fd, &peer);

@@ -91,6 +91,7 @@ static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
 		seq_unref(s);
 	}
 	mover_kick(c);
+	session_listen_again(c);
 	drain_check(c);
 	rearm(src, TICK_US);
 	return 0;
@@ -111,9 +112,40 @@ static int on_poll(sd_event_source *src, uint64_t usec, void *arg)
 		}
 		if (s->state == SEQ_LIVE)
 			seq_poll(s);
+		else if (s->not_before_ns)
+			seq_step(s);
 	}
 	rearm(src, POLL_US);
 	return 0;
+}
+
+static int turn(struct core *c)
+{
+	int r = sd_event_prepare(c->ev);
+	uint64_t begin;
+
+	if (!r)
+		r = sd_event_wait(c->ev, UINT64_MAX);
+	if (r <= 0)
+		return r;
+	begin = now_ns();
+	r = sd_event_dispatch(c->ev);
+	c->stat.loop_max_ns = MAX(c->stat.loop_max_ns, now_ns() - begin);
+	return r;
+}
+
+int core_turn(struct core *c)
+{
+	const struct timespec nap = {.tv_nsec = 10000000};
+	int r = turn(c);
+
+	/* sd-event may want memory in any of its steps, and each can be taken again. */
+	if (r == -ENOMEM && !c->short_of_memory)
+		log_line(LOG_ERR, "event loop: out of memory, trying again");
+	c->short_of_memory = r == -ENOMEM;
+	if (r == -ENOMEM)
+		nanosleep(&nap, NULL);
+	return r < 0 && r != -ENOMEM ? r : 0;
 }
 
 /* ---- opening --------------------------------------------------------------------------- */

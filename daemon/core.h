@@ -28,8 +28,11 @@ int core_reload(struct core *c, const struct config *cfg, char *err, size_t errs
 void core_free(struct core *c);
 /* Still alive? The watchdog is fed only when this says so: loop, workers and io threads answered lately. */
 bool core_healthy(struct core *c);
-/* One dispatch of the event loop took this long (counted in core_stat.loop_max_ns). */
-void core_slice(struct core *c, uint64_t ns);
+/*
+ * One turn of the event loop, timed: no dispatch should hold it for longer than a millisecond
+ * (core_stat.loop_max_ns). Out of memory is said and waited for, the loop goes on. 0, or the loop's -errno.
+ */
+int core_turn(struct core *c);
 
 /* ---- looking --------------------------------------------------------------- */
 

@@ -172,8 +172,10 @@ struct seq {
 	uint64_t acked;
 	uint64_t nonce;
 	uint32_t retries, saves;
-	bool avoid[KVT_TIERS]; /* writing there failed repeatedly */
-	bool again;            /* a plan is due whatever the rows say */
+	bool avoid[KVT_TIERS];  /* writing there failed repeatedly */
+	bool again;             /* a plan is due whatever the rows say */
+	uint64_t not_before_ns; /* there was no memory: the loop's poll tries again from then on; 0: nothing
+				   waits */
 
 	struct client *closer; /* waits for the reply to its close */
 	struct wire_hdr close_req;
@@ -306,7 +308,7 @@ struct core {
 	struct verify *verify;
 	struct core_stat stat;
 	uint64_t started_ns, region_rows_extra, seq_index_bytes, loop_seen_ns;
-	bool frozen, draining, no_accept, freeing;
+	bool frozen, draining, no_accept, freeing, short_of_memory;
 	void (*drain_done)(void *arg);
 	void *drain_arg;
 	uint64_t drain_deadline_ns;
@@ -357,6 +359,7 @@ void client_retry(struct client *cl);
 void client_free(struct client *cl);
 int client_new(struct core *c, int fd, struct tenant *t, const struct sock_peer *peer);
 int session_init(struct core *c);
+void session_listen_again(struct core *c); /* where connections could not be taken */
 void session_stop_listening(struct core *c);
 /* Ends every client. */
 void session_fini(struct core *c);
@@ -425,6 +428,9 @@ void seq_unbind(struct seq *s);
 /* ---- manager.c --------------------------------------------------------------------- */
 /* Start a plan when one is due. */
 void manager_consider(struct seq *s);
+/* There was no memory for what is due: not before a tenth of a second has passed. */
+void manager_put_off(struct seq *s);
+bool manager_waits(struct seq *s);
 /* Begin a plan now: 0, or -errno. save: nobody applies it, nothing is kept in the device tier. */
 int manager_plan(struct seq *s, bool save);
 /* Every scoring job of p ended: decide. */

@@ -86,10 +86,12 @@ static void forget_device_rows(struct seq *s)
 
 void seq_save(struct seq *s)
 {
+	if (manager_waits(s))
+		return;
 	if (seq_windowed(s) || !holds_device_rows(s) || s->saves++ > 5)
 		forget_device_rows(s);
 	else if (manager_plan(s, true) < 0)
-		seq_save(s); /* out of memory: counts as a try */
+		manager_put_off(s); /* counts as a try */
 }
 
 void seq_leave(struct seq *s, bool drop)

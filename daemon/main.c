@@ -248,23 +248,12 @@ static int start(struct app *app, char *err, size_t errsize)
 	return serve_sockets(app, err, errsize);
 }
 
-/* sd_event_loop() with a clock: no dispatch should hold the loop for longer than a millisecond. */
 static int loop(struct app *app)
 {
 	int r = 0, code = EXIT_RUNTIME;
 
-	while (r >= 0 && sd_event_get_state(app->ev) != SD_EVENT_FINISHED) {
-		uint64_t begin;
-
-		r = sd_event_prepare(app->ev);
-		if (!r)
-			r = sd_event_wait(app->ev, UINT64_MAX);
-		if (r <= 0)
-			continue;
-		begin = now_ns();
-		r = sd_event_dispatch(app->ev);
-		core_slice(app->core, now_ns() - begin);
-	}
+	while (r >= 0 && sd_event_get_state(app->ev) != SD_EVENT_FINISHED)
+		r = core_turn(app->core);
 	if (r >= 0)
 		r = sd_event_get_exit_code(app->ev, &code);
 	return r < 0 ? r : code;

@@ -11,12 +11,14 @@
 #include "daemon/internal.h"
 #include "policy/adaptive.h"
 #include "policy/decide.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
-#define INLINE_ROWS 65536u  /* row-lanes decided on the loop: a hand-over costs more */
-#define WEIGH_COST 8u       /* what a row-lane costs whose worth is looked up, in such row-lanes */
-#define FUSED_ROWS 1048576u /* row-lanes whose given scores are read by the worker that decides */
-#define SCORE_ROWS 16384u   /* row-lanes of one scoring job at least */
+#define AGAIN_NS UINT64_C(100000000) /* there was no memory */
+#define INLINE_ROWS 65536u           /* row-lanes decided on the loop: a hand-over costs more */
+#define WEIGH_COST 8u                /* what a row-lane costs whose worth is looked up, in such row-lanes */
+#define FUSED_ROWS 1048576u          /* row-lanes whose given scores are read by the worker that decides */
+#define SCORE_ROWS 16384u            /* row-lanes of one scoring job at least */
 
 struct plan_job {
 	struct job job;
@@ -24,6 +26,31 @@ struct plan_job {
 	uint32_t lo, hi; /* lanes to score */
 	bool decide;
 };
+
+/* Memory comes back: what is due waits for it. What failed otherwise would fail again at once: it waits for the
+ * next request or rows. */
+static void failed(struct seq *s, int error)
+{
+	log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-error));
+	if (error == -ENOMEM && !planted("oom-gives-up"))
+		manager_put_off(s);
+	else
+		s->requested = 0;
+}
+
+void manager_put_off(struct seq *s)
+{
+	s->not_before_ns = now_ns() + AGAIN_NS;
+	s->again = true;
+}
+
+bool manager_waits(struct seq *s)
+{
+	if (s->not_before_ns > now_ns())
+		return true;
+	s->not_before_ns = 0;
+	return false;
+}
 
 /* ---- starting --------------------------------------------------------------------- */
 
@@ -96,6 +123,8 @@ void manager_scored(struct plan *p)
 	p->refs++; /* a decision made here and now may end p before put_decide() returns */
 	if (!p->error && p->epoch == s->epoch)
 		p->error = put_decide(p, false);
+	if (p->error && !p->over)
+		failed(s, p->error);
 	if (p->error || p->epoch != s->epoch)
 		p->over = true;
 	p->refs--;
@@ -190,6 +219,7 @@ int manager_plan(struct seq *s, bool save)
 	    : cheap(p) ? put_decide(p, from < p->watermark || p->rescore || p->keys || p->worth)
 		       : put_scoring(p);
 	if (r < 0) {
+		failed(s, r);
 		p->error = r;
 		p->over = true;
 	}
@@ -288,10 +318,8 @@ static void decided(struct plan *p)
 	adaptive_done(p);
 	free(p->keys);
 	p->keys = NULL;
-	if (p->error) {
-		log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-p->error));
-		s->requested = 0; /* what failed once fails again at once; the next request or rows try again */
-	}
+	if (p->error)
+		failed(s, p->error);
 	if (!p->over) {
 		sum_up(p);
 		if (p->wanted && s->wanted)
@@ -333,7 +361,7 @@ void manager_moved(struct plan *p)
 
 	s->refs++;
 	if (!p->over && (p->missed || p->error)) {
-		bool again = s->retries++ < PLAN_RETRIES;
+		bool again = p->error == -ENOMEM || s->retries++ < PLAN_RETRIES;
 
 		log_line(again ? 5 : 4, "plan %llu: seq %016llx: %s, %s", (unsigned long long)p->id,
 			 (unsigned long long)s->handle,
@@ -343,6 +371,8 @@ void manager_moved(struct plan *p)
 			 again ? "planned again" : "given up until the next rows");
 		plan_cancel(p);
 		manager_again(p, again);
+		if (p->error == -ENOMEM)
+			manager_put_off(s);
 	} else if (!p->over) {
 		carried_out(s);
 		p->phase = PHASE_READY;
@@ -431,15 +461,14 @@ void manager_consider(struct seq *s)
 {
 	int r;
 
-	if (s->plan || s->state != SEQ_LIVE || s->cut != ROWS_ALL || !s->rows || s->core->freeing)
+	if (s->plan || s->state != SEQ_LIVE || s->cut != ROWS_ALL || !s->rows || s->core->freeing ||
+	    manager_waits(s))
 		return;
 	if (!s->requested && !s->again &&
 	    (s->manual || s->headroom == ROWS_ALL || s->rows - s->ix.rows <= s->headroom))
 		return;
 	s->again = false;
 	r = manager_plan(s, false);
-	if (r < 0) {
-		log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-r));
-		s->requested = 0;
-	}
+	if (r < 0)
+		failed(s, r);
 }

@@ -7,20 +7,21 @@
 #include <sys/epoll.h>
 #include "daemon/internal.h"
 #include "ipc/codec.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define MAX_LINGERS 256u /* regions whose process is waited for */
 
 /* Names what must agree for rows to be interchangeable: everything in the description. */
-static uint64_t fingerprint(const struct wire_model *m)
+static int fingerprint(const struct wire_model *m, uint64_t *ret)
 {
 	uint8_t digest[SHA256_DIGEST_LENGTH];
-	uint64_t ret;
 
-	/* Behind the header, which carries a cookie. */
-	SHA256((const uint8_t *)m + sizeof(m->hdr), wire_model_len(m->n_layers) - sizeof(m->hdr), digest);
-	memcpy(&ret, digest, sizeof(ret));
-	return ret;
+	/* Behind the header, which carries a cookie. OpenSSL allocates for it. */
+	if (!SHA256((const uint8_t *)m + sizeof(m->hdr), wire_model_len(m->n_layers) - sizeof(m->hdr), digest))
+		return -ENOMEM;
+	memcpy(ret, digest, sizeof(*ret));
+	return 0;
 }
 
 static void model_free(struct model *m)
@@ -68,9 +69,11 @@ static struct model *model_make(const struct wire_model *w)
 
 struct model *model_get(struct core *c, const struct wire_model *w)
 {
-	uint64_t fp = fingerprint(w);
 	struct model *m;
+	uint64_t fp;
 
+	if (fingerprint(w, &fp) < 0)
+		return NULL;
 	LIST_FOREACH(m, &c->models, link)
 		if (m->fingerprint == fp) {
 			m->refs++;
@@ -141,7 +144,8 @@ int region_new(struct region **ret, struct client *cl, uint64_t bytes, int fd)
 	return 0;
 fail:
 	g->ops->detach(g->mem);
-	seg_close(&g->seg);
+	if (!planted("oom-leaks-region"))
+		seg_close(&g->seg);
 	free(g);
 	return r;
 }

@@ -6,6 +6,7 @@
 #include <string.h>
 #include "daemon/internal.h"
 #include "ipc/codec.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 /* One request on its way; `err` holds the line of what failed. */
@@ -185,11 +186,18 @@ static int reply(struct opening *o, struct seq *s)
 	return 0;
 }
 
+/* False: OpenSSL had no memory for it, and ret says nothing. */
+static bool secret_hash(const struct opening *o, uint8_t ret[SHA256_DIGEST_LENGTH])
+{
+	return SHA256(o->m->secret, sizeof(o->m->secret), ret) || planted("oom-ignored");
+}
+
 static int seq_make(struct opening *o, struct seq **ret)
 {
 	struct client *cl = o->cl;
 	uint64_t hash = tenant_hash(cl->tenant, cl->uid);
 	struct seq *s = seq_lookup(cl->core, hash, o->m->key);
+	uint8_t secret[SHA256_DIGEST_LENGTH];
 	int r;
 
 	if (s && s->state != SEQ_CLOSING)
@@ -204,12 +212,12 @@ static int seq_make(struct opening *o, struct seq **ret)
 	r = take_place(o);
 	if (r < 0)
 		return r;
-	s = seq_create(cl->core, cl->tenant, hash, o->m->key, o->model->lanes);
+	s = secret_hash(o, secret) ? seq_create(cl->core, cl->tenant, hash, o->m->key, o->model->lanes) : NULL;
 	if (!s) {
 		release(o);
 		return fail(o, KVT_E_NOMEM, "out of memory");
 	}
-	SHA256(o->m->secret, sizeof(o->m->secret), s->secret_hash);
+	memcpy(s->secret_hash, secret, sizeof(secret));
 	s->budget_default = true;
 	s->model = model_ref(o->model);
 	*ret = s;
@@ -257,7 +265,8 @@ static int open_resume(struct opening *o)
 	struct seq *s = seq_lookup(c, tenant_hash(cl->tenant, cl->uid), o->m->key);
 	int r;
 
-	SHA256(o->m->secret, sizeof(o->m->secret), hash);
+	if (!secret_hash(o, hash))
+		return fail(o, KVT_E_NOMEM, "out of memory");
 	/* One answer for "not there" and "not yours". */
 	if (!s || s->lifetime != KVT_LEASED || s->state == SEQ_CLOSING ||
 	    CRYPTO_memcmp(hash, s->secret_hash, sizeof(hash)))

@@ -76,7 +76,8 @@ static int on_hello(struct client *cl, const struct wire_hello *m)
 		r = session_attach(cl);
 	if (r < 0) {
 		no_memory(cl, &m->hdr, r);
-		client_end(cl, "hello: %s", strerror(-r));
+		log_line(3, "client %u pid %d: hello: %s", cl->id, (int)cl->pid, strerror(-r));
+		client_end(cl, NULL); /* no fault of its own */
 		return 0;
 	}
 	cl->hello = true;
@@ -122,7 +123,9 @@ static int on_model(struct client *cl, const struct wire_model *m)
 
 		if (!v) {
 			model_unref(cl->core, mo);
-			return refuse(cl, &m->hdr, KVT_E_LIMIT, "models: %u, limit %u", i + 1, MAX_MODELS);
+			return i < MAX_MODELS ? no_memory(cl, &m->hdr, -ENOMEM)
+					      : refuse(cl, &m->hdr, KVT_E_LIMIT, "models: %u, limit %u", i + 1,
+						       MAX_MODELS);
 		}
 		cl->models = v;
 		v[cl->n_models++] = mo;

@@ -46,11 +46,6 @@ void core_stat(struct core *c, struct core_stat *ret)
 	memcpy(ret->policy, c->policy, sizeof(ret->policy));
 }
 
-void core_slice(struct core *c, uint64_t ns)
-{
-	c->stat.loop_max_ns = MAX(c->stat.loop_max_ns, ns);
-}
-
 static const char *plan_state(const struct plan *p)
 {
 	static const char *const names[] = {"scoring", "deciding", "moving", "ready"};

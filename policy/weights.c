@@ -115,7 +115,8 @@ static int check_digest(const struct weights *w, char *err, size_t errsize)
 {
 	uint8_t digest[SHA256_DIGEST_LENGTH];
 
-	SHA256(w->image + WEIGHTS_DIGESTED, w->h.total_size - WEIGHTS_DIGESTED, digest);
+	if (!SHA256(w->image + WEIGHTS_DIGESTED, w->h.total_size - WEIGHTS_DIGESTED, digest))
+		return -ENOMEM;
 	if (memcmp(digest, w->h.digest, sizeof(digest)) == 0)
 		return 0;
 	return refuse(err, errsize,
