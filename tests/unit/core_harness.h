@@ -60,29 +60,32 @@ static inline void *harness_main(void *arg)
 {
 	struct harness *h = arg;
 	sd_event *ev = NULL;
-	char err[256];
-	int r;
+	char err[256] = "no event loop";
+	int r = sd_event_new(&ev);
 
-	if (sd_event_new(&ev) < 0)
-		abort();
-	r = core_new(&h->core, &h->cfg, ev, err, sizeof(err));
-	if (r < 0) {
-		fprintf(stderr, "# core_new: %s\n", err);
-		h->core = NULL;
-		atomic_store(&h->ready, -1);
-		sd_event_unref(ev);
-		return NULL;
-	}
-	for (uint32_t t = 0; t < h->cfg.tenants; t++) {
+	if (r >= 0)
+		r = core_new(&h->core, &h->cfg, ev, err, sizeof(err));
+	for (uint32_t t = 0; t < h->cfg.tenants && r >= 0; t++) {
 		int fd = sock_listen(h->sock[t], 0600, 16);
 
-		if (fd < 0 || core_listen(h->core, fd, (int)t) < 0)
-			abort();
+		snprintf(err, sizeof(err), "%s: cannot listen", h->sock[t]);
+		r = fd < 0 ? fd : core_listen(h->core, fd, (int)t);
+		if (r < 0 && fd >= 0)
+			close(fd);
 	}
-	if (sd_event_add_io(ev, NULL, h->call_fd, EPOLLIN, harness_on_call, h) < 0)
-		abort();
+	if (r >= 0)
+		r = sd_event_add_io(ev, NULL, h->call_fd, EPOLLIN, harness_on_call, h);
+	if (r < 0) {
+		fprintf(stderr, "# core: %s\n", err);
+		core_free(h->core);
+		h->core = NULL;
+		sd_event_unref(ev);
+		atomic_store(&h->ready, -1);
+		return NULL;
+	}
 	atomic_store(&h->ready, 1);
-	sd_event_loop(ev);
+	while (r >= 0 && sd_event_get_state(ev) != SD_EVENT_FINISHED)
+		r = core_turn(h->core);
 	core_free(h->core);
 	h->core = NULL;
 	sd_event_unref(ev);
@@ -228,6 +231,8 @@ struct rt_seq {
 	uint32_t seed;
 };
 
+static uint32_t rt_timeout_ms = 10000; /* of connections opened from now on */
+
 static inline int rt_open_dims(struct runtime *rt, const char *sock, uint32_t layers, uint32_t heads,
 			       uint32_t k, uint32_t v, uint32_t max_seqs, uint64_t plan_bytes)
 {
@@ -235,7 +240,7 @@ static inline int rt_open_dims(struct runtime *rt, const char *sock, uint32_t la
 	struct kvtier_open_opts o = {.size = sizeof(o),
 				     .socket = sock,
 				     .name = "test",
-				     .timeout_ms = 10000,
+				     .timeout_ms = rt_timeout_ms,
 				     .max_seqs = max_seqs,
 				     .plan_bytes = plan_bytes};
 	struct kvtier_model_desc md = {
