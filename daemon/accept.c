@@ -36,8 +36,9 @@ static uint32_t clients_of(const struct core *c, const struct tenant *t, uid_t u
  * One connection too many: it gets its line as the answer to the hello that it sends, or has sent. What it
  * sent is read before the close, which would otherwise overtake the line with a reset.
  */
-static void turn_away(int fd, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-static void turn_away(int fd, const char *fmt, ...)
+static void turn_away(struct log_bucket *said, int fd, const char *fmt, ...)
+	__attribute__((format(printf, 3, 4)));
+static void turn_away(struct log_bucket *said, int fd, const char *fmt, ...)
 {
 	struct wire_hdr hello = {.type = W_HELLO};
 	char text[WIRE_TEXT], rest[256];
@@ -53,7 +54,7 @@ static void turn_away(int fd, const char *fmt, ...)
 	for (int i = 0; i < 16 && recv(fd, rest, sizeof(rest), MSG_DONTWAIT) > 0; i++)
 		;
 	close(fd);
-	log_line(4, "connection refused: %s", text);
+	log_about(said, 4, "connection refused: %s", text);
 }
 
 /* A connection that waits and cannot be taken would wake the loop again and again. */
@@ -79,7 +80,8 @@ static void no_descriptor(struct listener *l, int lfd)
 	l->spare = -1;
 	fd = sock_accept(lfd);
 	if (fd >= 0)
-		turn_away(fd, "clients: kvtierd has no descriptor left");
+		turn_away(said_of(l->core, l->tenant < 0 ? NULL : &l->core->tenant[l->tenant]), fd,
+			  "clients: kvtierd has no descriptor left");
 	else
 		pause_listener(l); /* not even that one: the whole host is out of them */
 	l->spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -109,10 +111,11 @@ static int on_accept(sd_event_source *src, int lfd, uint32_t revents, void *arg)
 	}
 	n = t ? clients_of(c, t, peer.uid) : 0;
 	if (c->n_clients >= MAX_CLIENTS) {
-		turn_away(TAKE_FD(fd), "clients: %u, limit %u", c->n_clients, MAX_CLIENTS);
+		turn_away(said_of(c, t), TAKE_FD(fd), "clients: %u, limit %u", c->n_clients, MAX_CLIENTS);
 		r = -EMFILE;
 	} else if (t && t->limit.max_clients_per_uid && n >= t->limit.max_clients_per_uid) {
-		turn_away(TAKE_FD(fd), "clients: uid %u has %u in tenant %s, limit max_clients_per_uid %u",
+		turn_away(said_of(c, t), TAKE_FD(fd),
+			  "clients: uid %u has %u in tenant %s, limit max_clients_per_uid %u",
 			  (unsigned)peer.uid, n, t->name, t->limit.max_clients_per_uid);
 		r = -EMFILE;
 	} else {

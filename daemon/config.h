@@ -88,3 +88,16 @@ void config_print(const struct config *c, int fd);
 /* Log through the journal's level prefixes on stderr (the only logging in the house). */
 void log_set_level(uint32_t level);
 void log_line(int level, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/*
+ * Lines that clients can cause: 100 at once, then two a second; what is more is counted. One bucket for each
+ * tenant, so that nobody drowns what is said of others. The loop's.
+ */
+struct log_bucket {
+	uint64_t full_ns, said_ns; /* when it is full again; when left_out was last told */
+	uint64_t left_out;
+};
+/* Take one line's worth; false: too many, counted. */
+bool log_may(struct log_bucket *b);
+void log_about(struct log_bucket *b, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* Say, every ten seconds at most, how many lines about `whom` were left out. Called now and then. */
+void log_left_out(struct log_bucket *b, const char *whom);

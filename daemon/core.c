@@ -71,6 +71,24 @@ static bool on_moved(void *arg, const struct page_meta *m, tier_addr from, tier_
 	return true;
 }
 
+bool core_may_audit(struct core *c, int tenant)
+{
+	return log_may(&c->tenant[tenant].audited);
+}
+
+static void tell_left_out(struct core *c)
+{
+	char whom[80];
+
+	log_left_out(&c->said, "policies, scorers, admin socket");
+	for (uint32_t i = 0; i < c->tenants; i++) {
+		snprintf(whom, sizeof(whom), "tenant %s: its clients", c->tenant[i].name);
+		log_left_out(&c->tenant[i].said, whom);
+		snprintf(whom, sizeof(whom), "tenant %s: audit, refused for their number", c->tenant[i].name);
+		log_left_out(&c->tenant[i].audited, whom);
+	}
+}
+
 static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
 {
 	struct core *c = arg;
@@ -90,6 +108,7 @@ static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
 			seq_recount(s);
 		seq_unref(s);
 	}
+	tell_left_out(c);
 	mover_kick(c);
 	session_listen_again(c);
 	drain_check(c);

@@ -80,6 +80,8 @@ struct core_seq_stat {
 };
 /* Published memory of an owner, and what of it no page takes. */
 void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, uint64_t *ret_held);
+/* May this tenant have one more line of audit now? What is refused is counted and told later. */
+bool core_may_audit(struct core *c, int tenant);
 /* Iterate; *cursor starts at 0. false at the end. Strings live until the loop runs again. */
 bool core_seq_next(struct core *c, uint32_t *cursor, struct core_seq_stat *ret);
 /* By handle ("0x..."), by key (32 hex digits) or a unique prefix of one (at least 4). KVT_E_NOENT, KVT_E_INVAL

@@ -45,8 +45,9 @@ struct tenant {
 	char name[32];
 	struct config_tenant limit;
 	uint32_t seqs;
-	uint64_t region_bytes;  /* device memory charged */
-	struct workers *writer; /* one thread that writes imported files, from the first import on */
+	uint64_t region_bytes;           /* device memory charged */
+	struct workers *writer;          /* one thread that writes imported files, from the first import on */
+	struct log_bucket said, audited; /* lines about its clients; what they steered */
 };
 
 /* A model description, shared by all who registered the same one. */
@@ -307,6 +308,7 @@ struct core {
 
 	struct verify *verify;
 	struct core_stat stat;
+	struct log_bucket said; /* lines about nobody's clients in particular */
 	uint64_t started_ns, region_rows_extra, seq_index_bytes, loop_seen_ns;
 	bool frozen, draining, no_accept, freeing, short_of_memory;
 	void (*drain_done)(void *arg);
@@ -343,6 +345,12 @@ static inline bool seq_windowed(const struct seq *s)
 static inline bool plan_lent(const struct seq *s)
 {
 	return s->plan && s->plan->refs;
+}
+
+/* Whose lines about this tenant's clients count against; NULL: the admin socket's. */
+static inline struct log_bucket *said_of(struct core *c, struct tenant *t)
+{
+	return t ? &t->said : &c->said;
 }
 
 /* ---- session.c ---------------------------------------------------------------- */

@@ -37,8 +37,8 @@ static void distrust(struct seq *s, const struct plan *p)
 		s->ix.resident[l] = bits_rank(dev, s->ix.rows);
 	}
 	if (lost)
-		log_line(
-			5,
+		log_about(
+			&s->tenant->said, 5,
 			"seq %016llx: its client left in the middle of plan %llu: %llu device rows not trusted",
 			(unsigned long long)s->handle, (unsigned long long)p->id, (unsigned long long)lost);
 }
@@ -125,7 +125,7 @@ void seq_expire(struct core *c, uint64_t now)
 		next = TAILQ_NEXT(s, gone);
 		if (s->expires_ns > now)
 			continue;
-		log_line(6, "seq %016llx: lease ended", (unsigned long long)s->handle);
+		log_about(&s->tenant->said, 6, "seq %016llx: lease ended", (unsigned long long)s->handle);
 		seq_end(s);
 	}
 }

@@ -10,9 +10,13 @@
 #include <stdio.h>
 #include <syslog.h>
 #include "daemon/config.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define LOG_TEXT 1024
+#define BURST 100u
+#define REFILL_NS UINT64_C(500000000)
+#define SUMMARY_NS UINT64_C(10000000000)
 
 static _Atomic uint32_t log_level = LOG_INFO;
 
@@ -41,22 +45,69 @@ static size_t escape(const char *text, char *out, size_t size)
 	return n;
 }
 
-void log_line(int level, const char *fmt, ...)
+static void say(int level, const char *fmt, va_list ap)
 {
 	char text[LOG_TEXT], line[2 * LOG_TEXT];
 	int saved = errno;
-	va_list ap;
 	size_t n;
 
-	if (level < 0 || (uint32_t)level > atomic_load_explicit(&log_level, memory_order_relaxed))
-		return;
-	va_start(ap, fmt);
 	vsnprintf(text, sizeof(text), fmt, ap);
-	va_end(ap);
 	n = (size_t)snprintf(line, sizeof(line), "<%d>", level & LOG_PRIMASK);
 	n += escape(text, line + n, sizeof(line) - n);
 	if (write(STDERR_FILENO, line, n) < 0) {
 		/* nowhere left to say so */
 	}
 	errno = saved;
+}
+
+static bool wanted(int level)
+{
+	return level >= 0 && (uint32_t)level <= atomic_load_explicit(&log_level, memory_order_relaxed);
+}
+
+void log_line(int level, const char *fmt, ...)
+{
+	va_list ap;
+
+	if (!wanted(level))
+		return;
+	va_start(ap, fmt);
+	say(level, fmt, ap);
+	va_end(ap);
+}
+
+/* ---- lines that clients cause --------------------------------------------------------------- */
+
+bool log_may(struct log_bucket *b)
+{
+	uint64_t now = now_ns(), full = MAX(b->full_ns, now);
+
+	if (full - now > (BURST - 1) * REFILL_NS && !planted("log-unlimited")) {
+		b->left_out++;
+		return false;
+	}
+	b->full_ns = full + REFILL_NS;
+	return true;
+}
+
+void log_about(struct log_bucket *b, int level, const char *fmt, ...)
+{
+	va_list ap;
+
+	if (!wanted(level) || !log_may(b))
+		return;
+	va_start(ap, fmt);
+	say(level, fmt, ap);
+	va_end(ap);
+}
+
+void log_left_out(struct log_bucket *b, const char *whom)
+{
+	uint64_t now = b->left_out ? now_ns() : 0;
+
+	if (!b->left_out || now - b->said_ns < SUMMARY_NS)
+		return;
+	log_line(LOG_WARNING, "%s: %llu more lines left out", whom, (unsigned long long)b->left_out);
+	b->left_out = 0;
+	b->said_ns = now;
 }

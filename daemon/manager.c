@@ -31,7 +31,8 @@ struct plan_job {
  * next request or rows. */
 static void failed(struct seq *s, int error)
 {
-	log_line(3, "plan: seq %016llx: %s", (unsigned long long)s->handle, strerror(-error));
+	log_about(&s->tenant->said, 3, "plan: seq %016llx: %s", (unsigned long long)s->handle,
+		  strerror(-error));
 	if (error == -ENOMEM && !planted("oom-gives-up"))
 		manager_put_off(s);
 	else
@@ -363,12 +364,12 @@ void manager_moved(struct plan *p)
 	if (!p->over && (p->missed || p->error)) {
 		bool again = p->error == -ENOMEM || s->retries++ < PLAN_RETRIES;
 
-		log_line(again ? 5 : 4, "plan %llu: seq %016llx: %s, %s", (unsigned long long)p->id,
-			 (unsigned long long)s->handle,
-			 p->missed             ? "a promotion missed"
-			 : p->error == -EILSEQ ? "what the window holds is not what was announced"
-					       : strerror(-p->error),
-			 again ? "planned again" : "given up until the next rows");
+		log_about(&s->tenant->said, again ? 5 : 4, "plan %llu: seq %016llx: %s, %s",
+			  (unsigned long long)p->id, (unsigned long long)s->handle,
+			  p->missed             ? "a promotion missed"
+			  : p->error == -EILSEQ ? "what the window holds is not what was announced"
+						: strerror(-p->error),
+			  again ? "planned again" : "given up until the next rows");
 		plan_cancel(p);
 		manager_again(p, again);
 		if (p->error == -ENOMEM)

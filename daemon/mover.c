@@ -209,10 +209,10 @@ void mover_lost(struct seq *s, struct page *p, int tier, int err)
 	else
 		c->stat.miss_io++;
 	s->misses++;
-	log_line(4, "miss: seq %016llx lane %u page %llx: %s in %s, %u rows lost there",
-		 (unsigned long long)s->handle, p->lane, (unsigned long long)p->number,
-		 err == -EBADMSG ? "checksum mismatch" : strerror(-err), c->pages.tier[tier]->ops->name,
-		 rows[0]);
+	log_about(&s->tenant->said, 4, "miss: seq %016llx lane %u page %llx: %s in %s, %u rows lost there",
+		  (unsigned long long)s->handle, p->lane, (unsigned long long)p->number,
+		  err == -EBADMSG ? "checksum mismatch" : strerror(-err), c->pages.tier[tier]->ops->name,
+		  rows[0]);
 	core_feed(c, FEED_MISS, s, (uint64_t)-err, p->bytes, rows);
 	index_mark(&s->ix, p, tier, false);
 	index_sweep(&s->ix, &c->pages, p->lane);

@@ -295,8 +295,9 @@ unsigned mover_in(struct plan *p, unsigned pages)
 		}
 		if (bits_next(p->need, 0, p->watermark) < p->watermark) {
 			s->core->stat.miss_stale++;
-			log_line(4, "miss: seq %016llx lane %u: rows without a page from %u on",
-				 (unsigned long long)s->handle, l, bits_next(p->need, 0, p->watermark));
+			log_about(&s->tenant->said, 4,
+				  "miss: seq %016llx lane %u: rows without a page from %u on",
+				  (unsigned long long)s->handle, l, bits_next(p->need, 0, p->watermark));
 			s->misses++;
 			p->missed = true;
 			for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {

@@ -46,7 +46,7 @@ static uint32_t elem_bytes(uint32_t dtype)
 
 /* The policy's own calibration, or a file of its own beside the weights. What is refused is said, and not used.
  */
-static void find_calibration(const struct core *c, struct policy_use *u)
+static void find_calibration(struct core *c, struct policy_use *u)
 {
 	const struct model *m = u->model;
 	char path[2 * CONFIG_PATH], err[400] = "";
@@ -67,7 +67,7 @@ static void find_calibration(const struct core *c, struct policy_use *u)
 	if (!r)
 		u->calibration = &u->own;
 	else if (r != -ENOENT)
-		log_line(4, "calibration: refused: %s", err);
+		log_about(&c->said, 4, "calibration: refused: %s", err);
 }
 
 static int use_init(struct core *c, struct policy_use *u, const struct policy_ops *ops, char *err,
@@ -156,7 +156,7 @@ static struct policy_use *use_new(struct core *c, struct model *m, const char *a
 		}
 	}
 	if (u->reason[0])
-		log_line(4, "policy: model \"%s\" runs %s: %s", m->name, u->ops->name, u->reason);
+		log_about(&c->said, 4, "policy: model \"%s\" runs %s: %s", m->name, u->ops->name, u->reason);
 	LIST_INSERT_HEAD(&c->uses, u, link);
 	return u;
 }

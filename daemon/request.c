@@ -76,7 +76,8 @@ static int on_hello(struct client *cl, const struct wire_hello *m)
 		r = session_attach(cl);
 	if (r < 0) {
 		no_memory(cl, &m->hdr, r);
-		log_line(3, "client %u pid %d: hello: %s", cl->id, (int)cl->pid, strerror(-r));
+		log_about(said_of(cl->core, cl->tenant), 3, "client %u pid %d: hello: %s", cl->id, (int)cl->pid,
+			  strerror(-r));
 		client_end(cl, NULL); /* no fault of its own */
 		return 0;
 	}

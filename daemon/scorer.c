@@ -66,7 +66,7 @@ static void made(struct making *k)
 			snprintf(k->err, sizeof(k->err), "%s", strerror(-k->error));
 		snprintf(u->scorer.refusal, sizeof(u->scorer.refusal), "model \"%s\": %.110s", u->model->name,
 			 k->err);
-		log_line(4, "scorer: refused: %s", u->scorer.refusal);
+		log_about(&c->said, 4, "scorer: refused: %s", u->scorer.refusal);
 		seg_close(&k->seg);
 	} else {
 		u->scorer.seg = k->seg;

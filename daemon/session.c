@@ -299,8 +299,8 @@ static void say_end(const struct client *cl, const char *fmt, va_list ap)
 	for (char *p = why; *p; p++)
 		if ((unsigned char)*p < 0x20 || *p == 0x7f)
 			*p = '?';
-	log_line(4, "client %u \"%s\" pid %d uid %u ended: %s", cl->id, cl->name, (int)cl->pid,
-		 (unsigned)cl->uid, why);
+	log_about(said_of(cl->core, cl->tenant), 4, "client %u \"%s\" pid %d uid %u ended: %s", cl->id,
+		  cl->name, (int)cl->pid, (unsigned)cl->uid, why);
 }
 
 void client_end(struct client *cl, const char *fmt, ...)

@@ -37,8 +37,9 @@ static void mutated(struct plan *p, const struct pio *io)
 
 	c->stat.miss_client_mutated++;
 	s->misses++;
-	log_line(4, "miss: seq %016llx plan %llu: page %u of the out ring is not what the client announced",
-		 (unsigned long long)s->handle, (unsigned long long)p->id, io->nth);
+	log_about(&s->tenant->said, 4,
+		  "miss: seq %016llx plan %llu: page %u of the out ring is not what the client announced",
+		  (unsigned long long)s->handle, (unsigned long long)p->id, io->nth);
 	core_feed(c, FEED_MISS, s, EILSEQ, io->page->bytes, rows);
 }
 

@@ -2,6 +2,7 @@
 #include <stdatomic.h>
 #include <string.h>
 #include "shm/ring.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 /*
@@ -71,6 +72,7 @@ int ring_push(struct ring *r, const struct ring_entry *e)
 int ring_pop(struct ring *r, struct ring_entry *ret)
 {
 	struct ring_shared *sh = r->sh;
+	uint32_t at;
 
 	if (r->pos == r->peer) {
 		uint32_t tail = atomic_load_explicit(&sh->tail, memory_order_acquire);
@@ -81,7 +83,10 @@ int ring_pop(struct ring *r, struct ring_entry *ret)
 		if (tail == r->pos)
 			return 0;
 	}
-	*ret = sh->entry[r->pos & (r->entries - 1)];
+	at = r->pos & (r->entries - 1);
+	if (planted("ring-cursor-trusted") && sh->head != r->pos)
+		at = sh->head;
+	*ret = sh->entry[at];
 	r->pos++;
 	atomic_store_explicit(&sh->head, r->pos, memory_order_release);
 	return 1;
