@@ -4,6 +4,7 @@
 #include <string.h>
 #include <syslog.h>
 #include "daemon/internal.h"
+#include "daemon/ledger.h"
 #include "shm/util.h"
 
 #define FEED_ENTRIES 16384u
@@ -199,6 +200,17 @@ static int open_tier(struct core *c, int t, char *err, size_t errsize)
 	return ops->open(&c->pages.tier[t], &tc, err, errsize);
 }
 
+/* Beside what outlives the daemon. */
+static int open_ledger(struct core *c, char *err, size_t errsize)
+{
+	const struct tier *t = c->pages.tier[KVT_TIER_NVME];
+	int r = t && (t->ops->caps & TIER_CAP_DURABLE) ? ledger_open(&c->ledger, c->cfg.nvme_path) : 0;
+
+	if (r < 0)
+		snprintf(err, errsize, "nvme path %s: %s: %s", c->cfg.nvme_path, LEDGER_NAME, strerror(-r));
+	return r;
+}
+
 static void set_limits(struct core *c)
 {
 	for (uint32_t i = 0; i < c->tenants; i++) {
@@ -251,12 +263,14 @@ static int core_open(struct core *c, char *err, size_t errsize)
 	if (r >= 0)
 		r = session_init(c);
 	if (r >= 0)
+		r = open_ledger(c, err, errsize);
+	if (r >= 0)
 		r = restart_scan(c);
 	if (r >= 0)
 		r = add_timer(c, &c->tick, TICK_US, on_tick);
 	if (r >= 0)
 		r = add_timer(c, &c->poll, POLL_US, on_poll);
-	if (r < 0)
+	if (r < 0 && !*err)
 		snprintf(err, errsize, "core: %s", strerror(-r));
 	return r;
 }
@@ -393,6 +407,7 @@ void core_free(struct core *c)
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		if (c->pages.tier[t])
 			c->pages.tier[t]->ops->close(c->pages.tier[t]);
+	ledger_close(c->ledger);
 	if (!quiet)
 		return;
 	page_store_free(&c->pages);
@@ -448,6 +463,7 @@ void drain_check(struct core *c)
 	c->drain_done = NULL;
 	if (nvme && nvme->ops->sync && nvme->ops->sync(nvme) < 0)
 		log_line(LOG_ERR, "drain: the nvme tier could not be flushed");
+	ledger_sync(c->ledger);
 	done(c->drain_arg);
 }
 

@@ -186,13 +186,15 @@ static bool page_reaches(const struct index *ix, uint32_t n)
 	return false;
 }
 
-int index_truncate(struct index *ix, struct page_store *ps, uint32_t n, uint32_t epoch)
+int index_truncate(struct index *ix, struct page_store *ps, uint32_t n, uint32_t epoch, bool mark)
 {
-	if (n >= ix->rows)
+	if (n >= ix->rows && !mark)
 		return 0;
 	/* Cutting costs a list entry only when some page would otherwise speak for what comes next. */
-	if (page_reaches(ix, n) && index_mark_epoch(ix, epoch, n) < 0)
+	if ((mark || page_reaches(ix, n)) && index_mark_epoch(ix, epoch, n) < 0)
 		return -ENOMEM;
+	if (n >= ix->rows)
+		return 0;
 	for (uint32_t l = 0; l < ix->lanes; l++) {
 		for (int t = 0; t < KVT_TIERS; t++)
 			bits_clear_range(index_bits(ix, t, l), n, ix->rows);

@@ -136,7 +136,8 @@ struct seq {
 	struct wire_layout *layout; /* [n_layers] */
 	struct origin *origin;
 	enum seq_state state;
-	bool orphan; /* found on disk after a restart */
+	bool orphan;   /* found on disk after a restart */
+	bool believed; /* then: pages on nvme are, for the ledger does not say that it ended */
 	uint32_t slot;
 	uint64_t plan_off, plan_bytes;
 	uint32_t lifetime, ttl_s, max_rows, granularity, equal_lanes;
@@ -196,6 +197,10 @@ struct seq {
 	struct page *note[KVT_TIERS]; /* see restart.c */
 	uint32_t noting;              /* on their way */
 	bool note_busy, note_again;   /* one to nvme is, and another is due */
+	uint32_t place;               /* in the ledger, or LEDGER_NONE */
+	uint32_t reach;               /* no row at or past it was given to a tier since the last cut there */
+	uint64_t floor;               /* pages with lower numbers are not its own */
+	bool mark_cut;                /* the cut that is due concerns pages in a tier */
 	bool recount;                 /* background moves changed the counts */
 	STAILQ_ENTRY(seq) recounts;
 	uint32_t flushes;
@@ -268,6 +273,7 @@ struct core {
 	const struct tier_keep *keep; /* NULL: DRAM ends with the process */
 	struct workers *workers;
 	struct page_store pages;
+	struct ledger *ledger; /* of leased sequences; NULL: nothing here outlives us */
 	sd_event_source *tier_io[KVT_TIERS], *tick, *poll, *pump;
 	struct seg feed_seg;
 	struct feed_writer feed;
@@ -419,7 +425,7 @@ void seq_last_words(struct seq *s);
 /* The client is gone or closes: ephemeral (or drop) ends, leased is saved. May free s. */
 void seq_leave(struct seq *s, bool drop);
 void seq_end(struct seq *s); /* free as soon as nothing is lent */
-void seq_truncate(struct seq *s, uint32_t rows);
+int seq_truncate(struct seq *s, uint32_t rows);
 void seq_unref(struct seq *s);
 void seq_recount(struct seq *s);
 void seq_touch(struct seq *s);
@@ -536,7 +542,7 @@ void pio_free(struct pio *io);
 /* Read the page: end() follows from the pump, never from here. */
 void pio_read(struct pio *io);
 /* Place and buffer for a write: 0, -EAGAIN (no buffer now), -ENOSPC, -EIO. */
-int pio_prepare(struct pio *io, const struct seq *s);
+int pio_prepare(struct pio *io, struct seq *s);
 /* Start a prepared write whose buffer is filled and whose page has its crc. */
 void pio_write(struct pio *io);
 /* The same, and the tier has it when this returns. */
@@ -701,6 +707,23 @@ void restart_note(struct seq *s);
 /* Its rows from `cut` on are over: a life that begins this moment must know. DRAM only, at once. */
 void restart_cut(struct seq *s);
 void restart_forget(struct seq *s);
+
+/* ---- ledger_seq.c ------------------------------------------------------------------------------ */
+
+struct ledger_entry;
+/* Enter a leased sequence, before its client hears of it. 0 or -errno. */
+int ledger_begin(struct seq *s);
+/* Its rows from `rows` on end with the next epoch: before anything is changed and the client told. 0 or -errno.
+ */
+int ledger_cut(struct seq *s, uint32_t rows);
+/* It has ended. */
+void ledger_over(struct seq *s);
+/* At a restart: may pages of that name be believed at all? Sets place and floor. */
+bool ledger_knows(struct seq *s);
+/* What the ledger says of it, or NULL. */
+const struct ledger_entry *ledger_of(struct seq *s);
+/* It was found: s->rows rows from earlier epochs, and nothing that turns up later. 0 or -errno. */
+int ledger_return(struct seq *s);
 
 /* ---- verify.c, stat.c ------------------------------------------------------------------------ */
 void verify_pump(struct core *c);

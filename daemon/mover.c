@@ -146,7 +146,7 @@ static bool room_for(struct pio *io, const struct seq *s)
 	return used <= limit && limit - used >= page_room(io->page->bytes);
 }
 
-int pio_prepare(struct pio *io, const struct seq *s)
+int pio_prepare(struct pio *io, struct seq *s)
 {
 	struct core *c = io->core;
 	struct tier *t = c->pages.tier[io->tier];
@@ -172,6 +172,8 @@ int pio_prepare(struct pio *io, const struct seq *s)
 	io->rec.epoch = s->epoch;
 	io->rec.lifetime = s->lifetime;
 	r = t->ops->prepare(t, &io->io);
+	if (!r)
+		s->reach = MAX(s->reach, page_reach(p));
 	if (!r) {
 		io->reserved = page_room(p->bytes);
 		c->pages.used[io->tier][p->origin->charge] += io->reserved;

@@ -229,13 +229,16 @@ static int set_budget(struct opening *o, struct seq *s)
 	return seq_set_budget(s, &o->m->budget, wire_open_table(o->m), o->err, sizeof(o->err));
 }
 
-/* What it asked for besides its place: budget and directory. */
+/* What it asked for besides its place: budget, entry in the ledger, directory. */
 static int settings(struct opening *o, struct seq *s)
 {
 	int r = set_budget(o, s);
 
 	if (r < 0)
 		return r;
+	r = ledger_begin(s);
+	if (r < 0)
+		return fail(o, KVT_E_IO, "ledger: %s", strerror(-r));
 	r = direct_open(s);
 	return r < 0 ? fail(o, KVT_E_NOMEM, "directory: %s", strerror(-r)) : 0;
 }

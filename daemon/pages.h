@@ -68,6 +68,14 @@ static inline bool page_in(const struct page *p, int tier)
 {
 	return p->addr[tier - 1] != TIER_ADDR_NONE;
 }
+/* The position behind its last row. */
+static inline uint32_t page_reach(const struct page *p)
+{
+	for (uint32_t w = p->span; w--;)
+		if (p->pos[w])
+			return p->first + w * 64 + 64 - (uint32_t)__builtin_clzll(p->pos[w]);
+	return p->first;
+}
 static inline bool page_has(const struct page *p, uint32_t pos)
 {
 	return pos >= p->first && pos - p->first < p->span * 64u && bits_test(p->pos, pos - p->first);

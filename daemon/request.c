@@ -210,6 +210,7 @@ static int on_truncate(struct client *cl, const struct wire_seq_truncate *m)
 {
 	struct seq *s = request_seq(cl, &m->hdr, m->seq);
 	struct wire_seq_truncate_reply a;
+	int r;
 
 	if (!s)
 		return 0;
@@ -217,8 +218,9 @@ static int on_truncate(struct client *cl, const struct wire_seq_truncate *m)
 		refuse(cl, &m->hdr, KVT_E_INVAL, "rows: %u, the sequence has %u", m->rows, s->rows);
 	} else if (s->epoch == UINT32_MAX) {
 		refuse(cl, &m->hdr, KVT_E_LIMIT, "epoch: %u, no more truncations", s->epoch);
+	} else if ((r = seq_truncate(s, m->rows)) < 0) {
+		refuse(cl, &m->hdr, KVT_E_IO, "rows: %u, the ledger cannot be written: %s", m->rows, strerror(-r));
 	} else {
-		seq_truncate(s, m->rows);
 		wire_reply_init(&a.r, &m->hdr, sizeof(a), 0, NULL);
 		a.epoch = s->epoch;
 		a.rows = s->rows;

@@ -7,10 +7,14 @@
  * are believed: fewer rows, never wrong ones.
  *
  * In DRAM the note is there before a truncation is answered. Pages found in both tiers are one page.
+ *
+ * Where there is a ledger (ledger.h) it knows what the clients of a daemon that died were told; notes are for
+ * what a power failure left, and for DRAM alone.
  */
 #include <poll.h>
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/ledger.h"
 #include "shm/crc.h"
 #include "shm/trial.h"
 #include "shm/util.h"
@@ -205,6 +209,7 @@ static struct seq *orphan(struct core *c, const struct seq_record *r)
 	s->ttl_s = c->cfg.orphan_ttl_s;
 	s->budget_default = true;
 	s->orphan = true;
+	s->believed = ledger_knows(s);
 	s->state = SEQ_DETACHED;
 	TAILQ_INSERT_TAIL(&c->gone, s, gone);
 	s->in_gone = true;
@@ -275,6 +280,10 @@ static bool on_found(void *arg, tier_addr addr, const struct page_meta *m, const
 	s = orphan(c, r);
 	if (!s)
 		return false;
+	if ((f->tier == KVT_TIER_NVME && !s->believed) || m->id.page < s->floor) {
+		c->stat.miss_stale++;
+		return false;
+	}
 	p = m->id.lane == PAGE_NOTE_LANE ? NULL : index_find(&s->ix, m->id.lane, m->id.first, m->id.page);
 	if (p)
 		return second_copy(c, p, f->tier, addr, m);
@@ -392,9 +401,17 @@ static int rebuild(struct core *c, struct seq *s)
 {
 	static struct note n; /* start-up only */
 	uint32_t oldest = s->epoch, rows;
-	int r = find_note(c, s, &n);
+	const struct ledger_entry *e = ledger_of(s);
+	int r = 0;
 
-	if (!r) {
+	if (e && e->epoch >= s->epoch) {
+		s->epoch = e->epoch;
+		oldest = e->oldest;
+		for (uint32_t i = 0; i < e->n && !r; i++)
+			r = index_mark_epoch(&s->ix, e->mark[i].epoch, e->mark[i].start);
+		if (r < 0)
+			return r;
+	} else if (!find_note(c, s, &n)) {
 		oldest = n.pad;
 		for (uint32_t i = 0; i < n.n && !r && !planted("restart-skips-epoch-cut"); i++)
 			r = index_mark_epoch(&s->ix, n.mark[i].epoch, n.mark[i].start);
@@ -419,6 +436,9 @@ static int rebuild(struct core *c, struct seq *s)
 		}
 	}
 	s->expires_ns = now_ns() + (uint64_t)s->ttl_s * 1000000000u;
+	r = ledger_return(s);
+	if (r < 0)
+		return r;
 	seq_recount(s);
 	return 0;
 }
@@ -444,6 +464,11 @@ int restart_scan(struct core *c)
 				 s->tenant->name);
 			seq_end(s);
 		}
+	}
+	if (c->ledger) {
+		r = ledger_settle(c->ledger);
+		if (r < 0)
+			return r;
 	}
 	if (c->n_orphans)
 		log_line(6,

@@ -7,6 +7,7 @@
 #include <string.h>
 #include "daemon/direct.h"
 #include "daemon/internal.h"
+#include "daemon/ledger.h"
 #include "ipc/codec.h"
 #include "shm/crc.h"
 #include "shm/util.h"
@@ -104,6 +105,7 @@ struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const ui
 	s->tenant_hash = hash;
 	memcpy(s->key, key, 16);
 	s->cut = ROWS_ALL;
+	s->place = LEDGER_NONE;
 	s->device_cap = ROWS_ALL;
 	s->slack = c->cfg.slack_rows ? c->cfg.slack_rows : 64;
 	s->headroom = ROWS_ALL;
@@ -217,6 +219,7 @@ static void destroy(struct seq *s)
 	for (int t = 0; t < KVT_TIERS; t++)
 		c->stat.rows[t] -= s->tier_rows[t];
 	restart_forget(s);
+	ledger_over(s);
 	index_free(&s->ix, &c->pages);
 	origin_unref(&c->pages, s->origin);
 	c->seq_index_bytes -= s->index_seen;
@@ -250,8 +253,12 @@ void seq_end(struct seq *s)
 	seq_step(s);
 }
 
-void seq_truncate(struct seq *s, uint32_t rows)
+int seq_truncate(struct seq *s, uint32_t rows)
 {
+	int r = ledger_cut(s, rows);
+
+	if (r < 0)
+		return r;
 	s->epoch++;
 	s->rows = rows;
 	s->cut = MIN(s->cut, rows);
@@ -268,6 +275,7 @@ void seq_truncate(struct seq *s, uint32_t rows)
 	if (s->plan)
 		plan_cancel(s->plan);
 	seq_step(s);
+	return 0;
 }
 
 void seq_step(struct seq *s)
@@ -290,8 +298,9 @@ void seq_step(struct seq *s)
 		return;
 	}
 	if (!p && s->cut != ROWS_ALL) {
-		if (index_truncate(&s->ix, &s->core->pages, s->cut, s->epoch) < 0)
+		if (index_truncate(&s->ix, &s->core->pages, s->cut, s->epoch, s->mark_cut) < 0)
 			return; /* no memory for one list entry: the next step tries again */
+		s->mark_cut = false;
 		s->cut = ROWS_ALL;
 		direct_cut(&s->ix, ROWS_ALL);
 		settle_stop(s);

@@ -222,7 +222,7 @@ static void any_history_agrees_with_the_model(void **state)
 		} else if (m.rows) {
 			uint32_t n = m.rows - rnd(&seed, m.rows / 2 + 1);
 
-			assert_int_equal(index_truncate(&ix, &w.ps, n, ++epoch), 0);
+			assert_int_equal(index_truncate(&ix, &w.ps, n, ++epoch, false), 0);
 			for (uint32_t l = 0; l < LANES; l++)
 				for (int t = 0; t < KVT_TIERS; t++)
 					memset(&m.on[t][l][n], 0, ROWS - n);
@@ -265,7 +265,7 @@ static void coefficients_follow_their_rows(void **state)
 	assert_int_equal(ix.bytes, bytes_of(&ix));
 	assert_int_equal(index_fork(&child, &ix, 60, 9), 0);
 	assert_int_equal(child.bytes, bytes_of(&child));
-	assert_int_equal(index_truncate(&ix, &w.ps, 80, 3), 0);
+	assert_int_equal(index_truncate(&ix, &w.ps, 80, 3, false), 0);
 	for (uint32_t l = 0; l < LANES; l++)
 		for (uint32_t i = 0; i < 100; i++) {
 			assert_int_equal(ix.key[(size_t)l * ix.cap + i], i < 80 ? 1000 * l + i : 0);
@@ -298,12 +298,12 @@ static void speculation_leaves_no_list_behind(void **state)
 	/* Ends that move above all pages cost nothing, however many. */
 	for (uint32_t e = 1; e < 1000; e++) {
 		assert_int_equal(index_extend(&ix, 100 + e), 0);
-		assert_int_equal(index_truncate(&ix, &w.ps, 98 + e, e), 0);
+		assert_int_equal(index_truncate(&ix, &w.ps, 98 + e, e, false), 0);
 	}
 	assert_int_equal(ix.n_epochs, 0);
 	/* Through a page: one mark, and lower cuts replace higher ones. */
 	for (uint32_t n = 8; n > 4; n--)
-		assert_int_equal(index_truncate(&ix, &w.ps, n, 2000 - n), 0);
+		assert_int_equal(index_truncate(&ix, &w.ps, n, 2000 - n, false), 0);
 	assert_int_equal(ix.n_epochs, 1);
 	assert_int_equal(index_limit(&ix, 0), 5);
 	assert_int_equal(index_alive(&ix, ix.lane[0].v[0], 1, NULL), 1);
