@@ -25,6 +25,7 @@
 struct harness {
 	char dir[64], sock[2][108];
 	struct config cfg;
+	const struct tier_keep *keep; /* what its DRAM outlives it in; NULL: it does not */
 	struct core *core;
 	pthread_t thread;
 	int call_fd;
@@ -64,7 +65,7 @@ static inline void *harness_main(void *arg)
 	int r = sd_event_new(&ev);
 
 	if (r >= 0)
-		r = core_new(&h->core, &h->cfg, ev, err, sizeof(err));
+		r = core_new_keeping(&h->core, &h->cfg, h->keep, ev, err, sizeof(err));
 	for (uint32_t t = 0; t < h->cfg.tenants && r >= 0; t++) {
 		int fd = sock_listen(h->sock[t], 0600, 16);
 

@@ -14,60 +14,15 @@
 #include <unistd.h>
 /* Records and heads are forged here, so their layout is needed. */
 #include "tiers/dram_dir.c"
+#include "keeper.h"
 #include "shm/bits.h"
 
 #define MIB (UINT64_C(1) << 20)
 #define SEG (2 * MIB)
 #define OPS (&tier_dram_ops)
-#define MAX_KEPT 32
 #define MAX_PAGES 600
 
-/* ---- a keeper of descriptors, and pages that are told apart --------------------------------------- */
-
-struct keeper {
-	struct tier_keep keep;
-	struct {
-		char name[TIER_KEEP_NAME];
-		int fd;
-	} held[MAX_KEPT];
-	unsigned n, dropped, refused;
-	bool full;
-	char why[128];
-	struct tier_kept passed[MAX_KEPT];
-};
-
-static int keeper_store(void *arg, const char *name, int fd)
-{
-	struct keeper *k = arg;
-
-	if (k->full)
-		return -ENOSPC;
-	assert_true(k->n < MAX_KEPT);
-	strcpy(k->held[k->n].name, name);
-	k->held[k->n++].fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-	return 0;
-}
-
-static void keeper_drop(void *arg, const char *name)
-{
-	struct keeper *k = arg;
-
-	k->dropped++;
-	for (unsigned i = 0; i < k->n; i++)
-		if (!strcmp(k->held[i].name, name)) {
-			close(k->held[i].fd);
-			k->held[i--] = k->held[--k->n];
-		}
-}
-
-static void keeper_refused(void *arg, const char *name, const char *why)
-{
-	struct keeper *k = arg;
-
-	k->refused++;
-	snprintf(k->why, sizeof(k->why), "%s", why);
-	keeper_drop(k, name);
-}
+/* ---- pages that are told apart ------------------------------------------------------------ */
 
 struct found {
 	struct page_meta meta;
@@ -95,19 +50,9 @@ static uint32_t draw(struct fixture *f, uint32_t below)
 static void open_life(struct fixture *f)
 {
 	struct tier_cfg cfg = {
-		.size = f->size, .segment = SEG, .node = -1, .no_huge = true, .keep = &f->k.keep};
+		.size = f->size, .segment = SEG, .node = -1, .no_huge = true, .keep = keeper_pass(&f->k)};
 	char err[128];
 
-	f->k.keep = (struct tier_keep){.arg = &f->k,
-				       .store = keeper_store,
-				       .drop = keeper_drop,
-				       .refused = keeper_refused,
-				       .kept = f->k.passed,
-				       .n = f->k.n};
-	for (unsigned i = 0; i < f->k.n; i++) {
-		strcpy(f->k.passed[i].name, f->k.held[i].name);
-		f->k.passed[i].fd = fcntl(f->k.held[i].fd, F_DUPFD_CLOEXEC, 0);
-	}
 	assert_int_equal(OPS->open(&f->t, &cfg, err, sizeof(err)), 0);
 }
 
@@ -127,8 +72,7 @@ static struct fixture *begin(uint64_t size)
 static void finish(struct fixture *f)
 {
 	OPS->close(f->t);
-	for (unsigned i = 0; i < f->k.n; i++)
-		close(f->k.held[i].fd);
+	keeper_close(&f->k);
 	free(f);
 }
 
@@ -667,28 +611,9 @@ static int memfd(const char *name, off_t size, int seals, mode_t mode)
 	return fd;
 }
 
-/* A copy of a sound segment that differs in what is asked for. */
-static int forged(const struct fixture *f, const char *name, off_t more, int seals, mode_t mode)
-{
-	int src = f->k.held[0].fd, fd;
-	struct stat st;
-	void *a, *b;
-
-	assert_int_equal(fstat(src, &st), 0);
-	fd = memfd(name, st.st_size + more, 0, mode);
-	a = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, src, 0);
-	b = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	memcpy((char *)b, (char *)a, (size_t)(st.st_size + MIN(more, 0)));
-	munmap(a, (size_t)st.st_size);
-	munmap(b, (size_t)st.st_size);
-	if (seals)
-		assert_int_equal(fcntl(fd, F_ADD_SEALS, seals), 0);
-	return fd;
-}
-
 static void a_foreign_descriptor_is_refused(void **state)
 {
-	const int sealed = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+	const int sealed = KEEPER_SEALS;
 	struct fixture *f = begin(8 * MIB), *was;
 	char path[] = "/tmp/kvt-keep-XXXXXX", name[TIER_KEEP_NAME], other[TIER_KEEP_NAME];
 	unsigned mine, foreign;
@@ -707,19 +632,19 @@ static void a_foreign_descriptor_is_refused(void **state)
 	hold(f, "dram-0000000000000005", memfd("kvtier-dram", (off_t)SEG, sealed, 0600));
 	hold(f, "dram-0000000000000006", memfd("kvtier-dram", (off_t)(SEG + dir_bytes(SEG)), sealed, 0600));
 	hold(f, "dram-0000000000000007", memfd("kvtier-dram", (off_t)1 << 60, sealed, 0600));
-	hold(f, other, forged(f, "kvtier-dram", 0, sealed, 0600)); /* another's name */
-	hold(f, "dram-0000000000000008", forged(f, "kvtier-dram", 0, sealed, 0600));
+	hold(f, other, keeper_forge(&f->k, 0, "kvtier-dram", 0, sealed, 0600)); /* another's name */
+	hold(f, "dram-0000000000000008", keeper_forge(&f->k, 0, "kvtier-dram", 0, sealed, 0600));
 	/* The right name, but: */
-	hold(f, name, forged(f, "kvtier-dram", 0, 0, 0600));                     /* not sealed */
-	hold(f, name, forged(f, "kvtier-dram", 0, F_SEAL_SHRINK, 0600));         /* not all of it */
-	hold(f, name, forged(f, "kvtier-dram", 0, sealed | F_SEAL_WRITE, 0600)); /* read-only */
-	hold(f, name, forged(f, "kvtier-dram", 4096, sealed, 0600));             /* too long */
-	hold(f, name, forged(f, "kvtier-dram", -4096, sealed, 0600));            /* too short */
-	hold(f, name, forged(f, "kvtier-dram", 0, sealed, 0666));                /* open to others */
-	hold(f, name, forged(f, "kvtier-region", 0, sealed, 0600));              /* not made for this */
-	hold(f, "dram-", forged(f, "kvtier-dram", 0, sealed, 0600));
-	hold(f, "dram-1", forged(f, "kvtier-dram", 0, sealed, 0600));
-	hold(f, "dram-000000000000000g", forged(f, "kvtier-dram", 0, sealed, 0600));
+	hold(f, name, keeper_forge(&f->k, 0, "kvtier-dram", 0, 0, 0600));             /* not sealed */
+	hold(f, name, keeper_forge(&f->k, 0, "kvtier-dram", 0, F_SEAL_SHRINK, 0600)); /* not all of it */
+	hold(f, name, keeper_forge(&f->k, 0, "kvtier-dram", 0, sealed | F_SEAL_WRITE, 0600)); /* read-only */
+	hold(f, name, keeper_forge(&f->k, 0, "kvtier-dram", 4096, sealed, 0600));             /* too long */
+	hold(f, name, keeper_forge(&f->k, 0, "kvtier-dram", -4096, sealed, 0600));            /* too short */
+	hold(f, name, keeper_forge(&f->k, 0, "kvtier-dram", 0, sealed, 0666));   /* open to others */
+	hold(f, name, keeper_forge(&f->k, 0, "kvtier-region", 0, sealed, 0600)); /* not made for this */
+	hold(f, "dram-", keeper_forge(&f->k, 0, "kvtier-dram", 0, sealed, 0600));
+	hold(f, "dram-1", keeper_forge(&f->k, 0, "kvtier-dram", 0, sealed, 0600));
+	hold(f, "dram-000000000000000g", keeper_forge(&f->k, 0, "kvtier-dram", 0, sealed, 0600));
 	hold(f, name, fcntl(f->k.held[0].fd, F_DUPFD_CLOEXEC, 0)); /* twice */
 	foreign = f->k.n - mine;
 	was = next_life(f);
