@@ -222,7 +222,8 @@ int admin_dispatch(struct core *c, const struct admin_peer *peer, int argc, char
 				    argc > 0 ? argv[0] : "");
 	if (peer->tenant >= 0 && (!admin_config || (uint32_t)peer->tenant >= admin_config->tenants))
 		return admin_refuse(&a, KVT_E_INTERNAL, "tenant %d: not configured", peer->tenant);
-	/* Each change, and each that was refused, has its line: who is faster than lines may be written waits. */
+	/* Each change, and each that was refused, has its line: who is faster than lines may be written waits.
+	 */
 	if (peer->tenant >= 0 && v->flags & VERB_AUDIT && !core_may_audit(c, peer->tenant))
 		return admin_refuse(&a, KVT_E_BUSY, "%s: too many at once, limit two a second", v->name);
 	if (peer->tenant >= 0 && v->flags & VERB_ADMIN)

@@ -127,6 +127,7 @@ struct seq {
 	struct core *core;
 	uint64_t handle;
 	uint8_t key[16], secret_hash[32];
+	uint64_t born; /* later than every earlier sequence of this key; drawn as page numbers are */
 	struct tenant *tenant;
 	uint64_t tenant_hash;
 	struct client *client;

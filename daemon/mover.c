@@ -168,8 +168,8 @@ int pio_prepare(struct pio *io, struct seq *s)
 	io->rec.tenant = s->tenant_hash;
 	io->rec.model = s->fingerprint;
 	io->rec.lanes = s->ix.lanes;
-	io->rec.rows = s->rows;
-	io->rec.epoch = s->epoch;
+	io->rec.born_lo = (uint32_t)s->born;
+	io->rec.born_hi = (uint32_t)(s->born >> 32);
 	io->rec.lifetime = s->lifetime;
 	r = t->ops->prepare(t, &io->io);
 	if (!r)

@@ -193,8 +193,14 @@ static struct seq *orphan(struct core *c, const struct seq_record *r)
 	struct seq *s = seq_lookup(c, r->tenant, r->key);
 	struct tenant *t = tenant_of(c, r->tenant);
 
+	/* The key was given up and used anew: of the sequence of before nothing shall come back. */
+	if (s && seq_born(r) > s->born && !planted("restart-mixes-lives")) {
+		seq_end(s);
+		s = NULL;
+	}
 	if (s)
 		return s->ix.lanes == r->lanes && s->fingerprint == r->model &&
+				       (s->born == seq_born(r) || planted("restart-mixes-lives")) &&
 				       !memcmp(s->secret_hash, r->secret_hash, sizeof(s->secret_hash))
 			       ? s
 			       : NULL;
@@ -205,6 +211,8 @@ static struct seq *orphan(struct core *c, const struct seq_record *r)
 		return NULL;
 	memcpy(s->secret_hash, r->secret_hash, sizeof(s->secret_hash));
 	s->fingerprint = r->model;
+	s->born = seq_born(r);
+	c->pages.next = MAX(c->pages.next, s->born + 1);
 	s->lifetime = KVT_LEASED;
 	s->ttl_s = c->cfg.orphan_ttl_s;
 	s->budget_default = true;
@@ -221,7 +229,7 @@ static bool sane(const struct page_meta *m, const struct seq_record *r)
 {
 	uint32_t rows = 0;
 
-	if (r->lifetime != KVT_LEASED || !r->lanes || r->lanes > CTL_MAX_LANES ||
+	if (r->lifetime != KVT_LEASED || seq_born(r) >> 63 || !r->lanes || r->lanes > CTL_MAX_LANES ||
 	    memcmp(r->key, m->id.key, 16) || r->tenant != m->id.tenant || !m->pos_words ||
 	    m->pos_words > PAGE_SPAN || !m->bytes || m->bytes > TIER_MAX_PAGE || m->id.first > WIRE_MAX_ROWS ||
 	    m->id.rows > PAGE_ROWS || !m->id.rows || m->bytes % m->id.rows || m->id.page >> 63 ||

@@ -104,6 +104,7 @@ struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const ui
 	s->tenant = t;
 	s->tenant_hash = hash;
 	memcpy(s->key, key, 16);
+	s->born = c->pages.next++;
 	s->cut = ROWS_ALL;
 	s->place = LEDGER_NONE;
 	s->device_cap = ROWS_ALL;

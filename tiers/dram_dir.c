@@ -22,7 +22,7 @@ struct dir_head { /* in the last unit of the segment, never changed */
 };
 
 struct dir_seq {
-	struct seq_record rec; /* rows and epoch 0: they change, and the note has them */
+	struct seq_record rec;
 	uint32_t check, pad[3];
 };
 _Static_assert(sizeof(struct dir_seq) == 96, "layout");
@@ -253,17 +253,15 @@ void dir_put(struct dram_dir *d, uint32_t unit, const struct alloc_place *p, con
 	     const struct seq_record *seq)
 {
 	struct dir_slot *s = slot_at(d, unit);
-	struct seq_record rec = *seq;
 	uint32_t flags, len, i;
 
 	if (!d->settled || m->pos_words > DIR_POS_WORDS || m->id.rows > UINT16_MAX ||
-	    memcmp(m->id.key, seq->key, sizeof(rec.key)) || m->id.tenant != seq->tenant)
+	    memcmp(m->id.key, seq->key, sizeof(seq->key)) || m->id.tenant != seq->tenant)
 		return;
 	len = nvme_pos_size(m->pos, m->pos_words, &flags);
 	if (SLOT_HEAD + len > (size_t)p->units * DIR_SLOT)
 		return;
-	rec.rows = rec.epoch = 0;
-	i = seq_get(d, &rec);
+	i = seq_get(d, seq);
 	if (i == NIL)
 		return;
 	s->page = m->id.page;
@@ -282,7 +280,7 @@ void dir_put(struct dram_dir *d, uint32_t unit, const struct alloc_place *p, con
 	s->pos_flags = (uint8_t)flags;
 	s->pad = 0;
 	nvme_pos_put(s->pos, m->pos, m->pos_words, flags);
-	s->check = slot_check(d, unit, s, &rec);
+	s->check = slot_check(d, unit, s, seq);
 	atomic_store_explicit(&s->live, LIVE, memory_order_release);
 }
 

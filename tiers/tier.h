@@ -76,8 +76,18 @@ struct seq_record {
 	uint8_t secret_hash[32]; /* SHA-256; zero when ephemeral */
 	uint64_t tenant;
 	uint64_t model; /* fingerprint of the model description */
-	uint32_t lanes, rows, epoch, lifetime;
+	uint32_t lanes;
+	uint32_t born_lo, born_hi; /* which life of this key it is, see seq_born() */
+	uint32_t lifetime;
 };
+/* Stores of before had rows and epoch in these words, far below any number that is drawn: they count as 0. */
+#define SEQ_BORN_LEAST (UINT64_C(1) << 60)
+static inline uint64_t seq_born(const struct seq_record *r)
+{
+	uint64_t born = (uint64_t)r->born_hi << 32 | r->born_lo;
+
+	return born < SEQ_BORN_LEAST ? 0 : born;
+}
 
 enum {
 	TIER_CAP_MAPPED = 1,  /* io->buf is the page */

@@ -6,7 +6,7 @@ pass: all back < 5 s, DRAM rows still there, stale handles 100 % refused
 quick: 10 restarts
 full: 200 restarts
 io: both
-plants: dram-record-late restart-skips-epoch-cut handles-start-over
+plants: dram-record-late restart-skips-epoch-cut handles-start-over restart-mixes-lives
 
 The test plays systemd (lib/manager.py): it holds the listening sockets and the fd store, kills the daemon or asks it
 to end, and starts it again, every third time from a copy of the program in another file. Half of the restarts are done
@@ -17,6 +17,9 @@ position). Eight clients are at rest when the daemon goes, after rounds of appen
 last plan demoted to DRAM is known to the row, and must be there again, and right, to the byte. Eight are in the
 middle of anything; what comes back of theirs must be right to the byte. After a kill, rows that were only on the device
 are gone; after a drain every row of every client must be back.
+
+A sequence that was dropped, on disk and in DRAM, and whose key was used anew before a kill must not lend the new one its
+rows.
 
 A client of raw messages keeps all the handles it ever had, of every life, and offers them on its next connection, beside
 live ones of the same numbers.
@@ -36,7 +39,7 @@ from kvtier import ROWS_ALL, Client, Error  # noqa: E402
 from lib import raw  # noqa: E402
 from lib.manager import Managed  # noqa: E402
 from lib.rows import LANES, Rows  # noqa: E402
-from lib.victims import leased, refused  # noqa: E402
+from lib.victims import leased, refused, resume  # noqa: E402
 from lib.world import E_BUSY, E_STALE, SEED, Failed, Tap, equal, expect, until  # noqa: E402
 
 FULL = os.environ.get("KVT_TORTURE") == "full"
@@ -229,10 +232,45 @@ def rounds(nvme, n, tally, offered):
         offered.append(handles.offered)
 
 
+def used_anew(n):
+    """The disk is told of a dropped page later than its owner: a kill in between leaves both lives of the key there."""
+    with Managed(nvme={"enabled": "yes"}) as d:
+        for i in range(n):
+            tag = f"anew{i}"
+            with Client(d.socket, name=tag) as c:
+                r = Rows(c, tag, ttl_s=60, **leased(tag))
+                r.append(400)
+                r.truncate(390)  # its epoch will be the higher one
+                r.plan(device=0, dram=100, nvme=ROWS_ALL)
+                r.close()
+            d.term()
+            d.start()
+            c = Client(d.socket, name=tag)
+            r = resume(d, tag, c)
+            equal(r.rows, 390, "rows of the first life")
+            r.close(drop=True)
+            r = Rows(c, tag, ttl_s=60, **leased(tag))
+            r.gen = 1
+            r.append(100)
+            r.plan(device=0, dram=ROWS_ALL)
+            d.kill()
+            c.close()
+            d.start()
+            with Client(d.socket, name=tag) as c:
+                r = resume(d, tag, c)
+                equal(r.rows, 100, "rows of the second life")
+                r.gens = [1] * r.rows
+                r.plan(device=ROWS_ALL, dram=ROWS_ALL, nvme=ROWS_ALL)
+                equal(r.check(), 100 * LANES, "rows that came up")
+                r.close(drop=True)
+
+
 def main():
     tap, tally, offered = Tap(), Tally(), []
     tap.case("restarts, kills and upgrades without an NVMe tier", rounds, "no", RESTARTS // 2, tally, offered)
     tap.case("the same with one", rounds, "yes", RESTARTS - RESTARTS // 2, tally, offered)
+
+    tap.case("a key that was dropped and used anew before a kill", used_anew, 20 if FULL else 2)
 
     def in_time():
         expect(len(tally.back) == RESTARTS, f"{len(tally.back)} of {RESTARTS} restarts")
