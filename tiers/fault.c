@@ -280,7 +280,7 @@ static struct tier_io *spoil_submit(struct fault *f, struct tier_io *io)
 	}
 	copy_request(s, io);
 	if (io->op == TIER_WRITE) {
-		fault_spoil_write(&f->inject, s->op, s->lower.buf, s->buf, s->lower.bytes);
+		fault_spoil_write(&f->inject, s->op, s->lower.addr, s->lower.buf, s->buf, s->lower.bytes);
 		/* Here rather than at completion, whose order may differ from run to run. */
 		fault_remember(&f->inject, s->lower.addr, s->buf, s->lower.bytes);
 	}

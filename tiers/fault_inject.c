@@ -4,8 +4,6 @@
 
 #include <string.h>
 
-#define SECTOR 512u
-
 /* The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every input bit moves every output bit. */
 static uint64_t mix(uint64_t x)
 {
@@ -49,7 +47,24 @@ static void garble(uint64_t x, uint8_t *p, size_t from, size_t to)
 	}
 }
 
-void fault_spoil_write(struct fault_inject *f, uint64_t op, void *dst, const void *src, uint32_t bytes)
+/* What an earlier page left at this place is the last to arrive there. Counted only when that makes a
+ * difference. */
+static void reorder(struct fault_inject *f, uint64_t addr, void *dst, uint32_t bytes)
+{
+	for (uint64_t i = 1; i <= MIN(f->stashed, FAULT_STASH); i++) {
+		const struct fault_page *h = &f->stash[(f->stashed - i) % FAULT_STASH];
+		uint32_t n = MIN(h->bytes, bytes);
+
+		if (h->addr != addr)
+			continue;
+		f->count[FAULT_REORDER] += memcmp(dst, h->buf, n) != 0;
+		memcpy(dst, h->buf, n);
+		return;
+	}
+}
+
+void fault_spoil_write(struct fault_inject *f, uint64_t op, uint64_t addr, void *dst, const void *src,
+		       uint32_t bytes)
 {
 	uint64_t x;
 
@@ -58,7 +73,9 @@ void fault_spoil_write(struct fault_inject *f, uint64_t op, void *dst, const voi
 		garble(fault_random(&f->spec, op, FAULT_LOST), dst, 0, bytes);
 	} else if (fault_now(f, op, FAULT_TORN)) {
 		x = fault_random(&f->spec, op, FAULT_TORN);
-		garble(x, dst, x % DIV_UP(bytes, SECTOR) * SECTOR, bytes);
+		garble(x, dst, x % DIV_UP(bytes, f->spec.sector) * f->spec.sector, bytes);
+	} else if (fault_hits(&f->spec, op, FAULT_REORDER)) {
+		reorder(f, addr, dst, bytes);
 	}
 }
 
@@ -96,7 +113,7 @@ void fault_remember(struct fault_inject *f, uint64_t addr, const void *buf, uint
 	struct fault_page *h = &f->stash[f->stashed % FAULT_STASH];
 	void *p;
 
-	if (!f->spec.permille[FAULT_MISDIRECT])
+	if (!f->spec.permille[FAULT_MISDIRECT] && !f->spec.permille[FAULT_REORDER])
 		return;
 	p = realloc(h->buf, bytes);
 	if (!p)

@@ -8,7 +8,7 @@
 static const char *const names[FAULT_KINDS] = {
 	[FAULT_WRITE_EIO] = "write_eio", [FAULT_READ_EIO] = "read_eio", [FAULT_FLIP] = "flip",
 	[FAULT_TORN] = "torn",           [FAULT_LOST] = "lost",         [FAULT_MISDIRECT] = "misdirect",
-	[FAULT_ENOSPC] = "enospc",
+	[FAULT_ENOSPC] = "enospc",       [FAULT_REORDER] = "reorder",
 };
 
 const char *fault_name(enum fault_kind k)
@@ -44,6 +44,7 @@ static int parse_item(struct fault_spec *s, const char *p, size_t len, char *err
 	uint64_t v, max = 1000;
 	enum fault_kind k = 0;
 	bool seed = is_key(p, klen, "seed"), delay = is_key(p, klen, "delay_us");
+	bool sector = is_key(p, klen, "sector");
 
 	while (k < FAULT_KINDS && !is_key(p, klen, names[k]))
 		k++;
@@ -51,6 +52,8 @@ static int parse_item(struct fault_spec *s, const char *p, size_t len, char *err
 		max = UINT64_MAX;
 	else if (delay)
 		max = FAULT_DELAY_MAX;
+	else if (sector)
+		max = KVT_UNIT;
 	else if (k == FAULT_KINDS) {
 		snprintf(err, errsize, "fault: unknown key \"%.*s\"", (int)MIN(klen, 32u), p);
 		return -EINVAL;
@@ -60,8 +63,14 @@ static int parse_item(struct fault_spec *s, const char *p, size_t len, char *err
 			 eq ? (int)MIN(len - klen - 1, 32u) : 0, eq ? eq + 1 : "", (unsigned long long)max);
 		return -EINVAL;
 	}
+	if (sector && v != 512 && v != KVT_UNIT) {
+		snprintf(err, errsize, "fault sector: %llu is neither 512 nor 4096", (unsigned long long)v);
+		return -EINVAL;
+	}
 	if (seed)
 		s->seed = v;
+	else if (sector)
+		s->sector = (uint32_t)v;
 	else if (delay)
 		s->delay_us = (uint32_t)v;
 	else
@@ -71,7 +80,7 @@ static int parse_item(struct fault_spec *s, const char *p, size_t len, char *err
 
 int fault_parse(struct fault_spec *ret, const char *text, char *err, size_t errsize)
 {
-	struct fault_spec s = {.seed = 1};
+	struct fault_spec s = {.seed = 1, .sector = 512};
 
 	for (const char *p = text; p && *p;) {
 		size_t len = strcspn(p, ",");

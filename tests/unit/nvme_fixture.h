@@ -28,8 +28,9 @@
 
 struct fx_page {
 	tier_addr addr;
-	uint32_t bytes;
+	uint32_t bytes, crc;
 	bool live;
+	bool failed;    /* its write did: nobody may ever find it */
 	uint32_t found; /* times the scan showed it */
 };
 
@@ -44,6 +45,7 @@ struct fx {
 	uint32_t per_seq;              /* consecutive pages of one sequence */
 	uint64_t moves, bad_finds;
 	uint64_t rng;
+	bool may_fail; /* writes may */
 };
 
 static inline uint64_t fx_rand(struct fx *f)
@@ -66,15 +68,20 @@ static inline void fx_init(struct fx *f)
 	f->rng = 88172645463325252;
 }
 
-static inline struct fx *fx_new(void)
+static inline struct fx *fx_new_in(const char *top)
 {
 	struct fx *f = calloc(1, sizeof(*f));
 
 	assert_non_null(f);
-	strcpy(f->dir, "/tmp/kvt-nvme-XXXXXX");
+	assert_in_range(snprintf(f->dir, sizeof(f->dir), "%s/kvt-nvme-XXXXXX", top), 1, sizeof(f->dir) - 1);
 	assert_non_null(mkdtemp(f->dir));
 	fx_init(f);
 	return f;
+}
+
+static inline struct fx *fx_new(void)
+{
+	return fx_new_in("/tmp");
 }
 
 static inline int fx_try_open(struct fx *f)
@@ -207,8 +214,24 @@ static inline void fx_tick(struct fx *f)
 	f->t->ops->tick(f->t, fx_moved, f);
 }
 
+static inline void fx_written(struct fx *f, struct tier_io *io)
+{
+	struct fx_page *p = io->user;
+
+	p->live = io->res == 0;
+	p->failed = !p->live;
+	if (p->failed && f->may_fail) {
+		assert_true(io->addr == TIER_ADDR_NONE);
+		return;
+	}
+	assert_int_equal(io->res, 0);
+	p->addr = io->addr;
+	p->bytes = io->bytes;
+	p->crc = io->meta.crc;
+}
+
 /*
- * Write n new pages of `bytes` each, in batches. Returns how many were stored; fewer means that
+ * Write n new pages of `bytes` each, in batches. Returns how many were submitted; fewer means that
  * prepare said *ret_why.
  */
 static inline unsigned fx_write(struct fx *f, unsigned n, uint32_t bytes, uint8_t life, int *ret_why)
@@ -253,10 +276,7 @@ static inline unsigned fx_write(struct fx *f, unsigned n, uint32_t bytes, uint8_
 			if (!got)
 				fx_wait(f);
 			for (unsigned i = 0; i < got; i++, left--) {
-				struct fx_page *p = done[i]->user;
-
-				assert_int_equal(done[i]->res, 0);
-				*p = (struct fx_page){.addr = done[i]->addr, .bytes = bytes, .live = true};
+				fx_written(f, done[i]);
 				ops->release(f->t, done[i]);
 			}
 		}
@@ -275,6 +295,38 @@ static inline void fx_kill(struct fx *f, uint64_t no)
 		return;
 	f->t->ops->free(f->t, f->page[no].addr, f->page[no].bytes);
 	f->page[no].live = false;
+}
+
+enum fx_read { FX_RIGHT, FX_MISS, FX_GONE };
+
+/*
+ * Read one page as the mover does: a checksum that does not match its identity, like an I/O error, is a miss.
+ * What passes must be what was written, byte for byte. FX_GONE: the tier has no such page.
+ */
+static inline enum fx_read fx_check(struct fx *f, uint64_t no)
+{
+	const struct fx_page *p = &f->page[no];
+	struct tier_io io = {.op = TIER_READ, .bytes = p->bytes, .addr = p->addr}, *one = &io, *done;
+	enum fx_read is = FX_MISS;
+	char *want;
+	int r;
+
+	r = f->t->ops->prepare(f->t, &io);
+	if (r < 0)
+		return FX_GONE;
+	f->t->ops->submit(f->t, &one, 1);
+	while (!f->t->ops->reap(f->t, &done, 1))
+		fx_wait(f);
+	if (!io.res && fx_crc(f, no, io.buf, io.bytes) == p->crc) {
+		want = malloc(io.bytes);
+		assert_non_null(want);
+		fx_fill(no, want, io.bytes);
+		assert_memory_equal(io.buf, want, io.bytes);
+		free(want);
+		is = FX_RIGHT;
+	}
+	f->t->ops->release(f->t, &io);
+	return is;
 }
 
 /* Read every live page back, many at a time, and compare it with what it must be. Returns how many. */
@@ -352,11 +404,12 @@ static inline bool fx_found(void *arg, tier_addr addr, const struct page_meta *m
 	assert_int_equal(m->pos_words, words);
 	if (words)
 		assert_memory_equal(m->pos, pos, words * sizeof(*pos));
-	if (p->bytes && p->bytes != m->bytes)
+	if (p->failed || (p->bytes && p->bytes != m->bytes))
 		f->bad_finds++;
 	p->found++;
 	p->addr = addr;
 	p->bytes = m->bytes;
+	p->crc = m->crc;
 	return true;
 }
 

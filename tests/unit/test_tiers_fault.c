@@ -166,13 +166,13 @@ static void test_always_spoilt_writes(void **state)
 }
 
 /* A torn page is sound up to some sector and garbage from there. */
-static void test_torn_shape(void **state)
+static void torn_shape(const char *spec, unsigned bytes)
 {
-	struct tier *t = open_fault("torn=1000");
+	struct tier *t = open_fault(spec);
 	bool partly = false;
 
 	for (unsigned i = 0; i < 50; i++) {
-		struct tier_io io = {.op = TIER_WRITE, .bytes = 16 * 512};
+		struct tier_io io = {.op = TIER_WRITE, .bytes = 16 * bytes};
 		const uint8_t *b;
 		unsigned sector = 0;
 
@@ -184,16 +184,49 @@ static void test_torn_shape(void **state)
 		assert_int_equal(OPS->prepare(t, &io), 0);
 		assert_int_equal(finish(t, &io), 0);
 		b = io.buf;
-		while (sector < 16 && b[sector * 512] == 0x77)
+		while (sector < 16 && b[sector * bytes] == 0x77)
 			sector++;
 		assert_true(sector < 16);
 		partly = partly || sector > 0;
 		for (unsigned k = 0; k < io.bytes; k++)
-			assert_int_equal(b[k] == 0x77, k / 512 < sector);
+			assert_int_equal(b[k] == 0x77, k / bytes < sector);
 		OPS->release(t, &io);
 		OPS->free(t, io.addr, io.bytes);
 	}
 	assert_true(partly);
+	OPS->close(t);
+}
+
+static void test_torn_shape(void **state)
+{
+	torn_shape("torn=1000", 512);
+	torn_shape("torn=1000,sector=4096", 4096);
+}
+
+/* A place that was used before keeps what the older write put there; one that was not is safe. */
+static void test_reorder(void **state)
+{
+	struct tier *t = open_fault("reorder=1000");
+	struct tier_io io = {.op = TIER_WRITE, .bytes = 8192};
+	tier_addr first = TIER_ADDR_NONE;
+
+	for (unsigned i = 0; i < 3; i++) {
+		io.op = TIER_WRITE;
+		assert_int_equal(OPS->prepare(t, &io), 0);
+		first = i ? first : io.addr;
+		assert_true(io.addr == first);
+		memset(io.buf, 0x40 + (int)i, 8192);
+		assert_int_equal(finish(t, &io), 0);
+		OPS->release(t, &io);
+		io.op = TIER_READ;
+		assert_int_equal(OPS->prepare(t, &io), 0);
+		assert_int_equal(finish(t, &io), 0);
+		for (unsigned k = 0; k < 8192; k++)
+			assert_int_equal(((uint8_t *)io.buf)[k], 0x40 + (i ? i - 1 : 0));
+		OPS->release(t, &io);
+		assert_int_equal(counter(t, FAULT_REORDER), i);
+		OPS->free(t, io.addr, io.bytes);
+	}
 	OPS->close(t);
 }
 
@@ -434,6 +467,8 @@ static void test_bad_specs(void **state)
 	refuse("=5", "unknown");
 	refuse("seed=1,,flip=1", "unknown");
 	refuse("delay_us=10000001", "10000000");
+	refuse("sector=1024", "1024");
+	refuse("sector=8192", "4096");
 	refuse("seed=18446744073709551616", "seed");
 	assert_int_equal(OPS->open(&t, &cfg, err, sizeof(err)), -EINVAL);
 	assert_non_null(strstr(err, "wrap"));
@@ -470,6 +505,7 @@ int main(void)
 		cmocka_unit_test(test_no_faults),
 		cmocka_unit_test(test_always_spoilt_writes),
 		cmocka_unit_test(test_torn_shape),
+		cmocka_unit_test(test_reorder),
 		cmocka_unit_test(test_spoilt_reads),
 		cmocka_unit_test(test_misdirected_reads),
 		cmocka_unit_test(test_misdirect_same_size),

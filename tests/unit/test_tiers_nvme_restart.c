@@ -185,23 +185,6 @@ static struct news run_child_and_kill_it(struct fx *f, int life)
 	return news;
 }
 
-static void check_crc(struct fx *f, uint64_t no)
-{
-	struct tier_io io = {.op = TIER_READ, .bytes = f->page[no].bytes, .addr = f->page[no].addr}, *p = &io,
-		       *done;
-	char *want = malloc(TIER_MAX_PAGE);
-
-	assert_int_equal(f->t->ops->prepare(f->t, &io), 0);
-	f->t->ops->submit(f->t, &p, 1);
-	while (!f->t->ops->reap(f->t, &done, 1))
-		fx_wait(f);
-	assert_int_equal(io.res, 0);
-	fx_fill(no, want, io.bytes);
-	assert_memory_equal(io.buf, want, io.bytes);
-	f->t->ops->release(f->t, &io);
-	free(want);
-}
-
 static void killed_at_any_moment_no_page_is_wrong(void **state)
 {
 	struct fx *f = *state;
@@ -221,7 +204,7 @@ static void killed_at_any_moment_no_page_is_wrong(void **state)
 			assert_in_range(f->page[no].found, 0, no >= news.dead);
 			if (!f->page[no].found)
 				continue;
-			check_crc(f, no);
+			assert_int_equal(fx_check(f, no), FX_RIGHT);
 			found++;
 		}
 		for (uint64_t no = news.doomed; no < news.durable; no++)
