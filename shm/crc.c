@@ -2,6 +2,7 @@
 #include <isa-l/crc.h>
 #include <string.h>
 #include "shm/crc.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 /* Copied bytes are checksummed this many at a time, while they are still in the L1 cache. */
@@ -26,6 +27,8 @@ static uint32_t raw_update(uint32_t raw, const void *buf, size_t len)
 
 uint32_t crc32c(uint32_t crc, const void *buf, size_t len)
 {
+	if (planted("crc-of-the-first-unit"))
+		len = MIN(len, KVT_UNIT);
 	return ~raw_update(~crc, buf, len);
 }
 

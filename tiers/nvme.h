@@ -82,7 +82,8 @@ struct nvme_seg {
 	TAILQ_ENTRY(nvme_seg) link;       /* nvme.ready, nvme.closing or nvme.announce */
 	TAILQ_ENTRY(nvme_seg) dirty_link; /* nvme.dirty */
 	uint64_t seq, seal, map_generation;
-	uint64_t *live; /* bit u: a live page starts at unit u */
+	uint64_t old_seq, old_generation; /* of the use before, while replacing */
+	uint64_t *live;                   /* bit u: a live page starts at unit u */
 	struct nvme_build build;
 	struct io_queue held; /* data writes that wait for the head */
 	uint32_t index, cursor, live_units, table_units;
@@ -91,6 +92,7 @@ struct nvme_seg {
 	uint8_t state, life;
 	bool head_ok, failed; /* head is durable; a write of head or foot failed */
 	bool map_dirty;       /* pages died that the disk still shows */
+	bool replacing;       /* the same, and the head under way is what will say so */
 	bool victim;          /* the cleaner is at it, or has been */
 	bool announcing;      /* on nvme.announce */
 };
@@ -114,7 +116,15 @@ struct nvme_slab {
 	uint8_t kind;
 };
 
-enum nvme_step { STEP_IDLE, STEP_MAPS, STEP_MAP_SYNC, STEP_FOOT, STEP_FOOT_WRITTEN, STEP_FOOT_SYNC };
+enum nvme_step {
+	STEP_IDLE,
+	STEP_MAPS,
+	STEP_HEADS,
+	STEP_MAP_SYNC,
+	STEP_FOOT,
+	STEP_FOOT_WRITTEN,
+	STEP_FOOT_SYNC
+};
 
 /* The one sealing or flushing of live maps that runs at a time. */
 struct nvme_sealer {
@@ -124,7 +134,7 @@ struct nvme_sealer {
 	int error;
 	bool sync;      /* flush the maps too */
 	uint32_t maps;  /* still to be written */
-	uint64_t files; /* bit per container written to */
+	uint64_t files; /* bit per container that is being flushed for its maps */
 	void *buf;
 };
 
@@ -176,6 +186,8 @@ struct nvme {
 	struct nvme_segs ready, closing, announce, dirty;
 	uint32_t nfree; /* FREE and READY */
 	uint32_t ndirty;
+	uint32_t replacing; /* segments that are */
+	uint64_t unflushed; /* bit per container with maps that are written but not flushed */
 	uint32_t nvictims;  /* copied or being copied, not FREE yet */
 	uint32_t free_hint; /* where the search for a FREE one starts */
 	uint64_t retry_ns;  /* after a failed head: no new one before */

@@ -6,18 +6,25 @@
  *
  *   live maps of every segment in which pages died → flush → table and foot → flush
  *
- * so whatever died before a seal began stays dead in every restart that finds the sealed
- * pages: a page and the one that took its place are never both found. Between seals a timer
- * writes the maps without flushing, which is enough when only the daemon dies.
+ * The first flush is for the segment's own pages too: a foot never speaks of pages that are not on the
+ * medium. Else a copy made by the cleaner could rule out its source after a power cut, and be none itself.
+ *
+ * So whatever died before a seal began stays dead in every restart that finds the sealed
+ * pages: a page and the one that took its place are never both found. A segment that is reused needs no
+ * map, its new head tells the same; the flush waits for heads of that kind. Between seals a timer
+ * writes the maps without flushing, which is enough when only the daemon dies; the next seal flushes them.
  */
 #include <string.h>
 
 #include "shm/bits.h"
 #include "shm/crc.h"
+#include "shm/trial.h"
 #include "tiers/nvme.h"
 
 #define MAPS_AT_ONCE 128u
 #define RETRY_NS 1000000000u
+
+static void advance(struct nvme *t);
 
 static void *unit_alloc(size_t units)
 {
@@ -30,6 +37,23 @@ static void *unit_alloc(size_t units)
 
 /* ---- heads ------------------------------------------------------------------------ */
 
+/* The head that was to tell of the deaths in the segment's last use is durable; or it failed, and a map has to.
+ */
+static void replaced(struct nvme *t, struct nvme_seg *s, int res)
+{
+	if (!s->replacing)
+		return;
+	s->replacing = false;
+	t->replacing--;
+	if (res) {
+		s->seq = s->old_seq;
+		s->map_generation = s->old_generation;
+		nvme_mark_dirty(t, s);
+	}
+	if (t->sealer.step == STEP_HEADS)
+		advance(t);
+}
+
 static void head_ended(struct nvme *t, struct nvme_seg *s, int res)
 {
 	struct io_req *io;
@@ -38,14 +62,15 @@ static void head_ended(struct nvme *t, struct nvme_seg *s, int res)
 	s->failed = res != 0;
 	while ((io = io_queue_pop(&s->held)))
 		io_queue_add(&t->outbox, io);
-	if (!res)
-		return;
-	t->stat.errors++;
-	t->retry_ns = now_ns() + RETRY_NS;
-	if (s->state == NVME_IS_READY) {
+	if (res) {
+		t->stat.errors++;
+		t->retry_ns = now_ns() + RETRY_NS;
+	}
+	if (res && s->state == NVME_IS_READY) {
 		TAILQ_REMOVE(&t->ready, s, link);
 		s->state = NVME_FREE;
 	}
+	replaced(t, s, res);
 }
 
 static void head_synced(struct nvme *t, struct nvme_req *r)
@@ -82,6 +107,10 @@ struct nvme_seg *nvme_head_start(struct nvme *t)
 
 	if (!r)
 		return NULL;
+	s->replacing = s->map_dirty;
+	t->replacing += s->replacing;
+	s->old_seq = s->seq;
+	s->old_generation = s->map_generation;
 	nvme_mark_clean(t, s);
 	s->head_ok = s->failed = false;
 	s->seq = t->next_seq++;
@@ -110,8 +139,6 @@ void nvme_head_pump(struct nvme *t)
 }
 
 /* ---- sealing ------------------------------------------------------------------------ */
-
-static void advance(struct nvme *t);
 
 static void step_done(struct nvme *t, struct nvme_req *r)
 {
@@ -150,10 +177,15 @@ static int send_map(struct nvme *t, struct nvme_seg *s)
 	r->owned = m;
 	nvme_mark_clean(t, s);
 	s->pins++;
-	t->sealer.files |= UINT64_C(1) << r->io.file;
+	t->unflushed |= UINT64_C(1) << r->io.file;
 	t->sealer.outstanding++;
 	nvme_send(t, r);
 	return 0;
+}
+
+static uint64_t file_bit(const struct nvme *t, const struct nvme_seg *s)
+{
+	return UINT64_C(1) << (s->index / t->file_segments);
 }
 
 static void send_syncs(struct nvme *t, uint64_t files)
@@ -260,7 +292,6 @@ static int send_foot(struct nvme *t, struct nvme_seg *s)
 static void seal_failed(struct nvme *t, struct nvme_seg *s)
 {
 	t->stat.errors++;
-	t->seal_errors++;
 	s->failed = true;
 	for (uint32_t i = 0; s->build.relocated && i < s->build.pages; i++) {
 		const struct nvme_entry *e = &s->build.entry[i];
@@ -278,6 +309,8 @@ static void seal_ended(struct nvme *t)
 	int error = sl->error;
 
 	*sl = (struct nvme_sealer){0};
+	if (error)
+		t->seal_errors++;
 	if (!s)
 		return;
 	if (error)
@@ -308,14 +341,24 @@ static void advance(struct nvme *t)
 			for (; sl->outstanding < MAPS_AT_ONCE && sl->maps && !sl->error; sl->maps--)
 				sl->error = send_map(t, TAILQ_FIRST(&t->dirty));
 			if (!sl->outstanding && !sl->error)
-				sl->step = STEP_MAP_SYNC;
+				sl->step = STEP_HEADS;
+			break;
+		case STEP_HEADS:
+			if (t->replacing && (sl->seg || sl->sync))
+				return; /* the last of them goes on */
+			sl->step = STEP_MAP_SYNC;
 			break;
 		case STEP_MAP_SYNC:
 			sl->step = STEP_FOOT;
-			if (sl->seg || sl->sync)
-				send_syncs(t, sl->files);
+			sl->files = sl->seg || sl->sync ? t->unflushed : 0;
+			if (sl->seg)
+				sl->files |= file_bit(t, sl->seg);
+			if (planted("pages-not-flushed"))
+				sl->files = 0;
+			send_syncs(t, sl->files);
 			break;
 		case STEP_FOOT:
+			t->unflushed &= ~sl->files;
 			sl->step = STEP_FOOT_SYNC;
 			if (!sl->seg || !sl->seg->live_units)
 				break;
@@ -325,7 +368,7 @@ static void advance(struct nvme *t)
 			break;
 		case STEP_FOOT_WRITTEN:
 			sl->step = STEP_FOOT_SYNC;
-			send_syncs(t, UINT64_C(1) << (sl->seg->index / t->file_segments));
+			send_syncs(t, file_bit(t, sl->seg));
 			break;
 		default:
 			return;
@@ -342,18 +385,26 @@ static void start(struct nvme *t, struct nvme_seg *s)
 	advance(t);
 }
 
+/* Copies whose announcement is still due die with their sources: the maps have to say so. */
+static void reconcile_copies(struct nvme *t)
+{
+	struct nvme_seg *s, *next;
+
+	for (s = TAILQ_FIRST(&t->announce); s; s = next) {
+		next = TAILQ_NEXT(s, link);
+		nvme_clean_reconcile(t, s);
+	}
+}
+
 void nvme_seal_pump(struct nvme *t)
 {
 	struct nvme_sealer *sl = &t->sealer;
-	struct nvme_seg *s, *a, *next;
+	struct nvme_seg *s;
 
 	while (sl->step == STEP_IDLE && (s = TAILQ_FIRST(&t->closing))) {
 		TAILQ_REMOVE(&t->closing, s, link);
 		nvme_clean_reconcile(t, s);
-		for (a = TAILQ_FIRST(&t->announce); a; a = next) {
-			next = TAILQ_NEXT(a, link);
-			nvme_clean_reconcile(t, a);
-		}
+		reconcile_copies(t);
 		start(t, s);
 	}
 }
@@ -362,7 +413,9 @@ void nvme_maps_start(struct nvme *t, bool sync)
 {
 	struct nvme_sealer *sl = &t->sealer;
 
-	if (sl->step != STEP_IDLE || TAILQ_EMPTY(&t->dirty))
+	if (sl->step == STEP_IDLE && !planted("copies-not-reconciled"))
+		reconcile_copies(t);
+	if (sl->step != STEP_IDLE || (TAILQ_EMPTY(&t->dirty) && !(sync && (t->unflushed || t->replacing))))
 		return;
 	sl->sync = sync;
 	start(t, NULL);
