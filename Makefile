@@ -280,7 +280,7 @@ demo: ## the main job on a real model: keep, demote to DRAM and NVMe, drop, brin
 test: ## install what is missing, build, run every test
 	$(Q).ci/deps all
 	$(Q)$(MAKE) --no-print-directory -j2 tests-bin
-	$(Q)$(MAKE) --no-print-directory trial
+	$(Q)$(MAKE) --no-print-directory trial fuzz-bin
 	$(Q)$(TESTENV) $(PY) tests/run --timeout 400 tests/check-layers tests/check-trials $(sort $(UNIT_BINS)) \
 		$(INTEGRATION) $(RUNTIME) --and $$($(TESTENV) $(PY) tests/torture/run list)
 
@@ -290,10 +290,10 @@ test-unit: tests-bin ## unit tests alone (no model needed)
 
 .PHONY: torture check-planted
 torture: tests-bin ## the tests of tests/torture at full length (hours); ONLY=1,5 chooses, OUT=FILE keeps the report
-	$(Q)$(MAKE) --no-print-directory trial
+	$(Q)$(MAKE) --no-print-directory trial fuzz-bin
 	$(Q)$(TESTENV) $(PY) tests/torture/run full $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
 check-planted: tests-bin ## each of those tests, short, with each bug that it must catch planted
-	$(Q)$(MAKE) --no-print-directory trial
+	$(Q)$(MAKE) --no-print-directory trial fuzz-bin
 	$(Q)$(TESTENV) $(PY) tests/torture/run planted $(if $(ONLY),--only $(ONLY))
 
 .PHONY: bench
@@ -332,20 +332,22 @@ check-docs: all ## manual pages, --help, configuration and README agree
 	$(Q)$(TESTENV) $(PYTHON) tests/run $(wildcard tests/integration/docs.* tests/integration/readme.*)
 
 # ---- fuzzing ------------------------------------------------------------------------
-FUZZ      := $(patsubst tests/fuzz/%.c,build/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
-FUZZ_RUNS ?= 200000
-build/fuzz/%: tests/fuzz/%.c
-	@mkdir -p $(@D)
-	$(Q)$(MAKE) --no-print-directory -j2 CC=clang BUILD=build/fuzzobj SAN=address,undefined,fuzzer-no-link OPT="-O1 -g" \
-		build/fuzzobj/librooms.a build/fuzzobj/libdaemon.a
+# Every object once more with libFuzzer's counters and the sanitizers, and with planted bugs (asleep, as in build/trial).
+FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/%,$(wildcard tests/fuzz/fuzz_*.c))
+FUZZ_SAN := address,undefined
+$(BUILD)/fuzz_%: tests/fuzz/fuzz_%.c $(BUILD)/libdaemon.a $(BUILD)/librooms.a
 	$(say) FUZZ $@
-	$(Q)clang $(CPPFLAGS) -std=gnu11 -O1 -g -fsanitize=fuzzer,address,undefined -o $@ $< \
-		build/fuzzobj/libdaemon.a build/fuzzobj/librooms.a $(LIBS) -pthread
-.PHONY: fuzz
-fuzz: $(FUZZ) ## libFuzzer over every parser, FUZZ_RUNS executions each
-	$(Q)for f in $(FUZZ); do mkdir -p $$f.corpus; echo "== $$f"; \
-		$$f -runs=$(FUZZ_RUNS) -max_len=8192 -print_final_stats=1 -artifact_prefix=$$f. $$f.corpus >$$f.log 2>&1 || \
-			{ tail -n 40 $$f.log; exit 1; }; tail -n 4 $$f.log; done
+	$(Q)$(CC) $(CPPFLAGS) -std=gnu11 $(OPT) -Wall -Wno-unused-function -Wno-unused-but-set-variable -fsanitize=fuzzer,$(FUZZ_SAN) -MMD -MP -MF $@.d -o $@ $< \
+		$(BUILD)/libdaemon.a $(BUILD)/librooms.a $(LIBS) -pthread
+.PHONY: fuzz-bin fuzz-link fuzz fuzz-long
+fuzz-bin:
+	$(Q)$(MAKE) --no-print-directory -j2 CC=clang BUILD=build/fuzz SAN=$(FUZZ_SAN),fuzzer-no-link \
+		OPT="-O1 -gline-tables-only" TRIAL=1 NVCC= fuzz-link
+fuzz-link: $(FUZZERS)
+fuzz: fuzz-bin ## libFuzzer over every parser and whole sessions, a million executions each
+	$(Q)$(TESTENV) KVT_TORTURE=full $(PYTHON) tests/torture/t09_fuzz.py
+fuzz-long: fuzz-bin ## a hundred million each, on all cores; goes on where it stopped (KVT_MINUTES=N stops after N minutes)
+	$(Q)$(TESTENV) KVT_TORTURE=long $(PYTHON) tests/torture/t09_fuzz.py
 
 # ---- hygiene --------------------------------------------------------------------------
 CSRC = $(shell git ls-files '*.c' '*.h')

@@ -81,7 +81,9 @@ int nvme_foot_check(const void *unit, const uint8_t uuid[16], uint32_t segment, 
 
 static bool entry_ok(const struct nvme_foot *f, const struct nvme_entry *e, uint32_t min_unit)
 {
-	if (!e->bytes || e->bytes > TIER_MAX_PAGE || e->unit < min_unit || e->unit >= f->data_end ||
+	if (e->unit < min_unit && !planted("table-overlap-unchecked"))
+		return false;
+	if (!e->bytes || e->bytes > TIER_MAX_PAGE || e->unit >= f->data_end ||
 	    DIV_UP(e->bytes, KVT_UNIT) > f->data_end - e->unit)
 		return false;
 	if (e->seq_index != NVME_NO_SEQ && e->seq_index >= f->seqs)
