@@ -13,6 +13,7 @@
 #include "daemon/internal.h"
 #include "ipc/codec.h"
 #include "ipc/sock.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define HINTS 256u /* ring entries handled in one slice */
@@ -282,7 +283,8 @@ void client_free(struct client *cl)
 	close_fdp(&cl->fd);
 	close_fdp(&cl->wake_fd);
 	close_fdp(&cl->notify_fd);
-	close_fdp(&cl->pid_fd);
+	if (!planted("soak-leaks-fd"))
+		close_fdp(&cl->pid_fd);
 	seg_close(&cl->ctl);
 	plan_mem_unref(cl->plans);
 	free(cl->slot_used);
