@@ -14,6 +14,7 @@ SCDOC     ?= scdoc
 SAN       ?=
 OPT       ?= -O2 -g
 TRIAL     ?=
+COV       ?=
 
 ifeq ($(V),1)
 Q :=
@@ -27,8 +28,8 @@ CPPFLAGS += -D_GNU_SOURCE -I. -DKVT_VERSION='"$(VERSION)"' -DKVT_SYSCONFDIR='"$(
 	    -DKVT_DATADIR='"$(PREFIX)/share/kvtier"' -DKVT_PKGLIBDIR='"$(LIBDIR)/kvtier"' $(if $(TRIAL),-DKVT_TRIAL)
 WARN     := -Wall -Wextra -Werror -Wno-unused-parameter -Wvla -Wstrict-prototypes -Wmissing-prototypes -Wshadow
 CFLAGS   += -std=gnu11 $(OPT) -fPIC -fvisibility=hidden -fno-strict-aliasing -pthread $(WARN) \
-	    $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer)
-LDFLAGS  += -pthread -Wl,-z,relro,-z,now $(if $(SAN),-fsanitize=$(SAN))
+	    $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer) $(if $(COV),--coverage -fprofile-update=atomic)
+LDFLAGS  += -pthread -Wl,-z,relro,-z,now $(if $(SAN),-fsanitize=$(SAN)) $(if $(COV),--coverage)
 PKGS     := libsystemd inih jansson
 LIBS     := -luring -lnuma -lisal -lcrypto -lsystemd -linih -ljansson -lm
 
@@ -324,6 +325,16 @@ check-tsan: ## unit tests under ThreadSanitizer
 	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/tsan SAN=thread OPT="-O1 -g" tests-bin
 	$(Q)KVT_BUILD=$(abspath build/tsan) TSAN_OPTIONS=halt_on_error=1 \
 		$(PYTHON) tests/run --timeout 600 $(patsubst $(BUILD)/%,build/tsan/%,$(sort $(UNIT_BINS)))
+
+.PHONY: coverage
+# What a killed process counted is lost; what tests of the runtime side need a model for is left out.
+coverage: ## lines and branches that the tests reach, by room and file (build/cov/missed.txt: those they do not)
+	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/cov COV=1 OPT="-O1 -g" NVCC= tests-bin
+	$(Q)find build/cov -name '*.gcda' -delete
+	-$(Q)KVT_BUILD=$(abspath build/cov) PYTHONPATH=$(abspath ipc/python) $(PY) tests/run --timeout 900 \
+		$(patsubst $(BUILD)/%,build/cov/%,$(sort $(UNIT_BINS))) $(filter-out %.bats,$(INTEGRATION)) \
+		--and $$(KVT_BUILD=$(abspath build/cov) $(PY) tests/torture/run list)
+	$(Q)tests/coverage build/cov --missed build/cov/missed.txt
 
 .PHONY: check-layers check-docs
 check-layers: ## who includes whom
