@@ -474,6 +474,8 @@ void plan_forget(struct plan *p);
 void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack);
 /* A cancelled plan is made anew: what it was asked for is not forgotten. */
 void manager_again(struct plan *p, bool at_once);
+/* What a client does cancels the plan, if there is one. If it was asked for, the next one answers. */
+void manager_redo(struct seq *s);
 /* All moves of p ended. */
 void manager_moved(struct plan *p);
 

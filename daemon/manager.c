@@ -355,6 +355,17 @@ void manager_again(struct plan *p, bool at_once)
 		s->wanted[w] |= p->wanted[w];
 }
 
+void manager_redo(struct seq *s)
+{
+	struct plan *p = s->plan;
+
+	if (!p || p->over)
+		return;
+	plan_cancel(p);
+	if (p->requested)
+		manager_again(p, true);
+}
+
 void manager_moved(struct plan *p)
 {
 	struct seq *s = p->seq;

@@ -323,8 +323,9 @@ static int open_fork(struct opening *o)
 		return fail(o, KVT_E_MODEL, "model: not the parent's");
 	if (o->m->prefix > parent->rows)
 		return fail(o, KVT_E_INVAL, "prefix: %u, the parent has %u rows", o->m->prefix, parent->rows);
-	if (parent->plan)
-		plan_cancel(parent->plan);
+	/* Not one that is READY: where this message comes late, the parent's client may be applying it. */
+	if (parent->plan && parent->plan->phase != PHASE_READY)
+		manager_redo(parent);
 	if (parent->cut != ROWS_ALL)
 		seq_step(parent);
 	if (parent->cut != ROWS_ALL) { /* a worker still reads the index as it was */

@@ -344,8 +344,8 @@ static void want_plan(struct client *cl, struct seq *s, const struct wire_hdr *m
 {
 	struct wire_plan_reply a;
 
-	if (s->plan && !s->plan->over && s->plan->phase != PHASE_READY)
-		plan_cancel(s->plan);
+	if (s->plan && s->plan->phase != PHASE_READY)
+		manager_redo(s);
 	s->requested = s->plan_id + 1;
 	s->retries = 0;
 	wire_reply_init(&a.r, m, sizeof(a), 0, NULL);

@@ -273,8 +273,9 @@ int seq_truncate(struct seq *s, uint32_t rows)
 		s->adaptive = NULL;
 		s->again = true;
 	}
-	if (s->plan)
-		plan_cancel(s->plan);
+	manager_redo(s);
+	if (s->wanted)
+		bits_clear_range(s->wanted, rows, s->max_rows);
 	seq_step(s);
 	return 0;
 }
