@@ -413,7 +413,7 @@ void core_free(struct core *c)
 	page_store_free(&c->pages);
 	handle_table_free(c->seqs);
 	handle_table_free(c->regions);
-	free(c->hash);
+	names_free(&c->names);
 	seg_close(&c->feed_seg);
 	sd_event_unref(c->ev);
 	free(c);

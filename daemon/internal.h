@@ -218,7 +218,7 @@ struct seq {
 	LIST_ENTRY(seq) of_client;
 	TAILQ_ENTRY(seq) lru, gone; /* gone: detached sequences */
 	bool in_gone;
-	struct seq *hash_next;
+	struct seq *next_key, *next_secret; /* in the tables of names */
 };
 
 enum plan_phase { PHASE_SCORE, PHASE_DECIDE, PHASE_MOVE, PHASE_READY };
@@ -292,8 +292,12 @@ struct core {
 	LIST_HEAD(, weights_path) weights; /* files loaded by hand */
 	char policy[32];                   /* default, may be steered */
 	struct handle_table *seqs, *regions;
-	struct seq **hash; /* by tenant and key */
-	uint32_t hash_size, n_seqs, n_orphans, n_clients, n_models, next_client;
+	struct names { /* see names.c */
+		struct seq **by_key, **by_secret;
+		uint32_t size, count;
+		uint64_t seed[2];
+	} names;
+	uint32_t n_seqs, n_orphans, n_clients, n_models, next_client;
 	TAILQ_HEAD(, seq) lru;  /* longest idle first */
 	TAILQ_HEAD(, seq) gone; /* detached */
 	uint32_t poll_cursor;
@@ -413,10 +417,22 @@ void plan_mem_unref(struct plan_mem *m);
 uint64_t plan_mem_take(struct plan_mem *m, uint64_t bytes);
 void plan_mem_give(struct plan_mem *m, uint64_t off, uint64_t bytes);
 
+/* ---- names.c --------------------------------------------------------------------- */
+/* Enter s under its owner, key and secret. 0, -ENOMEM, -EIO. */
+int names_add(struct names *n, struct seq *s);
+void names_del(struct names *n, struct seq *s);
+/* owner: tenant_hash(). */
+struct seq *names_find(const struct names *n, uint64_t owner, const uint8_t key[16]);
+/* The one with this secret (its SHA-256); as long for a wrong secret as for a key that nobody has. */
+struct seq *names_resume(const struct names *n, uint64_t owner, const uint8_t key[16],
+			 const uint8_t secret[32]);
+void names_free(struct names *n);
+
 /* ---- seq.c ----------------------------------------------------------------------- */
 uint64_t tenant_hash(const struct tenant *t, uid_t uid);
-struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const uint8_t key[16], uint32_t lanes);
-struct seq *seq_lookup(const struct core *c, uint64_t hash, const uint8_t key[16]);
+/* secret: its SHA-256, as of a moment when nobody has this name. */
+struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const uint8_t key[16],
+		       const uint8_t secret[32], uint32_t lanes);
 /* Copy the client's words, check them, act. false: the client was ended. */
 bool seq_poll(struct seq *s);
 /* Whatever can be done now that something changed. May free s. */

@@ -7,6 +7,7 @@
 #include "daemon/internal.h"
 #include "ipc/codec.h"
 #include "shm/trial.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 /* One request on its way; `err` holds the line of what failed. */
@@ -196,7 +197,7 @@ static int seq_make(struct opening *o, struct seq **ret)
 {
 	struct client *cl = o->cl;
 	uint64_t hash = tenant_hash(cl->tenant, cl->uid);
-	struct seq *s = seq_lookup(cl->core, hash, o->m->key);
+	struct seq *s = names_find(&cl->core->names, hash, o->m->key);
 	uint8_t secret[SHA256_DIGEST_LENGTH];
 	int r;
 
@@ -212,12 +213,12 @@ static int seq_make(struct opening *o, struct seq **ret)
 	r = take_place(o);
 	if (r < 0)
 		return r;
-	s = secret_hash(o, secret) ? seq_create(cl->core, cl->tenant, hash, o->m->key, o->model->lanes) : NULL;
+	s = secret_hash(o, secret) ? seq_create(cl->core, cl->tenant, hash, o->m->key, secret, o->model->lanes)
+				   : NULL;
 	if (!s) {
 		release(o);
 		return fail(o, KVT_E_NOMEM, "out of memory");
 	}
-	memcpy(s->secret_hash, secret, sizeof(secret));
 	s->budget_default = true;
 	s->model = model_ref(o->model);
 	*ret = s;
@@ -265,14 +266,17 @@ static int open_resume(struct opening *o)
 	struct client *cl = o->cl;
 	struct core *c = cl->core;
 	uint8_t hash[SHA256_DIGEST_LENGTH];
-	struct seq *s = seq_lookup(c, tenant_hash(cl->tenant, cl->uid), o->m->key);
+	uint64_t owner = tenant_hash(cl->tenant, cl->uid);
+	struct seq *s;
 	int r;
 
+	if (planted("resume-answers-early") && !names_find(&c->names, owner, o->m->key))
+		return fail(o, KVT_E_NOENT, "key: no leased sequence of this tenant with this key and secret");
 	if (!secret_hash(o, hash))
 		return fail(o, KVT_E_NOMEM, "out of memory");
-	/* One answer for "not there" and "not yours". */
-	if (!s || s->lifetime != KVT_LEASED || s->state == SEQ_CLOSING ||
-	    CRYPTO_memcmp(hash, s->secret_hash, sizeof(hash)))
+	s = names_resume(&c->names, owner, o->m->key, hash);
+	/* One answer for "not there" and "not yours", in one time. */
+	if (!s || s->lifetime != KVT_LEASED || s->state == SEQ_CLOSING)
 		return fail(o, KVT_E_NOENT, "key: no leased sequence of this tenant with this key and secret");
 	if (s->state == SEQ_LIVE)
 		return fail(o, KVT_E_BUSY, "key: its client is still connected");

@@ -190,7 +190,7 @@ static struct tenant *tenant_of(struct core *c, uint64_t hash)
 
 static struct seq *orphan(struct core *c, const struct seq_record *r)
 {
-	struct seq *s = seq_lookup(c, r->tenant, r->key);
+	struct seq *s = names_find(&c->names, r->tenant, r->key);
 	struct tenant *t = tenant_of(c, r->tenant);
 
 	/* The key was given up and used anew: of the sequence of before nothing shall come back. */
@@ -206,10 +206,9 @@ static struct seq *orphan(struct core *c, const struct seq_record *r)
 			       : NULL;
 	if (!t)
 		return NULL;
-	s = seq_create(c, t, r->tenant, r->key, r->lanes);
+	s = seq_create(c, t, r->tenant, r->key, r->secret_hash, r->lanes);
 	if (!s)
 		return NULL;
-	memcpy(s->secret_hash, r->secret_hash, sizeof(s->secret_hash));
 	s->fingerprint = r->model;
 	s->born = seq_born(r);
 	c->pages.next = MAX(c->pages.next, s->born + 1);

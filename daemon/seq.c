@@ -34,52 +34,6 @@ void seq_lane(const struct seq *s, uint32_t lane, struct device_lane *ret)
 	};
 }
 
-/* ---- table by tenant and key --------------------------------------------------------- */
-
-static uint32_t hash_of(const struct core *c, uint64_t tenant, const uint8_t key[16])
-{
-	return crc32c(crc32c(0, &tenant, sizeof(tenant)), key, 16) & (c->hash_size - 1);
-}
-
-static int hash_grow(struct core *c)
-{
-	uint32_t n = c->hash_size ? c->hash_size * 2 : 256, old_size = c->hash_size;
-	struct seq **old = c->hash, **v = calloc(n, sizeof(*v));
-
-	if (!v)
-		return old ? 0 : -ENOMEM;
-	c->hash = v;
-	c->hash_size = n;
-	for (uint32_t i = 0; i < old_size; i++)
-		for (struct seq *s = old[i], *next; s; s = next) {
-			uint32_t h = hash_of(c, s->tenant_hash, s->key);
-
-			next = s->hash_next;
-			s->hash_next = v[h];
-			v[h] = s;
-		}
-	free(old);
-	return 0;
-}
-
-struct seq *seq_lookup(const struct core *c, uint64_t tenant, const uint8_t key[16])
-{
-	struct seq *s = c->hash_size ? c->hash[hash_of(c, tenant, key)] : NULL;
-
-	while (s && (s->tenant_hash != tenant || memcmp(s->key, key, 16)))
-		s = s->hash_next;
-	return s;
-}
-
-static void unhash(struct seq *s)
-{
-	struct seq **at = &s->core->hash[hash_of(s->core, s->tenant_hash, s->key)];
-
-	while (*at != s)
-		at = &(*at)->hash_next;
-	*at = s->hash_next;
-}
-
 /* ---- making and ending ----------------------------------------------------------------- */
 
 void seq_account(struct seq *s)
@@ -91,20 +45,19 @@ void seq_account(struct seq *s)
 	s->index_seen = now;
 }
 
-struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const uint8_t key[16], uint32_t lanes)
+struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const uint8_t key[16],
+		       const uint8_t secret[32], uint32_t lanes)
 {
 	struct seq *s = calloc(1, sizeof(*s));
-	uint32_t h;
 
 	if (!s)
 		return NULL;
-	if (c->n_seqs >= c->hash_size && hash_grow(c) < 0)
-		goto fail;
 	s->core = c;
 	s->tenant = t;
 	s->tenant_hash = hash;
 	memcpy(s->key, key, 16);
 	s->born = c->pages.next++;
+	memcpy(s->secret_hash, secret, 32);
 	s->cut = ROWS_ALL;
 	s->place = LEDGER_NONE;
 	s->device_cap = ROWS_ALL;
@@ -116,14 +69,12 @@ struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const ui
 		goto fail;
 	s->origin = origin_new(&c->pages, key, hash, t->index);
 	s->handle = s->origin ? handle_add(c->seqs, s, NULL) : 0;
-	if (!s->handle) {
+	if (!s->handle || names_add(&c->names, s) < 0) {
+		handle_del(c->seqs, s->handle);
 		origin_unref(&c->pages, s->origin);
 		index_free(&s->ix, &c->pages);
 		goto fail;
 	}
-	h = hash_of(c, hash, key);
-	s->hash_next = c->hash[h];
-	c->hash[h] = s;
 	TAILQ_INSERT_TAIL(&c->lru, s, lru);
 	s->active_ns = now_ns();
 	t->seqs++;
@@ -215,7 +166,7 @@ static void destroy(struct seq *s)
 		c->n_orphans--;
 	}
 	TAILQ_REMOVE(&c->lru, s, lru);
-	unhash(s);
+	names_del(&c->names, s);
 	handle_del(c->seqs, s->handle);
 	for (int t = 0; t < KVT_TIERS; t++)
 		c->stat.rows[t] -= s->tier_rows[t];
