@@ -194,13 +194,12 @@ static struct seq *orphan(struct core *c, const struct seq_record *r)
 	struct tenant *t = tenant_of(c, r->tenant);
 
 	/* The key was given up and used anew: of the sequence of before nothing shall come back. */
-	if (s && seq_born(r) > s->born && !planted("restart-mixes-lives")) {
+	if (s && seq_born(r) > s->born) {
 		seq_end(s);
 		s = NULL;
 	}
 	if (s)
-		return s->ix.lanes == r->lanes && s->fingerprint == r->model &&
-				       (s->born == seq_born(r) || planted("restart-mixes-lives")) &&
+		return s->ix.lanes == r->lanes && s->fingerprint == r->model && s->born == seq_born(r) &&
 				       !memcmp(s->secret_hash, r->secret_hash, sizeof(s->secret_hash))
 			       ? s
 			       : NULL;
