@@ -6,6 +6,7 @@
 #include <sys/vfs.h>
 #include <linux/magic.h>
 #include "shm/seg.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #ifndef MFD_NOEXEC_SEAL
@@ -29,7 +30,10 @@
 
 static int seals_of(enum seg_class cls)
 {
-	return cls == SEG_PUBLISHED ? SEALS_SIZE | F_SEAL_FUTURE_WRITE : SEALS_SIZE;
+	if (cls == SEG_EXCHANGE && planted("exchange-unsealed"))
+		return F_SEAL_GROW | F_SEAL_SEAL;
+	return cls == SEG_PUBLISHED && !planted("plan-unsealed") ? SEALS_SIZE | F_SEAL_FUTURE_WRITE
+								 : SEALS_SIZE;
 }
 
 static bool class_ok(enum seg_class cls)
@@ -92,7 +96,7 @@ static int try_create(struct seg *ret, enum seg_class cls, const char *name, siz
 	if (s.fd < 0)
 		return s.fd;
 	/* Without this another process of the same or another user could reopen it through /proc/pid/fd. */
-	if (fchmod(s.fd, 0600) < 0 || ftruncate(s.fd, (off_t)s.size) < 0)
+	if ((!planted("memfd-open-to-all") && fchmod(s.fd, 0600) < 0) || ftruncate(s.fd, (off_t)s.size) < 0)
 		goto fail_errno;
 	s.addr = mmap(NULL, s.size, PROT_READ | PROT_WRITE, MAP_SHARED, s.fd, 0);
 	if (s.addr == MAP_FAILED) {
