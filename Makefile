@@ -258,7 +258,7 @@ tests-bin: all $(UNIT_BINS) $(HELPER_BINS) $(GPU_CHECKS) $(FAKE_CUDA) $(TORTURE_
 .PHONY: trial trial-bin
 trial: ## build/trial: the same with bugs that tests must catch and places to die at
 	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/trial TRIAL=1 NVCC= trial-bin
-trial-bin: $(DAEMON_BIN) $(CTL_BIN) $(SOLIB) $(TORTURE_BINS) $(HELPER_BINS)
+trial-bin: $(DAEMON_BIN) $(CTL_BIN) $(SOLIB) $(BUILD)/kvtier-weights $(BUILD)/kvtier-trace $(TORTURE_BINS) $(HELPER_BINS)
 bench-bin: all $(BENCH_BINS)
 
 # The interpreter that .ci/deps found or made; tests of the Python package run under it.

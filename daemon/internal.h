@@ -662,7 +662,7 @@ struct policy_use {
 	struct model *model;
 	const struct policy_ops *ops; /* what runs */
 	struct policy *policy;        /* NULL: client */
-	char asked[32], weights[CONFIG_PATH], reason[200];
+	char asked[32], weights[CONFIG_PATH], reason[440];
 	uint32_t coefs;                        /* that the index keeps of a row; 0: its score */
 	const struct calibration *calibration; /* what scores are worth: the policy's or `own`; NULL: unknown */
 	struct calibration own;

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 #include "daemon/internal.h"
+#include "policy/learned.h"
 #include "policy/weights.h"
 #include "shm/util.h"
 
@@ -24,7 +25,7 @@ static void use_free(struct policy_use *u)
 	free(u);
 }
 
-static void weights_for(const struct core *c, const struct model *m, char *ret, size_t size)
+static void file_for(const struct core *c, const struct model *m, char *ret, size_t size)
 {
 	struct weights_path *w;
 
@@ -99,7 +100,7 @@ static int use_init(struct core *c, struct policy_use *u, const struct policy_op
 	}
 	u->weights[0] = 0;
 	if (ops->caps & POLICY_NEEDS_WEIGHTS) {
-		weights_for(c, m, u->weights, sizeof(u->weights));
+		file_for(c, m, u->weights, sizeof(u->weights));
 		if (!u->weights[0]) {
 			snprintf(err, errsize, "model \"%s\": not a file name", m->name);
 			return -EINVAL;
@@ -125,7 +126,7 @@ static struct policy_use *use_new(struct core *c, struct model *m, const char *a
 {
 	struct policy_use *u = calloc(1, sizeof(*u));
 	const char *try[] = {asked, c->cfg.fallback, last_resort()->name};
-	char err[160] = "";
+	char err[400] = "";
 
 	if (!u)
 		return NULL;
@@ -267,12 +268,20 @@ void policies_free(struct core *c)
 
 int core_policy_load(struct core *c, const char *path, char *err, size_t errsize)
 {
+	const struct policy_cfg cfg = {.weights = path};
+	struct calibration *calibration;
 	struct weights_path *w, *old;
 	struct weights *file;
 	int r = weights_load(&file, path, err, errsize);
 
 	if (r < 0)
 		return r == -ENOMEM ? KVT_E_NOMEM : KVT_E_INVAL;
+	r = weights_calibration(&calibration, file, &cfg, err, errsize);
+	if (r < 0) {
+		weights_free(file);
+		return r == -ENOMEM ? KVT_E_NOMEM : KVT_E_INVAL;
+	}
+	weights_calibration_free(calibration);
 	w = calloc(1, sizeof(*w));
 	if (!w) {
 		weights_free(file);

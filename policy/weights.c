@@ -5,6 +5,7 @@
  * truncates later would raise SIGBUS in the middle of scoring.
  */
 #include "policy/weights.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #include <fcntl.h>
@@ -91,6 +92,8 @@ static int check_finite(const struct weights *w, char *err, size_t errsize)
 {
 	uint64_t bad;
 
+	if (planted("weights-infinite-accepted"))
+		return 0;
 	for (uint32_t lane = 0; lane < w->lanes; lane++) {
 		if (all_finite(weights_at(w, lane, 0), w->layout.params, w->layout.elem, &bad))
 			continue;
@@ -117,7 +120,7 @@ static int check_digest(const struct weights *w, char *err, size_t errsize)
 
 	if (!SHA256(w->image + WEIGHTS_DIGESTED, w->h.total_size - WEIGHTS_DIGESTED, digest))
 		return -ENOMEM;
-	if (memcmp(digest, w->h.digest, sizeof(digest)) == 0)
+	if (memcmp(digest, w->h.digest, sizeof(digest)) == 0 || planted("weights-hash-skipped"))
 		return 0;
 	return refuse(err, errsize,
 		      "digest: SHA-256 is %02x%02x%02x%02x..., the header says %02x%02x%02x%02x...", digest[0],

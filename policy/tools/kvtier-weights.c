@@ -78,19 +78,28 @@ static void print_info(const struct weights *w)
 
 static int inspect(int argc, char **argv, bool info)
 {
+	struct calibration *calibration = NULL;
+	struct policy_cfg cfg;
 	struct weights *w;
 	char err[512];
+	int r;
 
 	if (argc != 3)
 		return bad_usage("FILE", argc < 3 ? "missing" : "more than one");
-	if (weights_load(&w, argv[2], err, sizeof(err)) < 0) {
+	r = weights_load(&w, argv[2], err, sizeof(err));
+	if (r < 0) {
 		fprintf(stderr, "kvtier-weights: %s\n", err);
 		return 1;
 	}
-	if (info)
+	cfg = (struct policy_cfg){.weights = argv[2]};
+	r = weights_calibration(&calibration, w, &cfg, err, sizeof(err));
+	if (r < 0)
+		fprintf(stderr, "kvtier-weights: %s\n", err);
+	else if (info)
 		print_info(w);
+	weights_calibration_free(calibration);
 	weights_free(w);
-	return 0;
+	return r < 0;
 }
 
 static bool parse_u64(const char *s, uint64_t max, uint64_t *ret)

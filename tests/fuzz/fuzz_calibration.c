@@ -52,7 +52,7 @@ static void prepare(void)
 
 static void use(const struct calibration *c)
 {
-	static const float scores[] = {-INFINITY, -1e30f, -1, 0, 1, 1e30f, INFINITY};
+	static const float scores[] = {-INFINITY, -3e38f, -1, 0, 1, 2e38f, 3e38f, INFINITY};
 
 	for (uint32_t l = 0; l < c->shape.lanes; l++) {
 		must(isfinite(calibrate_sensitivity(c, l)));
