@@ -325,6 +325,8 @@ static int open_fork(struct opening *o)
 		return fail(o, KVT_E_INVAL, "parent: a sequence with a window cannot be forked");
 	if (parent->model != o->model)
 		return fail(o, KVT_E_MODEL, "model: not the parent's");
+	if (parent->epoch == UINT32_MAX) /* a child is one ahead of its parent */
+		return fail(o, KVT_E_LIMIT, "parent: epoch %u, no more forks", parent->epoch);
 	if (o->m->prefix > parent->rows)
 		return fail(o, KVT_E_INVAL, "prefix: %u, the parent has %u rows", o->m->prefix, parent->rows);
 	/* Not one that is READY: where this message comes late, the parent's client may be applying it. */

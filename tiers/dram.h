@@ -4,7 +4,7 @@
  * Inside the DRAM tier. Pages lie in pools: one is private, the others are published and belong to one owner
  * each. A pool has its own segments and its own allocator, so two owners never share a segment; all pools
  * share the capacity. Segments have one numbering: that of the slots in `seg`, for published ones with a
- * generation above it, so that a number comes back only after as many others of its slot.
+ * generation above it, so that no number comes back: a slot whose generations are used up takes private ones.
  *
  * Everything on the tier's owner thread, except that a thread of its own unmaps segments.
  */
@@ -20,6 +20,7 @@
 
 #define DRAM_SLOTS ALLOC_MAX_SEGS
 #define DRAM_SLOT_BITS 12
+#define DRAM_LAST_GEN ((1u << DRAM_SLOT_BITS) - 1)
 _Static_assert(TIER_SEGMENT_GRAIN == ALLOC_SLAB_BYTES, "segments are whole slabs");
 _Static_assert(DRAM_SLOTS == 1u << DRAM_SLOT_BITS, "a number is a slot and 12 bits of generation");
 

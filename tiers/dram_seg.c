@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "shm/trial.h"
+
 #define FIRST_SHARE 16u /* an owner's first segment is this part of a private one */
 
 struct pool *dram_pool(struct dram *d, uint64_t owner)
@@ -198,12 +200,21 @@ static int make(const struct dram *d, const struct pool *p, uint64_t bytes, stru
 	return seg_create(ret, SEG_PRIVATE, "kvtier-dram", bytes + (d->keep ? dir_bytes(bytes) : 0), flags);
 }
 
+/*
+ * Free, and for a published segment with a number that no other had: a client may still name the first one. A
+ * slot whose numbers are used up takes private ones.
+ */
+static bool vacant(const struct dram_seg *s, const struct pool *p)
+{
+	return !s->pool && (!p->owner || s->gen < DRAM_LAST_GEN || planted("segment-number-returns"));
+}
+
 int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes)
 {
 	uint32_t i = 0;
 	int r;
 
-	while (i < d->top && d->slot[i].pool)
+	while (i < DRAM_SLOTS && !vacant(&d->slot[i], p))
 		i++;
 	if (i == DRAM_SLOTS)
 		return -ENOSPC;
@@ -216,7 +227,7 @@ int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *di
 	d->slot[i].dir = *dir;
 	d->slot[i].pool = p;
 	if (p->owner)
-		d->slot[i].gen = (d->slot[i].gen + 1) % (1u << DRAM_SLOT_BITS);
+		d->slot[i].gen = (d->slot[i].gen + 1) & DRAM_LAST_GEN;
 	d->top = MAX(d->top, i + 1);
 	p->mapped += bytes;
 	d->mapped += bytes;
