@@ -206,6 +206,13 @@ $(BUILD)/tests/torture/%: tests/torture/%.c $(BUILD)/libdaemon.a $(BUILD)/libroo
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -MF $@.d -Wno-missing-prototypes $(LDFLAGS) -o $@ $< \
 		$(BUILD)/libkvtier.a $(BUILD)/libdaemon.a $(BUILD)/librooms.a -lcmocka $(LIBS)
 
+# The ring under ThreadSanitizer, whatever the rest is built with.
+$(BUILD)/tests/torture/t13_rings: tests/torture/t13_rings.c shm/ring.c shm/trial.c shm/ring.h shm/trial.h shm/util.h Makefile
+	@mkdir -p $(@D)
+	$(say) TSAN $@
+	$(Q)$(CC) $(CPPFLAGS) $(filter-out -fsanitize=%,$(CFLAGS)) -fsanitize=thread -Wno-missing-prototypes \
+		$(filter-out -fsanitize=%,$(LDFLAGS)) -fsanitize=thread -o $@ $(filter %.c,$^)
+
 # A CUDA driver of host memory with libkvtier's kernels in it, for tests where there is no GPU.
 FAKE_SRC := $(wildcard tests/gpu/host/fake_*.cc) tests/gpu/host/fibers.cc tests/gpu/host/kernels.cc
 FAKE_OBJ := $(patsubst %.cc,$(BUILD)/obj/%.o,$(FAKE_SRC))

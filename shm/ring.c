@@ -60,13 +60,16 @@ int ring_push(struct ring *r, const struct ring_entry *e)
 		if (r->pos - head == r->entries)
 			return -EAGAIN;
 	}
+	if (planted("ring-publish-early"))
+		atomic_store_explicit(&sh->tail, r->pos + 1, memory_order_release);
 	sh->entry[r->pos & (r->entries - 1)] = *e;
 	r->pos++;
 	atomic_store_explicit(&sh->tail, r->pos, memory_order_seq_cst);
 	if (likely(!atomic_load_explicit(&sh->need_wakeup, memory_order_seq_cst)))
 		return 0;
 	/* One eventfd write per sleep: whoever takes the flag down wakes the consumer. */
-	return atomic_exchange_explicit(&sh->need_wakeup, 0, memory_order_seq_cst) ? 1 : 0;
+	return atomic_exchange_explicit(&sh->need_wakeup, 0, memory_order_seq_cst) &&
+	       !planted("ring-wakes-nobody");
 }
 
 int ring_pop(struct ring *r, struct ring_entry *ret)
