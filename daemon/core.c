@@ -174,7 +174,9 @@ static int open_tier(struct core *c, int t, char *err, size_t errsize)
 {
 	const struct config *cfg = &c->cfg;
 	bool dram = t == KVT_TIER_DRAM;
-	const struct tier_ops *ops = dram ? &tier_dram_ops : &tier_nvme_ops;
+	const struct tier_ops *ops = c->seams.tier[t] ? c->seams.tier[t]
+				     : dram           ? &tier_dram_ops
+						      : &tier_nvme_ops;
 	const char *fault = dram ? cfg->dram_fault : cfg->nvme_fault;
 	struct tier_cfg tc = {
 		.path = cfg->nvme_path,
@@ -227,11 +229,13 @@ static int add_timer(struct core *c, sd_event_source **ret, uint64_t us, sd_even
 	return sd_event_add_time_relative(c->ev, ret, CLOCK_MONOTONIC, us, us / 10, fn, c);
 }
 
-static unsigned default_workers(void)
+static unsigned worker_threads(const struct core *c)
 {
 	long n = sysconf(_SC_NPROCESSORS_ONLN);
 
-	return n > 2 ? (unsigned)n - 1 : 1;
+	if (c->seams.stepped)
+		return 0;
+	return c->cfg.workers ? c->cfg.workers : n > 2 ? (unsigned)n - 1 : 1;
 }
 
 static int core_open(struct core *c, char *err, size_t errsize)
@@ -257,7 +261,7 @@ static int core_open(struct core *c, char *err, size_t errsize)
 		if (r < 0)
 			return r;
 	}
-	r = workers_new(&c->workers, c->ev, c->cfg.workers ? c->cfg.workers : default_workers(), c->tenants);
+	r = workers_new(&c->workers, c->ev, worker_threads(c), c->tenants);
 	if (r >= 0)
 		r = mover_open(c);
 	if (r >= 0)
@@ -275,13 +279,8 @@ static int core_open(struct core *c, char *err, size_t errsize)
 	return r;
 }
 
-int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *err, size_t errsize)
-{
-	return core_new_keeping(ret, cfg, NULL, ev, err, errsize);
-}
-
-int core_new_keeping(struct core **ret, const struct config *cfg, const struct tier_keep *keep, sd_event *ev,
-		     char *err, size_t errsize)
+int core_new_with(struct core **ret, const struct config *cfg, const struct core_seams *seams, sd_event *ev,
+		  char *err, size_t errsize)
 {
 	struct core *c = calloc(1, sizeof(*c));
 	int r;
@@ -291,7 +290,8 @@ int core_new_keeping(struct core **ret, const struct config *cfg, const struct t
 		return KVT_E_NOMEM;
 	}
 	c->cfg = *cfg;
-	c->keep = keep;
+	c->seams = *seams;
+	c->keep = seams->keep;
 	c->ev = sd_event_ref(ev);
 	c->feed_seg = (struct seg)SEG_INIT;
 	c->tenants = cfg->tenants;
@@ -323,6 +323,17 @@ int core_new_keeping(struct core **ret, const struct config *cfg, const struct t
 	}
 	*ret = c;
 	return 0;
+}
+
+int core_new_keeping(struct core **ret, const struct config *cfg, const struct tier_keep *keep, sd_event *ev,
+		     char *err, size_t errsize)
+{
+	return core_new_with(ret, cfg, &(struct core_seams){.keep = keep}, ev, err, errsize);
+}
+
+int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *err, size_t errsize)
+{
+	return core_new_with(ret, cfg, &(struct core_seams){0}, ev, err, errsize);
 }
 
 /* ---- draining and closing ----------------------------------------------------------------- */

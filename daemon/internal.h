@@ -270,6 +270,7 @@ struct plan {
 
 struct core {
 	struct config cfg;
+	struct core_seams seams;
 	sd_event *ev;
 	const struct tier_keep *keep; /* NULL: DRAM ends with the process */
 	struct workers *workers;

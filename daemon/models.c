@@ -119,7 +119,8 @@ int region_new(struct region **ret, struct client *cl, uint64_t bytes, int fd)
 	g->client = cl;
 	g->tenant = cl->tenant;
 	g->ops = fd >= 0 ? &device_fd_ops : &device_host_ops;
-	if (fd >= 0 && !g->tenant->writer && workers_new(&g->tenant->writer, c->ev, 1, 1) < 0)
+	if (fd >= 0 && !g->tenant->writer &&
+	    workers_new(&g->tenant->writer, c->ev, c->seams.stepped ? 0 : 1, 1) < 0)
 		goto fail;
 	g->bytes = bytes;
 	if (fd < 0) {

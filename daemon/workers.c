@@ -90,16 +90,33 @@ static struct job *next_job(struct workers *w)
 	return queue_get(best);
 }
 
+/* Nobody holds the lock. done() follows on the loop. */
+static void finished(struct workers *w, struct job *j, bool first)
+{
+	const uint64_t one = 1;
+	bool wake;
+
+	pthread_mutex_lock(&w->lock);
+	wake = !w->done.head;
+	if (first && !wake) {
+		j->next = w->done.head;
+		w->done.head = j;
+	} else {
+		queue_put(&w->done, j);
+	}
+	pthread_mutex_unlock(&w->lock);
+	if (wake)
+		(void)!write(w->fd, &one, sizeof(one)); /* cannot fail: the counter is far from full */
+}
+
 static void *work(void *arg)
 {
 	struct thread *t = arg;
 	struct workers *w = t->w;
-	const uint64_t one = 1;
 
 	pthread_mutex_lock(&w->lock);
 	for (;;) {
 		struct job *j = next_job(w);
-		bool first;
 
 		if (!j) {
 			if (w->stop)
@@ -113,14 +130,25 @@ static void *work(void *arg)
 		atomic_store_explicit(&t->since, now_ns(), memory_order_relaxed);
 		j->run(j, &t->ctx);
 		atomic_store_explicit(&t->since, 0, memory_order_relaxed);
+		finished(w, j, false);
 		pthread_mutex_lock(&w->lock);
-		first = !w->done.head;
-		queue_put(&w->done, j);
-		if (first)
-			(void)!write(w->fd, &one, sizeof(one)); /* cannot fail: the counter is far from full */
 	}
 	pthread_mutex_unlock(&w->lock);
 	return NULL;
+}
+
+bool workers_step(struct workers *w, bool first)
+{
+	struct job *j;
+
+	pthread_mutex_lock(&w->lock);
+	j = next_job(w);
+	pthread_mutex_unlock(&w->lock);
+	if (!j)
+		return false;
+	j->run(j, &w->inline_ctx);
+	finished(w, j, first);
+	return true;
 }
 
 void workers_finish(struct workers *w)
@@ -159,9 +187,9 @@ int workers_new(struct workers **ret, sd_event *ev, unsigned threads, unsigned t
 	if (!w)
 		return -ENOMEM;
 	w->fd = -1;
-	w->threads = threads ? threads : 1;
+	w->threads = threads;
 	w->tenants = tenants ? tenants : 1;
-	w->thread = calloc(w->threads, sizeof(*w->thread));
+	w->thread = calloc(MAX(threads, 1u), sizeof(*w->thread));
 	w->queue = calloc(w->tenants, sizeof(*w->queue));
 	queue_init(&w->urgent);
 	queue_init(&w->done);
@@ -263,7 +291,7 @@ unsigned workers_busy(const struct workers *w)
 
 unsigned workers_count(const struct workers *w)
 {
-	return w->threads;
+	return MAX(w->threads, 1u);
 }
 
 uint64_t workers_stuck_ns(struct workers *w)

@@ -28,13 +28,18 @@ struct job {
 };
 
 struct workers;
-/* -errno. */
+/* threads 0: none, whoever owns it calls workers_step(). -errno. */
 int workers_new(struct workers **ret, sd_event *ev, unsigned threads, unsigned tenants);
 /* Waits for running jobs; done() of what is left runs here. */
 void workers_free(struct workers *w);
 void workers_put(struct workers *w, struct job *j);
 /* Run it here and now: for jobs too small to hand over. done() runs before this returns. */
 void workers_run_inline(struct workers *w, struct job *j);
+/*
+ * Without threads: run the job that is next; false when none waits. first: its done() comes before those that
+ * are ready already, as if another thread had been slower.
+ */
+bool workers_step(struct workers *w, bool first);
 /* Run done() of what is ready. */
 void workers_finish(struct workers *w);
 /* Jobs given and not yet done. */
