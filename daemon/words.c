@@ -44,6 +44,25 @@ static bool poll_acked(struct seq *s)
 	return true;
 }
 
+/*
+ * Rows that the layouts can hold. A client may have applied a READY plan and not said so yet, or since we
+ * looked: then what it left free counts.
+ */
+static uint32_t rows_at_most(const struct seq *s)
+{
+	uint32_t most = s->ix.rows + s->room, room = ROWS_ALL;
+	const struct plan *p = s->plan;
+
+	if (!p || p->over || p->phase != PHASE_READY)
+		return most;
+	for (uint32_t l = 0; l < s->ix.lanes; l++) {
+		uint32_t cap = s->layout[s->model->lane_layer[l]].cap;
+
+		room = MIN(room, cap - MIN(p->kept[l], cap));
+	}
+	return MAX(most, p->watermark + room);
+}
+
 /* One look at slot.len. */
 static bool poll_len(struct seq *s)
 {
@@ -58,9 +77,8 @@ static bool poll_len(struct seq *s)
 		return false;
 	}
 	/* With a cut pending the room is not known yet; the device checks every slot anyway. */
-	if (s->cut == ROWS_ALL && rows - MIN(s->ix.rows, rows) > s->room) {
-		client_end(s->client, "slot.len: %u rows, a layout has room for %u", rows,
-			   s->ix.rows + s->room);
+	if (s->cut == ROWS_ALL && rows > rows_at_most(s)) {
+		client_end(s->client, "slot.len: %u rows, a layout has room for %u", rows, rows_at_most(s));
 		return false;
 	}
 	s->rows = rows;
