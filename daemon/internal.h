@@ -139,6 +139,7 @@ struct seq {
 	enum seq_state state;
 	bool orphan;   /* found on disk after a restart */
 	bool believed; /* then: pages on nvme are, for the ledger does not say that it ended */
+	bool taken;    /* ended under its client, who may go on writing its slot and reading its plan area */
 	uint32_t slot;
 	uint64_t plan_off, plan_bytes;
 	uint32_t lifetime, ttl_s, max_rows, granularity, equal_lanes;

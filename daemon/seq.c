@@ -108,8 +108,12 @@ void seq_unbind(struct seq *s)
 	recall_orphan(s);
 	direct_close(s);
 	if (cl) {
-		bits_clear(cl->slot_used, s->slot);
-		plan_mem_give(cl->plans, s->plan_off, s->plan_bytes);
+		/* Of one that was taken away its place is no other's until the client ends: it may not know
+		 * yet. */
+		if (!s->taken) {
+			bits_clear(cl->slot_used, s->slot);
+			plan_mem_give(cl->plans, s->plan_off, s->plan_bytes);
+		}
 		LIST_REMOVE(s, of_client);
 		cl->n_seqs--;
 		handle_set_owner(s->core->seqs, s->handle, NULL);

@@ -88,8 +88,10 @@ int core_seq_drop(struct core *c, uint64_t handle, char *err, size_t errsize)
 
 	if (!s)
 		return KVT_E_STALE;
-	if (s->client)
+	if (s->client) {
 		client_notify(s->client, Q_GONE, s->handle, (uint64_t)-KVT_E_STALE, 0);
+		s->taken = true;
+	}
 	seq_end(s);
 	return 0;
 }
