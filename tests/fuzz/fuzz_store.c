@@ -181,7 +181,7 @@ static int open_store(struct tier **ret, char *err, size_t errsize)
 static tier_addr write_page(struct tier *t, uint32_t no, uint32_t bytes)
 {
 	static uint64_t pos[40];
-	const struct seq_record seq = {.key = {(uint8_t)(1 + no / 8)}, .model = 5, .lanes = 4, .rows = 900};
+	const struct seq_record seq = {.key = {(uint8_t)(1 + no / 8)}, .model = 5, .lanes = 4, .born_lo = 900};
 	struct tier_io io = {.op = TIER_WRITE, .bytes = bytes, .life = no % 2, .seq = &seq}, *p = &io, *done;
 
 	memset(pos, 0, sizeof(pos));
