@@ -51,8 +51,8 @@ int index_extend(struct index *ix, uint32_t rows);
 /* Keep second coefficients from now on, 0.0 for the rows that are there; or keep none. -ENOMEM. */
 int index_keep_coef(struct index *ix, bool keep);
 /*
- * Forget rows at and past n, cutting pages by `epoch`, the one that begins now; mark: also such as are not listed any more
- * but may be found by a restart. -ENOMEM, nothing changed.
+ * Forget rows at and past n, cutting pages by `epoch`, the one that begins now; mark: also such as are not
+ * listed any more but may be found by a restart. -ENOMEM, nothing changed.
  */
 int index_truncate(struct index *ix, struct page_store *ps, uint32_t n, uint32_t epoch, bool mark);
 /* First position for which a page of this epoch does not speak. */

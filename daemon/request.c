@@ -219,7 +219,8 @@ static int on_truncate(struct client *cl, const struct wire_seq_truncate *m)
 	} else if (s->epoch == UINT32_MAX) {
 		refuse(cl, &m->hdr, KVT_E_LIMIT, "epoch: %u, no more truncations", s->epoch);
 	} else if ((r = seq_truncate(s, m->rows)) < 0) {
-		refuse(cl, &m->hdr, KVT_E_IO, "rows: %u, the ledger cannot be written: %s", m->rows, strerror(-r));
+		refuse(cl, &m->hdr, KVT_E_IO, "rows: %u, the ledger cannot be written: %s", m->rows,
+		       strerror(-r));
 	} else {
 		wire_reply_init(&a.r, &m->hdr, sizeof(a), 0, NULL);
 		a.epoch = s->epoch;

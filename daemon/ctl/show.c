@@ -204,7 +204,7 @@ static uint64_t tier_num(const json_t *seq, unsigned t, const char *key)
 
 void show_seqs(const json_t *list)
 {
-	char spec[] = "lHANDLE lKEY lTENANT lCLIENT rROWS rDEVICE rDRAM rNVME rDROPPED lLIFE";
+	char spec[] = "LHANDLE lKEY lTENANT lCLIENT rROWS rDEVICE rDRAM rNVME rDROPPED lLIFE";
 	struct table t;
 	const json_t *o;
 	size_t i;

@@ -51,7 +51,7 @@ static unsigned sum(const unsigned *width, unsigned n, unsigned gap)
 	return s;
 }
 
-/* Widths so that a line fits: narrow the gap first, then the widest text column, again and again. */
+/* Widths so that a line fits: narrow the gap first, then the widest column that may be cut, again and again. */
 static unsigned fit(const struct table *t, unsigned width[TABLE_COLUMNS])
 {
 	unsigned gap;

@@ -14,7 +14,7 @@
 struct table {
 	unsigned columns, rows, cap;
 	const char *head[TABLE_COLUMNS];
-	char align[TABLE_COLUMNS]; /* 'l' or 'r' */
+	char align[TABLE_COLUMNS]; /* 'l' or 'r'; 'L': left and never cut */
 	char (*cell)[TABLE_CELL];  /* [rows][columns] */
 };
 

@@ -89,7 +89,7 @@ static void print_event(const struct feed_event *e)
 	strftime(clock, sizeof(clock), "%H:%M:%S", &tm);
 	if (e->seq)
 		snprintf(handle, sizeof(handle), "0x%" PRIx64, e->seq);
-	printf("%s.%03u %-6s %-14s ", clock, (unsigned)(e->time_ns / 1000000u % 1000u), type_name(e), handle);
+	printf("%s.%03u %-6s %-18s ", clock, (unsigned)(e->time_ns / 1000000u % 1000u), type_name(e), handle);
 	print_detail(e);
 	putchar('\n');
 }

@@ -147,7 +147,8 @@ static inline struct page_ident fx_ident(const struct fx *f, uint64_t no)
 
 static inline struct seq_record fx_seq(const struct fx *f, uint64_t no)
 {
-	struct seq_record s = {.tenant = 7, .model = 11, .lanes = 90, .born_lo = 5000, .born_hi = 3, .lifetime = 1};
+	struct seq_record s = {
+		.tenant = 7, .model = 11, .lanes = 90, .born_lo = 5000, .born_hi = 3, .lifetime = 1};
 	struct page_ident id = fx_ident(f, no);
 
 	memcpy(s.key, id.key, sizeof(s.key));
