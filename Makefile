@@ -170,6 +170,24 @@ $(BUILD)/libkvtier.pc: ipc/libkvtier.pc.in Makefile
 	$(say) GEN $@
 	$(Q)sed -e 's|@PREFIX@|$(PREFIX)|;s|@LIBDIR@|$(LIBDIR)|;s|@VERSION@|$(VERSION)|' $< > $@
 
+# Both sides as the protocol before ours and the one after it: tests let them meet.
+NEIGHBOURS := $(shell n=$$(sed -n 's/^\#define WIRE_VERSION \([0-9]*\)$$/\1/p' ipc/wire.h); echo $$((n - 1)) $$((n + 1)))
+SAYS_VERSION := ipc/codec.c ipc/message.c daemon/admin_look.c
+define neighbour
+$(BUILD)/v$(1)/obj/%.o: %.c Makefile
+	@mkdir -p $$(@D)
+	$(Q)$(CC) $(CPPFLAGS) -DWIRE_VERSION=$(1) $(CFLAGS) -MMD -MP -c -o $$@ $$<
+$(BUILD)/v$(1)/libkvtier.so.0: $(patsubst %.c,$(BUILD)/v$(1)/obj/%.o,$(filter ipc/%,$(SAYS_VERSION))) $(LIBOBJ) ipc/libkvtier.map
+	$(say) LD $$@
+	$(Q)$(CC) $(LDFLAGS) -shared -Wl,-soname,libkvtier.so.$(SOVERSION) -Wl,--version-script=ipc/libkvtier.map -o $$@ \
+		$$(filter-out $(call obj,$(SAYS_VERSION)),$$(filter %.o,$$^)) -lisal -lcrypto -ldl
+$(BUILD)/v$(1)/kvtierd: $(patsubst %.c,$(BUILD)/v$(1)/obj/%.o,$(SAYS_VERSION)) $(call obj,daemon/main.c) $(BUILD)/libdaemon.a $(BUILD)/librooms.a
+	$(say) LD $$@
+	$(Q)$(CC) $(LDFLAGS) -o $$@ $$^ $(LIBS)
+endef
+$(foreach n,$(NEIGHBOURS),$(eval $(call neighbour,$(n))))
+VERSION_BINS := $(foreach n,$(NEIGHBOURS),$(BUILD)/v$(n)/libkvtier.so.0 $(BUILD)/v$(n)/kvtierd)
+
 # ---- manual pages -----------------------------------------------------------------
 .PHONY: man
 man: $(MAN) ## manual pages into build/man
@@ -260,12 +278,12 @@ bench-gpu: ## every figure of the GPU; writes tests/bench/results/
 	$(Q)tests/gpu/run bench
 
 .PHONY: tests-bin bench-bin
-tests-bin: all $(UNIT_BINS) $(HELPER_BINS) $(GPU_CHECKS) $(FAKE_CUDA) $(TORTURE_BINS)
+tests-bin: all $(VERSION_BINS) $(UNIT_BINS) $(HELPER_BINS) $(GPU_CHECKS) $(FAKE_CUDA) $(TORTURE_BINS)
 # With planted bugs and crash points (shm/trial.h), each asleep until the environment names it.
 .PHONY: trial trial-bin
 trial: ## build/trial: the same with bugs that tests must catch and places to die at
 	$(Q)$(MAKE) --no-print-directory -j2 BUILD=build/trial TRIAL=1 NVCC= trial-bin
-trial-bin: $(DAEMON_BIN) $(CTL_BIN) $(SOLIB) $(BUILD)/kvtier-weights $(BUILD)/kvtier-trace $(TORTURE_BINS) $(HELPER_BINS)
+trial-bin: $(VERSION_BINS) $(DAEMON_BIN) $(CTL_BIN) $(SOLIB) $(BUILD)/kvtier-weights $(BUILD)/kvtier-trace $(TORTURE_BINS) $(HELPER_BINS)
 bench-bin: all $(BENCH_BINS)
 
 # The interpreter that .ci/deps found or made; tests of the Python package run under it.

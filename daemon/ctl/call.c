@@ -116,8 +116,10 @@ static int take_reply(struct ctl *c, const void *buf, size_t len, int *fds, unsi
 	char why[200];
 	int r;
 
-	if (wire_check(buf, len, true, why, sizeof(why)) || m->r.hdr.type != (W_ADMIN | W_REPLY) ||
-	    m->r.hdr.cookie != c->cookie)
+	r = wire_check(buf, len, true, why, sizeof(why));
+	if (r == KVT_E_VERSION)
+		return ctl_fail(CTL_UNREACHABLE, "%s: another kvtierd's protocol: %s", c->socket, why);
+	if (r || m->r.hdr.type != (W_ADMIN | W_REPLY) || m->r.hdr.cookie != c->cookie)
 		return ctl_fail(CTL_UNREACHABLE, "%s: not a kvtierd's answer", c->socket);
 	if (m->r.status)
 		return ctl_fail(CTL_REFUSED, "%s", m->r.text);

@@ -174,7 +174,7 @@ int err_set(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3))
 int err_errno(int err, const char *what);
 /* Option structs: copy what the caller's size says, zero the rest, refuse unknown set bytes. */
 int opts_take(void *dst, size_t dst_size, const void *src, const char *what);
-#define OPTS_TAKE(dst, src) opts_take((dst), sizeof(*(dst)), (src), #dst)
+#define OPTS_TAKE(dst, src) opts_take((dst), sizeof(*(dst)), (src), #src)
 /* Result structs: hand out what the caller's size has room for. */
 int opts_give(void *ret, const void *src, size_t src_size, const char *what);
 bool forked(const struct kvtier *c);

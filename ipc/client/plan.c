@@ -211,17 +211,29 @@ static int list_rows(const struct kvtier_plan *p, const uint64_t *bits, uint32_t
 	return (int)n;
 }
 
-int kvtier_plan_kept(const struct kvtier_plan *p, uint32_t lane, uint32_t *positions, uint32_t cap)
+/* The caller's struct reaches to `end`: one built before a bitmap was there has no pointer to it. */
+static int plan_has(const struct kvtier_plan *p, size_t end)
 {
 	if (!p)
 		return err_set(KVT_E_INVAL, "p: NULL, must be a plan");
+	return p->size >= end ? 0 : err_set(KVT_E_INVAL, "plan.size: %zu, must be at least %zu", p->size, end);
+}
+
+int kvtier_plan_kept(const struct kvtier_plan *p, uint32_t lane, uint32_t *positions, uint32_t cap)
+{
+	int r = plan_has(p, offsetof(struct kvtier_plan, copy_out));
+
+	if (r)
+		return r;
 	return list_rows(p, p->resident_after, lane, positions, cap);
 }
 
 int kvtier_plan_promoted(const struct kvtier_plan *p, uint32_t lane, uint32_t *positions, uint32_t cap)
 {
-	if (!p)
-		return err_set(KVT_E_INVAL, "p: NULL, must be a plan");
+	int r = plan_has(p, sizeof(*p));
+
+	if (r)
+		return r;
 	return list_rows(p, p->bring_in, lane, positions, cap);
 }
 

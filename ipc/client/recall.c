@@ -210,6 +210,7 @@ static int give(const struct find *f, const struct wire_recall_reply *a, struct 
 	struct kvtier_recalled v = {
 		.searched = a->searched, .skipped = a->skipped, .missed = a->missed, .daemon_ns = a->ns};
 	uint32_t most = 0;
+	size_t size = ret->size;
 	int r;
 
 	for (uint32_t h = 0; a->heads == f->heads && h < f->heads; h++)
@@ -217,8 +218,9 @@ static int give(const struct find *f, const struct wire_recall_reply *a, struct 
 	if (a->heads != f->heads || most > f->o.rows)
 		return err_set(KVT_E_PROTO, "recall: %u heads of up to %u rows, must be %u of %u", a->heads,
 			       most, f->heads, f->o.rows);
-	v.counts = ret->counts;
-	v.positions = ret->positions;
+	/* A caller built before one of them was there does not have it. */
+	v.counts = size >= offsetof(struct kvtier_recalled, positions) ? ret->counts : NULL;
+	v.positions = size >= offsetof(struct kvtier_recalled, searched) ? ret->positions : NULL;
 	r = opts_give(ret, &v, sizeof(v), "recalled");
 	if (r)
 		return r;
