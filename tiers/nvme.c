@@ -221,7 +221,10 @@ static void close_used(struct nvme *t, struct nvme_stream *st)
 		nvme_stream_close(t, st);
 }
 
-/* -EBUSY: writes were prepared and not submitted, their segments stay open. */
+/*
+ * -EIO: now, or earlier for pages that still live, something could not be written that the restart needs.
+ * -EBUSY: writes were prepared and not submitted, their segments stay open.
+ */
 static int nvme_sync(struct tier *tier)
 {
 	struct nvme *t = nvme(tier);
@@ -246,6 +249,9 @@ static int nvme_sync(struct tier *tier)
 	if (t->offline || t->seal_errors != errors)
 		return -EIO;
 	for (uint32_t i = 0; i < t->segments; i++)
+		if (t->seg[i].state == NVME_SEALED && t->seg[i].unsealed)
+			return -EIO;
+	for (uint32_t i = 0; i < t->segments; i++)
 		if (t->seg[i].state == NVME_CLOSING)
 			return -EBUSY;
 	return 0;
@@ -254,6 +260,24 @@ static int nvme_sync(struct tier *tier)
 static int nvme_event_fd(struct tier *tier)
 {
 	return nvme(tier)->event_fd;
+}
+
+/* What is wrong comes first, what this host lacks after it. */
+static void say(const struct nvme *t, char note[sizeof(t->stat.note)])
+{
+	static const char *const op[] = {[IO_READ] = "read", [IO_WRITE] = "write", [IO_SYNC] = "flush"};
+	char text[256];
+	int n = 0;
+
+	if (t->offline)
+		n = snprintf(text, sizeof(text), "offline: no answer in %u ms; ", t->deadline_ms);
+	if (t->failed_requests)
+		n += snprintf(text + n, sizeof(text) - (size_t)n, "%llu requests failed, last a %s: %s; ",
+			      (unsigned long long)t->failed_requests, op[t->last_op], strerror(-t->last_error));
+	if (!n)
+		return;
+	strcpy(text + n - (*t->stat.note ? 0 : 2), t->stat.note);
+	snprintf(note, sizeof(t->stat.note), "%.*s", (int)sizeof(t->stat.note) - 1, text);
 }
 
 /* Capacity is what pages can fill: without the cleaner's reserve, heads, maps, and a sixty-fourth for tables.
@@ -272,6 +296,7 @@ static void nvme_stat(struct tier *tier, struct tier_stat *ret)
 	ret->huge = t->huge;
 	ret->io_uring = t->engine->ops == &io_uring_ops;
 	ret->node = -1;
+	say(t, ret->note);
 }
 
 static void nvme_tick(struct tier *tier,

@@ -91,6 +91,7 @@ struct nvme_seg {
 	uint32_t pins;               /* reads and map writes in flight: no reuse */
 	uint8_t state, life;
 	bool head_ok, failed; /* head is durable; a write of head or foot failed */
+	bool unsealed;        /* its foot could not be written: no restart finds its pages */
 	bool map_dirty;       /* pages died that the disk still shows */
 	bool replacing;       /* the same, and the head under way is what will say so */
 	bool victim;          /* the cleaner is at it, or has been */
@@ -198,6 +199,9 @@ struct nvme {
 	uint64_t *pos; /* scratch: NVME_MAX_POS_WORDS */
 	struct tier_stat stat;
 	uint32_t bad_tables, seal_errors;
+	uint64_t failed_requests;
+	int last_error; /* of the last of them, -errno, and its enum io_op */
+	uint8_t last_op;
 };
 
 static inline struct nvme *nvme(struct tier *tier)

@@ -73,10 +73,12 @@ static uint64_t file_bytes(const struct nvme *t, unsigned file)
 
 static int write_all(int fd, const void *buf, size_t len, uint64_t off)
 {
+	uint8_t tries = 0;
+
 	while (len) {
 		ssize_t n = pwrite(fd, buf, len, (off_t)off);
 
-		if (n < 0 && errno == EINTR)
+		if (n < 0 && io_again(errno, &tries))
 			continue;
 		if (n <= 0)
 			return n < 0 ? -errno : -EIO;
@@ -87,8 +89,9 @@ static int write_all(int fd, const void *buf, size_t len, uint64_t off)
 	return 0;
 }
 
-/* Write the superblock of one container to the place that `generation` names. */
-static int write_super(const struct nvme *t, int fd, unsigned file, uint64_t generation, uint64_t created_ns)
+/* Write the superblock of one container to place A (0) or B (1). */
+static int write_super(const struct nvme *t, int fd, unsigned file, unsigned place, uint64_t generation,
+		       uint64_t created_ns)
 {
 	_cleanup_free_ struct nvme_super *s = aligned_alloc(KVT_UNIT, KVT_UNIT);
 
@@ -106,7 +109,7 @@ static int write_super(const struct nvme *t, int fd, unsigned file, uint64_t gen
 	s->segments = segments_in(t, file);
 	s->unit = KVT_UNIT;
 	nvme_unit_seal(s, NVME_MAGIC_SUPER);
-	return write_all(fd, s, KVT_UNIT, generation & 1 ? NVME_SUPER_B : 0);
+	return write_all(fd, s, KVT_UNIT, place ? NVME_SUPER_B : 0);
 }
 
 static int fill_file(struct nvme *t, int fd, uint64_t bytes, bool write_over)
@@ -150,8 +153,8 @@ static int create_file(struct nvme *t, unsigned file, bool write_over)
 	clock_gettime(CLOCK_REALTIME, &ts);
 	created = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 	r = fill_file(t, fd, file_bytes(t, file), write_over);
-	for (uint64_t g = 0; g < 2 && !r; g++)
-		r = write_super(t, fd, file, g, created);
+	for (unsigned g = 0; g < 2 && !r; g++)
+		r = write_super(t, fd, file, g, g, created);
 	if (!r && fsync(fd) < 0)
 		r = -errno;
 	close(fd);
@@ -197,12 +200,17 @@ static int create_store(struct nvme *t, bool write_over, char *err, size_t errsi
 		      (unsigned long long)t->store_bytes, strerror(-r));
 }
 
-/* The better of the two superblocks. Errors name the file. */
-static int read_super(struct nvme *t, unsigned file, struct nvme_super *ret, char *err, size_t errsize)
+/*
+ * The better of the two superblocks, and its place. Errors name the file. Returns how many of the two are
+ * unreadable: one of those may be the newer one.
+ */
+static int read_super(struct nvme *t, unsigned file, struct nvme_super *ret, unsigned *ret_place, char *err,
+		      size_t errsize)
 {
 	_cleanup_free_ char *unit = aligned_alloc(KVT_UNIT, KVT_UNIT);
 	struct nvme_super s = {0}, best = {0};
-	int worst = -ENODATA;
+	int worst = -ENODATA, bad = 0;
+	unsigned place = 0;
 	char name[32];
 
 	if (!unit)
@@ -215,8 +223,11 @@ static int read_super(struct nvme *t, unsigned file, struct nvme_super *ret, cha
 		if (r == -EPROTONOSUPPORT)
 			return refuse(err, errsize, r, "%s/%s: version %u, this daemon knows %u", t->path, name,
 				      ((struct nvme_tag *)unit)->version, NVME_VERSION);
-		if (!r && (!best.containers || s.generation > best.generation))
+		bad += r < 0;
+		if (!r && (!best.containers || s.generation > best.generation)) {
 			best = s;
+			place = (unsigned)i;
+		}
 		if (r < 0 && r != -ENODATA)
 			worst = r;
 	}
@@ -227,7 +238,8 @@ static int read_super(struct nvme *t, unsigned file, struct nvme_super *ret, cha
 			      : worst == -EBADMSG ? "checksum wrong in both places"
 						  : "fields impossible in both places");
 	*ret = best;
-	return 0;
+	*ret_place = place;
+	return bad;
 }
 
 static int compare(const struct nvme *t, unsigned file, const struct nvme_super *s, char *err, size_t errsize)
@@ -266,7 +278,9 @@ static int compare(const struct nvme *t, unsigned file, const struct nvme_super 
 static int open_store(struct nvme *t, char *err, size_t errsize)
 {
 	struct nvme_super super[NVME_MAX_FILES];
+	unsigned place[NVME_MAX_FILES];
 	uint64_t generation = 0;
+	bool bad = false;
 	int r;
 
 	for (unsigned i = 0; i < t->files; i++) {
@@ -277,9 +291,10 @@ static int open_store(struct nvme *t, char *err, size_t errsize)
 		if (r < 0)
 			return refuse(err, errsize, r, "%s/%s: %s", t->path, name, strerror(-r));
 		t->fd[i] = r;
-		r = read_super(t, i, &super[i], err, errsize);
+		r = read_super(t, i, &super[i], &place[i], err, errsize);
 		if (r < 0)
 			return r;
+		bad = bad || r;
 		if (!i)
 			memcpy(t->uuid, super[i].uuid, sizeof(t->uuid));
 		r = compare(t, i, &super[i], err, errsize);
@@ -287,10 +302,13 @@ static int open_store(struct nvme *t, char *err, size_t errsize)
 			return r;
 		generation = MAX(generation, super[i].generation);
 	}
-	/* This life's sequence numbers start above all earlier ones, once this is on disk. */
-	generation++;
+	/*
+	 * This life's sequence numbers start above all earlier ones, once this is on disk; also above those of
+	 * the last life, if it is that one's superblock that cannot be read. The good copy stays until then.
+	 */
+	generation += bad ? 2 : 1;
 	for (unsigned i = 0; i < t->files; i++) {
-		r = write_super(t, t->fd[i], i, generation, super[i].created_ns);
+		r = write_super(t, t->fd[i], i, !place[i], generation, super[i].created_ns);
 		if (!r && fdatasync(t->fd[i]) < 0)
 			r = -errno;
 		if (r < 0)

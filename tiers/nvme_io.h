@@ -6,12 +6,14 @@
  * submit and reap; the engine's own threads do the rest. A request and its
  * buffer belong to the engine from submit until reap returns it.
  */
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include "shm/trial.h"
 
 enum io_op { IO_READ = 0, IO_WRITE = 1, IO_SYNC = 2 };
 
@@ -58,6 +60,14 @@ struct io_ops {
 };
 
 extern const struct io_ops io_uring_ops, io_pool_ops;
+
+#define IO_TRIES 8 /* of what the kernel answers with EAGAIN or EINTR */
+
+/* Is that worth another try? */
+static inline bool io_again(int err, uint8_t *tries)
+{
+	return (err == EAGAIN || err == EINTR) && ++*tries < IO_TRIES && !planted("again-not-tried");
+}
 
 /* An engine's thread has a name, and no signals: those are the daemon's loop's. */
 static inline void io_thread_begin(const char *name)

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
+#include "shm/trial.h"
 #include "tiers/nvme.h"
 
 #define GUESSED_POS 1024u /* table bytes for positions of a page whose bitmap is not known at prepare */
@@ -112,7 +113,7 @@ static void pages_done(struct nvme *t, struct nvme_req *r)
 		next = io->next;
 		if (io->op == TIER_WRITE) {
 			s->inflight--;
-			if (res)
+			if (res && !planted("failed-page-visible"))
 				io->addr = TIER_ADDR_NONE;
 			else
 				nvme_page_live(t, s, (uint32_t)io->priv[3], nvme_page_units(io->bytes));

@@ -91,6 +91,11 @@ void nvme_drain(struct nvme *t)
 			TAILQ_REMOVE(&t->inflight, r, link);
 			if (io->op == IO_WRITE && !io->res)
 				t->stat.device_write_bytes += io->len;
+			if (io->res && io->res != -ECANCELED) {
+				t->failed_requests++;
+				t->last_error = io->res;
+				t->last_op = io->op;
+			}
 			r->done(t, r);
 		}
 		free(r->owned);

@@ -29,11 +29,12 @@ static int read_units(struct nvme *t, const struct nvme_seg *s, uint32_t unit, u
 	uint64_t off = NVME_PREAMBLE + (uint64_t)(s->index % t->file_segments) * t->segment_bytes +
 		       (uint64_t)unit * KVT_UNIT;
 	size_t left = (size_t)units * KVT_UNIT;
+	uint8_t tries = 0;
 
 	while (left) {
 		ssize_t n = pread(t->fd[s->index / t->file_segments], buf, left, (off_t)off);
 
-		if (n < 0 && errno == EINTR)
+		if (n < 0 && io_again(errno, &tries))
 			continue;
 		if (n <= 0)
 			return n < 0 ? -errno : -EIO;

@@ -112,7 +112,7 @@ struct nvme_seg *nvme_head_start(struct nvme *t)
 	s->old_seq = s->seq;
 	s->old_generation = s->map_generation;
 	nvme_mark_clean(t, s);
-	s->head_ok = s->failed = false;
+	s->head_ok = s->failed = s->unsealed = false;
 	s->seq = t->next_seq++;
 	s->map_generation = 0;
 	s->cursor = NVME_DATA_UNIT;
@@ -292,7 +292,7 @@ static int send_foot(struct nvme *t, struct nvme_seg *s)
 static void seal_failed(struct nvme *t, struct nvme_seg *s)
 {
 	t->stat.errors++;
-	s->failed = true;
+	s->failed = s->unsealed = true;
 	for (uint32_t i = 0; s->build.relocated && i < s->build.pages; i++) {
 		const struct nvme_entry *e = &s->build.entry[i];
 

@@ -23,14 +23,16 @@
 
 struct many_worker {
 	uint64_t count[MANY_COUNTERS];
-	uint64_t now; /* the number it is at */
+	uint64_t now;  /* the number it is at */
+	char what[48]; /* what it does there */
 	pid_t pid;
 	bool failed;
 };
 
 static struct many_worker *many_workers; /* shared */
 static uint64_t *many_count;             /* of this process */
-static char many_top[64] = "/tmp";       /* where this process puts its files */
+static char *many_what;
+static char many_top[64] = "/tmp"; /* where this process puts its files */
 static unsigned many_tests, many_bad;
 
 static inline bool many_full(void)
@@ -97,6 +99,7 @@ static inline void many_child(struct many_worker *w, unsigned k, unsigned n, uin
 			      void (*one)(uint64_t number))
 {
 	many_count = w->count;
+	many_what = w->what;
 	setenv("CMOCKA_TEST_ABORT", "1", 1); /* else CMocka ends us without saying why */
 	many_private_tmp();
 	for (uint64_t i = k; i < count; i += n) {
@@ -143,7 +146,7 @@ static inline unsigned many_run(uint64_t from, uint64_t count, void (*one)(uint6
 		if (!status)
 			continue;
 		bad++;
-		printf("# failed at number %llu (%s %d)\n", (unsigned long long)w->now,
+		printf("# failed at number %llu %s (%s %d)\n", (unsigned long long)w->now, w->what,
 		       WIFSIGNALED(status) ? "signal" : "exit status",
 		       WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
 	}

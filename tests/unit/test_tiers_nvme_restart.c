@@ -240,19 +240,27 @@ static void flip(struct fx *f, uint64_t off)
 	close(fd);
 }
 
+static uint64_t next_seq(struct fx *f)
+{
+	return container_of(f->t, struct nvme, tier)->next_seq;
+}
+
 static void a_damaged_superblock_is_survived_two_are_refused(void **state)
 {
 	struct fx *f = *state;
+	uint64_t seq;
 
 	fx_open(f);
 	fx_write(f, 40, 32768, TIER_SHORT, NULL);
 	assert_int_equal(f->t->ops->sync(f->t), 0);
 	for (int i = 0; i < 4; i++) { /* whichever of the two is the newer */
+		seq = next_seq(f);
 		fx_close(f);
 		flip(f, (i & 1 ? NVME_SUPER_B : 0) + 40);
 		fx_open(f);
 		fx_scan(f);
 		assert_int_equal(fx_verify(f), 40);
+		assert_true(next_seq(f) >> 32 > seq >> 32); /* numbers of the last life never come again */
 	}
 	fx_close(f);
 	fx_open(f); /* rewrites the second one */
