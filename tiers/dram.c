@@ -187,6 +187,7 @@ static void dram_stat(struct tier *t, struct tier_stat *ret)
 	struct alloc_stat a, sum;
 	const struct pool *p;
 	uint64_t held = d->published;
+	uint32_t kept = 0;
 	bool huge = true;
 
 	alloc_stat(&d->private.alloc, &sum);
@@ -199,8 +200,10 @@ static void dram_stat(struct tier *t, struct tier_stat *ret)
 		sum.segs += a.segs;
 		sum.empty_segs += a.empty_segs;
 	}
-	for (uint32_t i = 0; i < d->top; i++)
+	for (uint32_t i = 0; i < d->top; i++) {
 		huge = huge && (!d->slot[i].pool || d->slot[i].seg.huge);
+		kept += d->slot[i].pool && d->slot[i].dir.id;
+	}
 	*ret = d->st;
 	ret->capacity = d->capacity;
 	ret->used = sum.used;
@@ -210,8 +213,8 @@ static void dram_stat(struct tier *t, struct tier_stat *ret)
 	ret->held = held;
 	ret->huge = huge && sum.segs;
 	ret->node = d->node;
-	snprintf(ret->note, sizeof(ret->note), "%u segments, %u empty, padding %llu KiB%s%s", sum.segs,
-		 sum.empty_segs, (unsigned long long)(sum.padding >> 10),
+	snprintf(ret->note, sizeof(ret->note), "%u segments, %u empty, %u kept, padding %llu KiB%s%s", sum.segs,
+		 sum.empty_segs, kept, (unsigned long long)(sum.padding >> 10),
 		 d->grow_err ? "; last not made: " : "", d->grow_err ? strerror(d->grow_err) : "");
 }
 

@@ -40,7 +40,7 @@ from lib import raw  # noqa: E402
 from lib.manager import Managed  # noqa: E402
 from lib.rows import LANES, Rows  # noqa: E402
 from lib.victims import leased, refused, resume  # noqa: E402
-from lib.world import E_BUSY, E_STALE, SEED, Failed, Tap, equal, expect, until  # noqa: E402
+from lib.world import E_NOENT, E_STALE, SEED, Failed, Tap, equal, expect, until  # noqa: E402
 
 FULL = os.environ.get("KVT_TORTURE") == "full"
 RESTARTS = 200 if FULL else 10
@@ -287,12 +287,36 @@ def used_anew(n):
                 r.close(drop=True)
 
 
+def stopped_for_good():
+    """The store is emptied: what a drain took to disk is there, what had no disk to go to is not, nothing is half there."""
+    for nvme in ("yes", "no"):
+        with Managed(nvme={"enabled": nvme}) as d:
+            c = Client(d.socket, name="last")
+            r = Rows(c, "last", ttl_s=60, **leased("last"))
+            r.append(500)
+            r.plan(device=100, dram=ROWS_ALL)
+            d.term()
+            d.forget()
+            c.close()
+            d.start()
+            with Client(d.socket, name="heir") as h:
+                if nvme == "no":
+                    refused(E_NOENT, lambda h=h, d=d: resume(d, "last", h), "resume after a stop without a disk")
+                    continue
+                s = resume(d, "last", h)
+                equal(s.rows, 500, "rows")
+                s.whole()
+                s.close(drop=True)
+
+
 def main():
     tap, tally, offered = Tap(), Tally(), []
     tap.case("restarts, kills and upgrades without an NVMe tier", rounds, "no", RESTARTS // 2, tally, offered)
     tap.case("the same with one", rounds, "yes", RESTARTS - RESTARTS // 2, tally, offered)
 
     tap.case("a key that was dropped and used anew before a kill", used_anew, 20 if FULL else 2)
+
+    tap.case("a stop for good, which empties the store", stopped_for_good)
 
     def in_time():
         expect(len(tally.back) == RESTARTS, f"{len(tally.back)} of {RESTARTS} restarts")
@@ -303,7 +327,7 @@ def main():
     if not tap.bad:
         print(f"# figure: {tally.restarts:,} restarts, 0 of {tally.known:,} known DRAM rows missing, 0 of {tally.rows:,} "
               f"rows wrong, all {CLIENTS} clients back in at most {max(tally.back):.2f} s "
-              f"(median {sorted(tally.back)[len(tally.back) // 2]:.2f} s), {sum(offered):,} stale handles refused")
+              f"(median {sorted(tally.back)[len(tally.back) // 2]:.2f} s), ready again in at most {max(tally.ready):.2f} s, {sum(offered):,} stale handles refused")
     tap.done()
 
 
