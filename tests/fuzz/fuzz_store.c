@@ -209,7 +209,7 @@ static void read_page(struct tier *t, tier_addr addr, uint32_t bytes)
 	for (int i = 0; !t->ops->reap(t, &done, 1); i++)
 		must(i < 10, "a read ends");
 	if (!io.res)
-		for (uint32_t i = 0; i < bytes; i++)
+		for (uint32_t i = 0; i < bytes; i += 97)
 			sum += ((uint8_t *)io.buf)[i];
 	t->ops->release(t, &io);
 }
