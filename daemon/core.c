@@ -135,6 +135,7 @@ static int on_poll(sd_event_source *src, uint64_t usec, void *arg)
 		else if (s->not_before_ns)
 			seq_step(s);
 	}
+	fair_tick(c);
 	rearm(src, POLL_US);
 	return 0;
 }

@@ -47,6 +47,7 @@ struct tenant {
 	uint32_t seqs;
 	uint64_t region_bytes;           /* device memory charged */
 	struct workers *writer;          /* one thread that writes imported files, from the first import on */
+	uint64_t spent_ns;               /* of the loop, lately; see fair.c */
 	struct log_bucket said, audited; /* lines about its clients; what they steered */
 };
 
@@ -96,8 +97,10 @@ struct client {
 	int fd, wake_fd, notify_fd, pid_fd; /* wake_fd is never read, notify_fd is our end of a stream */
 	char name[64];
 	bool hello, dead;
-	bool doomed;      /* ended by the loop's next turn, */
-	const char *doom; /* for this reason; NULL: it left by itself */
+	bool heavy;        /* served after others, for */
+	uint64_t spent_ns; /* this much of the loop, lately; see fair.c */
+	bool doomed;       /* ended by the loop's next turn, */
+	const char *doom;  /* for this reason; NULL: it left by itself */
 	sd_event_source *io, *wake, *death, *again, *retry;
 	uint32_t entries, max_seqs, n_seqs, n_regions;
 	struct seg ctl;
@@ -386,6 +389,14 @@ void session_stop_listening(struct core *c);
 void session_fini(struct core *c);
 /* Hello is done: listen to its ring. */
 int session_attach(struct client *cl);
+
+/* ---- fair.c ---------------------------------------------------------------------- */
+#define FAIR_ACCEPT (SD_EVENT_PRIORITY_NORMAL + 5)
+#define FAIR_HEAVY (SD_EVENT_PRIORITY_NORMAL + 10)
+/* The loop was at work for this client since then. */
+void fair_spent(struct client *cl, uint64_t since_ns);
+/* 10 ms later. */
+void fair_tick(struct core *c);
 
 /* ---- request.c ------------------------------------------------------------------ */
 /*

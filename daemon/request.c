@@ -9,8 +9,9 @@
 #include "ipc/codec.h"
 #include "shm/util.h"
 
-#define MAX_MODELS 64u    /* of one client */
-#define SPARE_REGIONS 16u /* of one client, besides two for each sequence it may have */
+#define MAX_MODELS 64u                   /* of one client */
+#define POPULATE_MAX (UINT64_C(1) << 20) /* of a control segment */
+#define SPARE_REGIONS 16u                /* of one client, besides two for each sequence it may have */
 
 static int refuse(struct client *cl, const struct wire_hdr *m, int status, const char *fmt, ...)
 	__attribute__((format(printf, 4, 5)));
@@ -35,10 +36,11 @@ static int no_memory(struct client *cl, const struct wire_hdr *m, int r)
 
 static int make_rings(struct client *cl, const struct wire_hello *m, int *ret_notified)
 {
+	size_t bytes = ctl_bytes(m->ring_entries, m->max_seqs);
 	int r, ends[2];
 
-	r = seg_create(&cl->ctl, SEG_EXCHANGE, "kvtier-ctl", ctl_bytes(m->ring_entries, m->max_seqs),
-		       SEG_F_POPULATE);
+	/* Megabytes at once would hold up the loop, and whoever asks for them may not use them. */
+	r = seg_create(&cl->ctl, SEG_EXCHANGE, "kvtier-ctl", bytes, bytes <= POPULATE_MAX ? SEG_F_POPULATE : 0);
 	if (r < 0)
 		return r;
 	cl->plans = plan_mem_new(m->plan_bytes, &r);

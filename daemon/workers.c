@@ -23,7 +23,8 @@ struct thread {
 struct workers {
 	pthread_mutex_t lock;
 	pthread_cond_t wake;
-	struct queue urgent, *queue; /* [tenants] */
+	struct queue *urgent, *queue; /* [tenants] */
+	unsigned turn;                /* whose urgent job came last */
 	struct queue done;
 	unsigned tenants, threads, started, idle;
 	unsigned jobs; /* the loop's */
@@ -79,8 +80,15 @@ static struct job *next_job(struct workers *w)
 {
 	struct queue *best = NULL;
 
-	if (w->urgent.head)
-		return queue_get(&w->urgent);
+	/* Decisions by turns: else one tenant's many would be before everybody's. */
+	for (unsigned i = 1; i <= w->tenants; i++) {
+		unsigned t = (w->turn + i) % w->tenants;
+
+		if (w->urgent[t].head) {
+			w->turn = t;
+			return queue_get(&w->urgent[t]);
+		}
+	}
 	for (unsigned t = 0; t < w->tenants; t++)
 		if (w->queue[t].head && (!best || w->queue[t].served < best->served))
 			best = &w->queue[t];
@@ -191,14 +199,16 @@ int workers_new(struct workers **ret, sd_event *ev, unsigned threads, unsigned t
 	w->tenants = tenants ? tenants : 1;
 	w->thread = calloc(MAX(threads, 1u), sizeof(*w->thread));
 	w->queue = calloc(w->tenants, sizeof(*w->queue));
-	queue_init(&w->urgent);
+	w->urgent = calloc(w->tenants, sizeof(*w->urgent));
 	queue_init(&w->done);
 	pthread_mutex_init(&w->lock, NULL);
 	pthread_cond_init(&w->wake, NULL);
-	if (!w->thread || !w->queue)
+	if (!w->thread || !w->queue || !w->urgent)
 		goto fail;
-	for (unsigned t = 0; t < w->tenants; t++)
+	for (unsigned t = 0; t < w->tenants; t++) {
 		queue_init(&w->queue[t]);
+		queue_init(&w->urgent[t]);
+	}
 	w->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (w->fd < 0) {
 		r = -errno;
@@ -251,12 +261,13 @@ void workers_free(struct workers *w)
 	free(w->inline_ctx.buf);
 	free(w->thread);
 	free(w->queue);
+	free(w->urgent);
 	free(w);
 }
 
 void workers_put(struct workers *w, struct job *j)
 {
-	struct queue *q = j->urgent ? &w->urgent : &w->queue[j->tenant % w->tenants];
+	struct queue *q = &(j->urgent ? w->urgent : w->queue)[j->tenant % w->tenants];
 	bool wake;
 
 	w->jobs++;

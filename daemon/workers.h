@@ -3,7 +3,7 @@
 /*
  * Threads that score, rank, copy and check. A job's memory is lent to its
  * worker from workers_put() until done() runs on the event-loop thread.
- * Urgent jobs (decisions) go first; the others are served by tenant, the one
+ * Urgent jobs (decisions) go first, tenants by turns; the others are served by tenant, the one
  * with the fewest bytes so far first.
  */
 #include <stdbool.h>

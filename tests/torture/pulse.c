@@ -18,7 +18,7 @@
 #include <poll.h>
 #include "tests/unit/core_harness.h"
 
-#define NAMES 8
+#define NAMES 64
 #define BATCH 16u
 #define MAX_ROWS 2048u
 #define DRAM_ROWS 192u

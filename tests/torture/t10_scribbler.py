@@ -39,7 +39,7 @@ class Trial:
 
     def alive(self, name, busy):
         expect(self.d.alive() and self.d.pid == self.pid, "the daemon died")
-        if name != "burn":
+        if name != "attack.burn":
             expect(all(p.poll() is None for p in busy.procs), "a scribbler ended by itself")
 
     def scribble(self, total_s):

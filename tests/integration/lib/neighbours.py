@@ -103,22 +103,24 @@ class Busy:
 
 def burners(share, threads):
     """As much time as `share` cores, in that many threads."""
-    percent = min(100.0, max(0.1, 100 * share / threads))
+    if share < 0.005:
+        return Busy(lambda: [])
+    percent = min(100.0, 100 * share / threads)
     return Busy(lambda: [program("burn", threads, f"{percent:.1f}")])
 
 
-def compare(pulse, attack, threads, total_s, rounds=4, pause=0.3, during=None, said=None):
+def compare(pulse, attack, threads, total_s, rounds=4, pause=0.3, during=None, said=None, name="attack"):
     """Attack and its burner by turns, so that a host that gets slower makes both slower. A short first attack tells how
     much time it takes. `during(name, busy)` is called all the while; `said` gets what the attackers print. Returns the
     samples beside the attack, those beside the burner, and the attack's share of a core."""
-    def spell(name, busy, s):
-        pulse.say("as " + name)
+    def spell(who, busy, s):
+        pulse.say("as " + who)
         with busy as b:
             time.sleep(pause)
             end = time.monotonic() + s
             while time.monotonic() < end:
                 if during:
-                    during(name, b)
+                    during(who, b)
                 time.sleep(0.05)
             pulse.say("as pause")
         pulse.well()
@@ -127,9 +129,9 @@ def compare(pulse, attack, threads, total_s, rounds=4, pause=0.3, during=None, s
         return b.share
 
     each = total_s / (2 * rounds)
-    share = spell("first", Busy(attack), min(each, 3))
+    share = spell(name + ".first", Busy(attack), min(each, 3))
     for _ in range(rounds):
-        spell("burn", burners(share, threads), each)
-        share = 0.5 * share + 0.5 * spell("attack", Busy(attack), each)
+        spell(name + ".burn", burners(share, threads), each)
+        share = 0.5 * share + 0.5 * spell(name, Busy(attack), each)
     w = pulse.tell()["windows"]
-    return w["attack"], w["burn"], share
+    return w[name], w[name + ".burn"], share

@@ -65,8 +65,8 @@ def work(socket, kind, tag, ttl):
 
 
 class Victim:
-    def __init__(self, d, kind, tag="victim", ttl=60):
-        self.p = subprocess.Popen([sys.executable, __file__, d.socket, kind, tag, str(ttl)],
+    def __init__(self, d, kind, tag="victim", ttl=60, socket=None):
+        self.p = subprocess.Popen([sys.executable, __file__, socket or d.socket, kind, tag, str(ttl)],
                                   stdout=subprocess.PIPE, text=True)
         self.child = None
         for line in self.p.stdout:
