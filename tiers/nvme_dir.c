@@ -236,7 +236,8 @@ static int read_super(struct nvme *t, unsigned file, struct nvme_super *ret, uns
 			      t->path, name,
 			      worst == -ENODATA   ? "none in either place"
 			      : worst == -EBADMSG ? "checksum wrong in both places"
-						  : "fields impossible in both places");
+			      : worst == -EINVAL  ? "fields impossible in both places"
+						  : strerror(-worst));
 	*ret = best;
 	*ret_place = place;
 	return bad;
