@@ -290,6 +290,11 @@ static bool on_found(void *arg, tier_addr addr, const struct page_meta *m, const
 		c->stat.miss_stale++;
 		return false;
 	}
+	p = m->id.lane == PAGE_NOTE_LANE ? s->note[f->tier] : NULL;
+	if (p && p->number >= m->id.page) {
+		s->epoch = MAX(s->epoch, m->id.epoch);
+		return false; /* there is a newer one */
+	}
 	p = m->id.lane == PAGE_NOTE_LANE ? NULL : index_find(&s->ix, m->id.lane, m->id.first, m->id.page);
 	if (p)
 		return second_copy(c, p, f->tier, addr, m);
@@ -297,14 +302,13 @@ static bool on_found(void *arg, tier_addr addr, const struct page_meta *m, const
 	if (!p)
 		return false;
 	s->epoch = MAX(s->epoch, p->epoch);
-	if (p->lane != PAGE_NOTE_LANE) {
-		if (index_list_page(&s->ix, p) == 0)
-			return true;
-	} else if (!s->note[f->tier] || s->note[f->tier]->number < p->number) {
+	if (p->lane == PAGE_NOTE_LANE) {
 		note_take(s, f->tier, p);
 		return true;
 	}
-	/* Freed here, so the tier must not do it again. */
+	if (index_list_page(&s->ix, p) == 0)
+		return true;
+	/* No memory for it. The tier counts it as live when we are done: it stays so until the next restart. */
 	page_ref(p);
 	page_unref(&c->pages, p);
 	return true;
