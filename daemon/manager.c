@@ -412,7 +412,7 @@ void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
 		const uint64_t *after = p->t.resident + (uint64_t)l * p->words,
 			       *drop = p->drop + (uint64_t)l * p->words;
 
-		if (nack && bits_test(nack, l))
+		if (nack && bits_test(nack, l) && !planted("nack-ignored"))
 			continue;
 		memcpy(index_bits(ix, KVT_TIER_DEVICE, l), after, p->words * sizeof(uint64_t));
 		if (p->dropped[l])

@@ -10,6 +10,7 @@
 #include <string.h>
 #include "daemon/internal.h"
 #include "shm/crc.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define BATCH 64u
@@ -66,7 +67,8 @@ void pio_free(struct pio *io)
 	struct core *c = io->core;
 
 	pio_release(io);
-	c->pages.used[io->tier][io->page->origin->charge] -= io->reserved;
+	if (io->io.res >= 0 || !planted("quota-leak"))
+		c->pages.used[io->tier][io->page->origin->charge] -= io->reserved;
 	page_unpin(&c->pages, io->page);
 	c->pios--;
 	free(io->sum);
@@ -272,7 +274,8 @@ static void start_reads(struct core *c, int tier)
 
 static void check_moved(struct plan *p)
 {
-	if (!p->moving || !p->out_done || !p->in_done || p->refs != 1 || !window_settled(p))
+	if (!p->moving || !p->out_done || !p->in_done || (p->refs != 1 && !planted("ready-before-copied")) ||
+	    !window_settled(p))
 		return;
 	TAILQ_REMOVE(&p->seq->core->mover->plans, p, pump);
 	p->moving = false;

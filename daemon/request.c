@@ -7,6 +7,7 @@
 #include "daemon/admin.h"
 #include "daemon/internal.h"
 #include "ipc/codec.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define MAX_MODELS 64u                   /* of one client */
@@ -347,7 +348,7 @@ static void want_plan(struct client *cl, struct seq *s, const struct wire_hdr *m
 {
 	struct wire_plan_reply a;
 
-	if (s->plan && s->plan->phase != PHASE_READY)
+	if (s->plan && (s->plan->phase != PHASE_READY || planted("reuse-before-ack")))
 		manager_redo(s);
 	s->requested = s->plan_id + 1;
 	s->retries = 0;
