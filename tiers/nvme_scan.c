@@ -180,9 +180,11 @@ static int take_in(struct scan *sc, struct nvme_seg *s)
 	for (uint32_t i = 0; i < table.pages; i++) {
 		const struct nvme_entry *e = &table.entry[i];
 
-		supersede(sc, e);
+		/* A copy that died speaks for nobody: its source died before it, or it was void and the source
+		 * lives. */
 		if (map && !bits_test(map->live, e->unit))
 			continue;
+		supersede(sc, e);
 		if (!bits_test(gone, e->unit) && claim(sc, s, &table, e))
 			nvme_page_live(t, s, e->unit, nvme_page_units(e->bytes));
 		else

@@ -362,7 +362,8 @@ static void take_stock(struct fx *f, const tier_addr *was)
 		uint8_t *flag = &storm->flags[no];
 		bool owed = *flag & DURABLE && !(*flag & KILLED);
 
-		assert_in_range(p->found, 0, 1);
+		/* Where the disk lost what a copy or a map said, a page may be there twice: both are it. */
+		assert_in_range(p->found, 0, storm->honest ? 1 : 2);
 		if (storm->honest)
 			assert_false(p->found && *flag & GOOD_DEAD);
 		p->live = p->found;
