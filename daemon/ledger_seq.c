@@ -48,7 +48,9 @@ int ledger_begin(struct seq *s)
 		return -ENOMEM;
 	s->floor = s->core->pages.next;
 	fill(s, s->epoch, &e);
+	crash_point("ledger.begin");
 	r = ledger_put(l, s->place, &e);
+	crash_point("ledger.begun");
 	if (r < 0) {
 		(void)ledger_end(l, s->place);
 		s->place = LEDGER_NONE;
@@ -59,6 +61,7 @@ int ledger_begin(struct seq *s)
 int ledger_cut(struct seq *s, uint32_t rows)
 {
 	struct ledger_entry e;
+	int r;
 
 	s->mark_cut |= s->lifetime == KVT_LEASED && s->reach > rows;
 	s->reach = MIN(s->reach, rows);
@@ -67,7 +70,10 @@ int ledger_cut(struct seq *s, uint32_t rows)
 	fill(s, s->epoch + 1, &e);
 	if (s->mark_cut)
 		mark(&e, s->epoch + 1, MIN(rows, s->cut));
-	return ledger_put(s->core->ledger, s->place, &e);
+	crash_point("ledger.cut");
+	r = ledger_put(s->core->ledger, s->place, &e);
+	crash_point("ledger.was-cut");
+	return r;
 }
 
 void ledger_over(struct seq *s)
@@ -77,6 +83,7 @@ void ledger_over(struct seq *s)
 
 	if (s->place != LEDGER_NONE && !c->freeing)
 		r = ledger_end(c->ledger, s->place);
+	crash_point("ledger.ended");
 	if (r < 0)
 		log_line(3, "%s: %s: a sequence that ended may be found after a crash", LEDGER_NAME,
 			 strerror(-r));
@@ -124,5 +131,6 @@ int ledger_return(struct seq *s)
 			return -ENOMEM;
 	}
 	fill(s, s->epoch, &e);
+	crash_point("ledger.return");
 	return ledger_put(s->core->ledger, s->place, &e);
 }

@@ -5,6 +5,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define JOB_PAGES 64u
@@ -97,6 +98,7 @@ static void out_end(struct pio *io)
 	if (!r && s->state != SEQ_CLOSING && p->epoch == s->epoch) {
 		r = index_add_page(&s->ix, page, io->tier);
 		if (!r) {
+			crash_point("page.indexed");
 			c->stat.rows_demoted[io->tier] += page->rows;
 			feed_move(s, KVT_TIER_DEVICE, io->tier, page->lane, page->rows, page->bytes);
 		}

@@ -58,6 +58,7 @@ static void note_end(struct pio *io)
 	struct page *p = io->page;
 	int tier = io->tier;
 
+	crash_point("note.written");
 	page_ref(p);
 	s->noting--;
 	/* In DRAM several may be on their way. */
@@ -475,6 +476,7 @@ int restart_scan(struct core *c)
 			seq_end(s);
 		}
 	}
+	crash_point("restart.rebuilt");
 	if (c->ledger) {
 		r = ledger_settle(c->ledger);
 		if (r < 0)

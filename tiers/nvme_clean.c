@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "shm/bits.h"
+#include "shm/trial.h"
 #include "tiers/nvme.h"
 
 #define ANNOUNCE_MAX 2048u /* entries per tick */
@@ -69,6 +70,7 @@ void nvme_clean_announce(struct nvme *t,
 			struct nvme_seg *from = &t->seg[e.from_segment];
 
 			keep = moved(arg, &meta, nvme_addr(from, e.from_unit), nvme_addr(s, e.unit));
+			crash_point("nvme.clean.moved");
 			if (source_lives(t, &e)) /* or the owner freed it just now */
 				nvme_page_dead(t, from, e.from_unit, nvme_page_units(e.bytes));
 		}
@@ -113,6 +115,7 @@ static void victim_done(struct nvme *t)
 	struct nvme_cleaner *c = &t->cleaner;
 	struct nvme_seg *v = c->victim;
 
+	crash_point("nvme.clean.done");
 	v->pins--;
 	if (c->error) { /* left alone from now on; its pages stay where they are */
 		t->stat.errors++;
@@ -136,6 +139,7 @@ static void chunk_done(struct nvme *t, struct nvme_req *r)
 	struct nvme_seg *to = c->to;
 	uint32_t unit = c->to_unit;
 
+	crash_point("nvme.clean.copied");
 	c->outstanding--;
 	if (r && r->io.res)
 		c->error = r->io.res;
@@ -147,6 +151,8 @@ static void chunk_done(struct nvme *t, struct nvme_req *r)
 
 		if (!c->error && c->added[i] && bits_test(c->victim->live, e->unit))
 			nvme_page_live(t, to, unit, units);
+		if (planted("source-freed-at-copy") && bits_test(c->victim->live, e->unit))
+			nvme_page_dead(t, c->victim, e->unit, units);
 		unit += units;
 		to->prepared--;
 	}
@@ -190,6 +196,7 @@ static void chunk_write(struct nvme *t)
 		r = nvme_req_new(t, IO_WRITE, c->to, c->to_unit, c->units, c->buf, chunk_done);
 	if (r) {
 		r->data = true;
+		crash_point("nvme.clean.copy");
 		nvme_send(t, r);
 		return;
 	}
@@ -289,6 +296,7 @@ static void table_read(struct nvme *t, struct nvme_req *r)
 		c->error = -EBADMSG;
 	if (!c->error)
 		c->error = nvme_table_check(&foot, buf, &c->table);
+	crash_point("nvme.clean.table");
 	c->ready = true;
 	c->next = 0;
 }

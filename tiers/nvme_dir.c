@@ -15,6 +15,7 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 
+#include "shm/trial.h"
 #include "tiers/nvme.h"
 
 #define ZERO_CHUNK (UINT32_C(4) << 20)
@@ -153,8 +154,10 @@ static int create_file(struct nvme *t, unsigned file, bool write_over)
 	clock_gettime(CLOCK_REALTIME, &ts);
 	created = (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 	r = fill_file(t, fd, file_bytes(t, file), write_over);
+	crash_point("nvme.create.filled");
 	for (unsigned g = 0; g < 2 && !r; g++)
 		r = write_super(t, fd, file, g, g, created);
+	crash_point("nvme.create.super");
 	if (!r && fsync(fd) < 0)
 		r = -errno;
 	close(fd);
@@ -185,9 +188,11 @@ static int create_store(struct nvme *t, bool write_over, char *err, size_t errsi
 	for (unsigned i = t->files; i-- > 0 && !r;) {
 		file_name(from, i, TEMP_SUFFIX);
 		file_name(to, i, "");
+		crash_point("nvme.create.rename");
 		if (renameat(t->dir_fd, from, t->dir_fd, to) < 0)
 			r = -errno;
 	}
+	crash_point("nvme.create.renamed");
 	if (!r && fsync(t->dir_fd) < 0)
 		r = -errno;
 	if (!r)
@@ -309,7 +314,9 @@ static int open_store(struct nvme *t, char *err, size_t errsize)
 	 */
 	generation += bad ? 2 : 1;
 	for (unsigned i = 0; i < t->files; i++) {
+		crash_point("nvme.super.write");
 		r = write_super(t, t->fd[i], i, !place[i], generation, super[i].created_ns);
+		crash_point("nvme.super.written");
 		if (!r && fdatasync(t->fd[i]) < 0)
 			r = -errno;
 		if (r < 0)

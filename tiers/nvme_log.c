@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "shm/bits.h"
+#include "shm/trial.h"
 
 struct nvme_seg *nvme_resolve(struct nvme *t, tier_addr addr, uint32_t *ret_unit)
 {
@@ -97,6 +98,7 @@ static struct nvme_seg *take(struct nvme *t, unsigned life)
 		s = TAILQ_FIRST(&t->ready) ? TAILQ_FIRST(&t->ready) : nvme_head_start(t);
 	if (!s)
 		return NULL;
+	crash_point("nvme.segment.take");
 	TAILQ_REMOVE(&t->ready, s, link);
 	t->nfree--;
 	s->state = NVME_OPEN;
@@ -143,6 +145,7 @@ void nvme_stream_close(struct nvme *t, struct nvme_stream *st)
 	st->seg = NULL;
 	if (!s)
 		return;
+	crash_point("nvme.segment.close");
 	s->state = NVME_CLOSING;
 	nvme_seg_settle(t, s);
 }
@@ -243,7 +246,7 @@ void nvme_page_dead(struct nvme *t, struct nvme_seg *s, uint32_t unit, uint32_t 
 
 void nvme_seg_settle(struct nvme *t, struct nvme_seg *s)
 {
-	if (s->state != NVME_CLOSING || s->prepared || s->inflight)
+	if (s->state != NVME_CLOSING || ((s->prepared || s->inflight) && !planted("sealed-before-written")))
 		return;
 	if (!s->live_units)
 		nvme_seg_free(t, s);
@@ -253,6 +256,7 @@ void nvme_seg_settle(struct nvme *t, struct nvme_seg *s)
 
 void nvme_seg_free(struct nvme *t, struct nvme_seg *s)
 {
+	crash_point("nvme.segment.free");
 	if (s->announcing)
 		TAILQ_REMOVE(&t->announce, s, link);
 	if (s->victim)

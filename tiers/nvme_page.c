@@ -107,6 +107,8 @@ static void pages_done(struct nvme *t, struct nvme_req *r)
 	struct nvme_seg *s = r->seg;
 	int res = r->io.res;
 
+	if (r->io.op == IO_WRITE)
+		crash_point("nvme.page.written");
 	if (r->io.op == IO_WRITE && s->failed && !s->head_ok)
 		res = -EIO;
 	for (struct tier_io *io = r->ios, *next; io; io = next) {
@@ -227,7 +229,9 @@ void nvme_submit(struct tier *tier, struct tier_io *const *ios, unsigned n)
 		nvme_finish_io(t, io, r);
 	}
 	batch_send(t, &b);
+	crash_point("nvme.page.write");
 	nvme_kick(t);
+	crash_point("nvme.page.submitted");
 	if (t->done)
 		(void)eventfd_write(t->event_fd, 1);
 }
@@ -281,6 +285,7 @@ void nvme_free(struct tier *tier, tier_addr addr, uint32_t bytes)
 	uint32_t unit;
 	struct nvme_seg *s = nvme_resolve(t, addr, &unit);
 
+	crash_point("nvme.page.free");
 	if (s) /* else it is dead already */
 		nvme_page_dead(t, s, unit, nvme_page_units(bytes));
 }

@@ -58,6 +58,7 @@ static void head_ended(struct nvme *t, struct nvme_seg *s, int res)
 {
 	struct io_req *io;
 
+	crash_point("nvme.head.synced");
 	s->head_ok = !res;
 	s->failed = res != 0;
 	while ((io = io_queue_pop(&s->held)))
@@ -81,6 +82,8 @@ static void head_synced(struct nvme *t, struct nvme_req *r)
 static void head_written(struct nvme *t, struct nvme_req *r)
 {
 	struct nvme_req *sync = r->io.res ? NULL : nvme_req_new(t, IO_SYNC, r->seg, 0, 0, NULL, head_synced);
+
+	crash_point("nvme.head.written");
 
 	if (sync)
 		nvme_send(t, sync);
@@ -123,6 +126,7 @@ struct nvme_seg *nvme_head_start(struct nvme *t)
 	h->segment = s->index;
 	nvme_unit_seal(h, NVME_MAGIC_HEAD);
 	r->owned = TAKE_PTR(h);
+	crash_point("nvme.head.write");
 	nvme_send(t, r);
 	return s;
 }
@@ -152,6 +156,7 @@ static void step_done(struct nvme *t, struct nvme_req *r)
 
 static void map_done(struct nvme *t, struct nvme_req *r)
 {
+	crash_point("nvme.map.written");
 	r->seg->pins--;
 	if (r->io.res)
 		nvme_mark_dirty(t, r->seg);
@@ -179,6 +184,7 @@ static int send_map(struct nvme *t, struct nvme_seg *s)
 	s->pins++;
 	t->unflushed |= UINT64_C(1) << r->io.file;
 	t->sealer.outstanding++;
+	crash_point("nvme.map.write");
 	nvme_send(t, r);
 	return 0;
 }
@@ -284,6 +290,7 @@ static int send_foot(struct nvme *t, struct nvme_seg *s)
 	r->owned = TAKE_PTR(buf);
 	s->state = NVME_SEALING;
 	t->sealer.outstanding++;
+	crash_point("nvme.foot.write");
 	nvme_send(t, r);
 	return 0;
 }
@@ -313,6 +320,7 @@ static void seal_ended(struct nvme *t)
 		t->seal_errors++;
 	if (!s)
 		return;
+	crash_point("nvme.foot.synced");
 	if (error)
 		seal_failed(t, s);
 	s->state = NVME_SEALED;
@@ -349,6 +357,7 @@ static void advance(struct nvme *t)
 			sl->step = STEP_MAP_SYNC;
 			break;
 		case STEP_MAP_SYNC:
+			crash_point("nvme.maps.written");
 			sl->step = STEP_FOOT;
 			sl->files = sl->seg || sl->sync ? t->unflushed : 0;
 			if (sl->seg)
@@ -358,6 +367,7 @@ static void advance(struct nvme *t)
 			send_syncs(t, sl->files);
 			break;
 		case STEP_FOOT:
+			crash_point("nvme.maps.synced");
 			t->unflushed &= ~sl->files;
 			sl->step = STEP_FOOT_SYNC;
 			if (!sl->seg || !sl->seg->live_units)
@@ -367,6 +377,7 @@ static void advance(struct nvme *t)
 				sl->step = STEP_FOOT_WRITTEN;
 			break;
 		case STEP_FOOT_WRITTEN:
+			crash_point("nvme.foot.written");
 			sl->step = STEP_FOOT_SYNC;
 			send_syncs(t, file_bit(t, sl->seg));
 			break;

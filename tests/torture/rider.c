@@ -3,7 +3,7 @@
  * A busy client of kvtierd that compares every byte of every row it gets, to be killed, or to see the daemon
  * killed.
  *
- *   rider SOCKET STATE SEQS ID [leased|ephemeral|forked] [stays] [until-idle]
+ *   rider SOCKET STATE SEQS ID [leased|ephemeral|forked] [stays] [until-idle] [ttl=SECONDS]
  *
  * Rows are patterns of (sequence, lane, position, generation); a generation ends with every truncation, drop
  * and restart. What a position must hold is written to STATE, a shared file, before the daemon can know it and
@@ -28,7 +28,7 @@
 #define NONE UINT32_MAX /* generation of a position that holds nothing */
 #define SEQS 8u
 
-enum life { UNUSED, OPEN, ENDING };
+enum life { UNUSED, OPEN, UNSURE };
 
 struct record {
 	uint32_t life; /* enum life */
@@ -49,6 +49,7 @@ static struct rt_seq seqs[SEQS];
 static unsigned n_seqs;
 static uint32_t id_base;
 static uint64_t rnd;
+static uint32_t ttl_s = 60;
 static bool leased = true, stays, until_idle;
 static const char *sock_path;
 static volatile sig_atomic_t stop;
@@ -162,22 +163,27 @@ static struct kvtier_seq_opts opts_of(struct rt_seq *q)
 						    .manual = 1,
 						    .policy = "random"};
 
-	return rt_opts(q, leased ? KVT_LEASED : KVT_EPHEMERAL, &manual);
+	struct kvtier_seq_opts o = rt_opts(q, leased ? KVT_LEASED : KVT_EPHEMERAL, &manual);
+
+	o.ttl_s = ttl_s;
+	return o;
 }
 
 static int open_new(struct rt_seq *q)
 {
 	struct record *r = record_of(q);
+	uint32_t before = r->life;
 	struct kvtier_seq_opts o = opts_of(q);
 	int res;
 
 	if (!leased)
 		memset(o.key, 0, sizeof(o.key)); /* any; what our predecessor had may be on its way out */
 	forget(r, 0);
+	r->life = UNSURE;
 	res = kvtier_seq_open(rt.c, rt.m, &o, &q->s);
-	if (res == KVT_E_EXISTS && r->life == UNUSED)
+	if (res == KVT_E_EXISTS && before == UNUSED)
 		wrong(q, "it was dropped, and is back");
-	r->life = res ? r->life : OPEN;
+	r->life = res ? before : OPEN;
 	q->rows = 0;
 	q->salt = r->salt;
 	return res;
@@ -193,7 +199,7 @@ static void try_wrong_names(struct rt_seq *q)
 
 	o.secret[31] ^= 1;
 	r = kvtier_seq_resume(rt.c, rt.m, &o, &s, &rows);
-	if (r != KVT_E_NOENT && r != KVT_E_DAEMON && r != KVT_E_STALE) {
+	if (r != KVT_E_NOENT && r != KVT_E_DAEMON && r != KVT_E_STALE && (r != KVT_E_BUSY || stays)) {
 		wrong(q, "resume with another secret: %d, must be %d", r, KVT_E_NOENT);
 		if (!r)
 			kvtier_seq_close(s);
@@ -222,9 +228,9 @@ static int look_at_all(struct rt_seq *q)
 		.size = sizeof(b), .device_rows = KVT_ROWS_ALL, .nvme_rows = KVT_ROWS_ALL, .manual = 1};
 	struct kvtier_seq_info i = {.size = sizeof(i)};
 	uint64_t there, id;
-	int r = kvtier_plan_request(q->s, &b, &id);
+	int r = q->rows ? kvtier_plan_request(q->s, &b, &id) : 0; /* there are no plans for no rows */
 
-	if (!r)
+	if (!r && q->rows)
 		r = rt_follow(q, id, NULL);
 	if (!r)
 		r = kvtier_seq_info(q->s, &i);
@@ -345,7 +351,7 @@ static int reopen(struct rt_seq *q)
 		let_go(q, false);
 		return begin(q);
 	}
-	r->life = ENDING;
+	r->life = UNSURE;
 	res = kvtier_seq_drop(q->s);
 	q->s = NULL;
 	let_go(q, false);
@@ -361,7 +367,7 @@ static int fork_off(struct rt_seq *q)
 {
 	struct rt_seq child;
 	struct kvtier_seq_opts o;
-	uint32_t n = pick(q->rows + 1);
+	uint32_t n = 1 + pick(q->rows);
 	int r = rt_prepare(&child, &rt, id_base + 500, MAX_ROWS, MAX_ROWS, MAX_ROWS);
 
 	if (!r) {
@@ -393,7 +399,7 @@ static int step(void)
 	uint32_t what = pick(100);
 
 	st->steps++;
-	if (what < 40)
+	if (what < 40 || !q->rows)
 		return append(q, 1 + pick(200));
 	if (what < 75)
 		return demote(q);
@@ -467,12 +473,15 @@ static struct state *map_state(const char *path)
 /* A child that does nothing holds the socket for as long as it lives. */
 static void leave_a_child(void)
 {
-	pid_t parent = getpid();
+	pid_t parent = getpid(), pid = fork();
 
-	if (fork())
+	if (pid) {
+		printf("child %d\n", (int)pid);
+		fflush(stdout);
 		return;
+	}
 	signal(SIGTERM, SIG_DFL);
-	while (getppid() == parent || kill(parent, 0) == 0)
+	while (getppid() == parent)
 		usleep(20000);
 	sleep(20);
 	_exit(0);
@@ -494,6 +503,8 @@ int main(int argc, char **argv)
 		leased &= strcmp(argv[i], "ephemeral") && strcmp(argv[i], "forked");
 		child |= !strcmp(argv[i], "forked");
 		stays |= !strcmp(argv[i], "stays");
+		if (!strncmp(argv[i], "ttl=", 4))
+			ttl_s = (uint32_t)atoi(argv[i] + 4);
 		until_idle |= !strcmp(argv[i], "until-idle");
 	}
 	signal(SIGTERM, on_term);

@@ -31,7 +31,7 @@ class Rider:
     def spawn(self, *words):
         self.p = subprocess.Popen([str(build_dir() / "tests" / "torture" / "rider"), self.d.socket, str(self.path),
                                    str(self.seqs), str(self.ident), *self.words, *words], stdout=self.out,
-                                  stderr=self.out)
+                                  stderr=self.out, start_new_session=True)
         return self
 
     def count(self):
@@ -49,8 +49,16 @@ class Rider:
         until(lambda: f"rider {self.ident} goes on: {self.count()} {self.said()[-8:]}", there, seconds)
         return self.count()["served_ns"]
 
+    def child(self):
+        """The process that it forked last."""
+        return int([x for x in self.said() if x.startswith("child ")][-1].split()[1])
+
     def kill(self):
-        self.p.kill()
+        """With its children."""
+        try:
+            os.killpg(self.p.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
         self.p.wait()
 
     def stop(self, seconds=20):
@@ -73,7 +81,7 @@ class Rider:
         return c
 
     def close(self):
-        if self.p and self.p.poll() is None:
+        if self.p:
             self.kill()
         self.state.close()
         self.out.close()
