@@ -3,6 +3,7 @@
 #include <string.h>
 #include "ipc/client/client.h"
 #include "ipc/cuda/cuda.h"
+#include "shm/trial.h"
 
 #define SPIN_NS 20000u
 
@@ -119,7 +120,8 @@ int kvtier_plan_wait(struct kvtier_seq *s, uint64_t min_id, uint32_t state, uint
 		cpu_relax();
 	if (!r) {
 		pthread_mutex_lock(&s->c->lock);
-		while (!(r = arrived(s, min_id, state, &v)) && now_ns() < deadline)
+		while (!(r = arrived(s, min_id, state, &v)) &&
+		       (now_ns() < deadline || planted("wait-without-deadline")))
 			events_wait(s->c, s->link, deadline);
 		pthread_mutex_unlock(&s->c->lock);
 	}
