@@ -407,7 +407,7 @@ int client_new(struct core *c, int fd, struct tenant *t, const struct sock_peer 
 		r = sd_event_add_defer(c->ev, &cl->retry, on_retry, cl);
 	if (r >= 0)
 		r = sd_event_source_set_enabled(cl->retry, SD_EVENT_OFF);
-	if (r >= 0 && peer->pidfd >= 0)
+	if (r >= 0 && peer->pidfd >= 0 && !planted("session-ends-with-socket"))
 		r = sd_event_add_io(c->ev, &cl->death, peer->pidfd, EPOLLIN, on_death, cl);
 	if (r < 0) {
 		client_free(cl);

@@ -3,7 +3,6 @@
 """Clients to be killed, as processes of their own (this file is their program), and clients that watch the daemon die."""
 import ctypes
 import hashlib
-import os
 import random
 import subprocess
 import sys
@@ -16,7 +15,7 @@ if __name__ == "__main__":
 
 from kvtier import ROWS_ALL, Client, Error, budget
 from kvtier._lib import check, lib
-from lib.rows import Neighbour, Rows, cycle
+from lib.rows import Rows, cycle
 from lib.world import E_BUSY, SEED, Failed, equal
 
 SECRET = bytes(range(32))
@@ -33,21 +32,8 @@ def say(text):
 
 
 def work(socket, kind, tag, ttl):
-    """ephemeral: cycles for ever. forked: so does it, and a child keeps its descriptors. idle: leased, at rest
-    with rows in every tier. torn: that, but a plan was applied and the daemon not told. busy: leased, in the middle
-    of everything."""
-    if kind in ("ephemeral", "forked"):
-        n = Neighbour(socket, tag)
-        n.well()
-        if kind == "forked":
-            child = os.fork()
-            if not child:
-                time.sleep(60)
-                os._exit(0)
-            say(f"child {child}")
-        say("ready")
-        n.join()
-        return
+    """idle: leased, at rest with rows in every tier. torn: that, but a plan was applied and the daemon not told. busy:
+    leased, in the middle of everything."""
     c = Client(socket, name=tag)
     r = Rows(c, tag, ttl_s=ttl, **leased(tag))
     r.append(600)
@@ -68,10 +54,7 @@ class Victim:
     def __init__(self, d, kind, tag="victim", ttl=60, socket=None):
         self.p = subprocess.Popen([sys.executable, __file__, socket or d.socket, kind, tag, str(ttl)],
                                   stdout=subprocess.PIPE, text=True)
-        self.child = None
         for line in self.p.stdout:
-            if line.startswith("child"):
-                self.child = int(line.split()[1])
             if line == "ready\n":
                 return
         raise Failed(f"the {kind} client did not get ready: exit status {self.p.wait()}")
@@ -92,6 +75,15 @@ def resume(d, tag, client, seconds=5, **kw):
             if e.code != E_BUSY or time.monotonic() > end:
                 raise
         time.sleep(0.02)
+
+
+def usage(d):
+    """All that a client can leave behind in the daemon."""
+    s = d.status()
+    lower = {t["name"]: (t["rows"], t["used_bytes"]) for t in s["tiers"][1:]}
+    device = s["tiers"][0]
+    return {"clients": s["clients"], "sequences": s["sequences"], "orphans": s["orphans"], "models": s["models"],
+            "device": (device["rows"], device["bytes"]), "plan_bytes": s["plan_bytes"], "fds": d.fds(), **lower}
 
 
 def refused(code, fn, what):
