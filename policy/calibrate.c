@@ -184,7 +184,10 @@ static float look_up(const float *score, const float *value, uint32_t knots, flo
 		else
 			high = mid;
 	}
-	width = score[high] - score[low]; /* above 0; infinite at worst, when the fraction is 0 */
+	width = score[high] - score[low]; /* above 0 */
+	if (!isfinite(width))             /* so far apart that only their halves' distance is a number */
+		return value[low] + (s / 2 - score[low] / 2) / (score[high] / 2 - score[low] / 2) *
+					    (value[high] - value[low]);
 	return value[low] + (s - score[low]) / width * (value[high] - value[low]);
 }
 
