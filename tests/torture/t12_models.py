@@ -67,7 +67,7 @@ def check(model, mutant, bounds):
         subprocess.run(["gcc", opt, "-w", "-DSAFETY", "-DCOLLAPSE", f"-DMEMLIM={MEM_MB}", "-o", "pan", "pan.c"], cwd=d,
                        check=True)
         try:
-            out = subprocess.run(["./pan", "-m2000000"], cwd=d, capture_output=True, text=True,
+            out = subprocess.run(["./pan", f"-m{10000000 if FULL else 1000000}"], cwd=d, capture_output=True, text=True,
                                  timeout=1800 if FULL else 120).stdout
         except subprocess.TimeoutExpired:
             return 0, 0, "out of time", ""
