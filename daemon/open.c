@@ -92,7 +92,8 @@ static int take_place(struct opening *o)
 	struct client *cl = o->cl;
 	uint32_t slot = 0;
 
-	if (o->m->op != W_OP_RESUME && cl->tenant->seqs >= cl->tenant->limit.max_seqs)
+	if (o->m->op != W_OP_RESUME &&
+	    cl->tenant->seqs >= cl->tenant->limit.max_seqs + planted("one-sequence-too-many"))
 		return fail(o, KVT_E_LIMIT, "sequences: tenant %s has %u, limit max_seqs %u", cl->tenant->name,
 			    cl->tenant->seqs, cl->tenant->limit.max_seqs);
 	while (slot < cl->max_seqs && bits_test(cl->slot_used, slot))

@@ -190,8 +190,12 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	next = now_ns();
 	for (uint32_t i = 0; !r && obey(next); i++) {
-		next = MAX(next + period, now_ns());
-		pools[now_in].due++;
+		uint64_t now = now_ns();
+
+		/* What there was no time for was due all the same. */
+		next += period;
+		pools[now_in].due += 1 + (now > next ? (now - next) / period : 0);
+		next = MAX(next, now);
 		r = cycle(&q, i);
 		if (r < 0)
 			fprintf(stderr, "pulse: cycle %u: %s: %s\n", i, kvtier_strerror(r),
