@@ -616,6 +616,8 @@ void settle_start(struct seq *s, const uint64_t *to_nvme, uint32_t words);
 /* Move all that is in dram only to nvme. */
 void settle_flush(struct seq *s);
 void settle_stop(struct seq *s);
+/* A page of it went from dram to nvme. */
+void settle_moved(struct seq *s);
 void settle_pump(struct core *c);
 /* Merge small and mostly dead pages of the sequence, behind everything else. */
 void compact_start(struct seq *s);

@@ -179,6 +179,7 @@ static void commit(struct repack *r)
 			for (unsigned i = 0; i < r->n; i++)
 				index_unlist(&s->ix, &c->pages, r->src[i]);
 		} else {
+			settle_moved(s);
 			c->stat.rows_demoted[r->to] += p->rows;
 			feed_move(s, r->from, r->to, p->lane, p->rows, p->bytes);
 		}

@@ -17,7 +17,7 @@ struct settle {
 	struct seq *seq; /* a reference */
 	uint32_t lane, words;
 	bool left;    /* rows were passed over in this round: their page was on its way, or did not fit */
-	bool started; /* something was moved in this round, so another one may get further */
+	bool moved;   /* something was in this round, so another one may get further */
 	TAILQ_ENTRY(settle) link;
 	uint64_t want[]; /* [lanes][words]: rows that dram should give up */
 };
@@ -84,6 +84,12 @@ void settle_flush(struct seq *s)
 	for (uint32_t l = 0; t && l < s->ix.lanes; l++)
 		memcpy(t->want + (uint64_t)l * words, index_bits(&s->ix, KVT_TIER_DRAM, l),
 		       words * sizeof(uint64_t));
+}
+
+void settle_moved(struct seq *s)
+{
+	if (s->settle)
+		s->settle->moved = true;
 }
 
 /* Rows of the page that are wanted below and have no copy there. */
@@ -168,7 +174,6 @@ static bool settle_lane(struct settle *t)
 		if (n == p->rows && p->refs == 1 && p->origin == s->origin) {
 			if (repack_start(s, &p, 1, KVT_TIER_DRAM, KVT_TIER_NVME, true, 0, NULL, 0) < 0)
 				return true;
-			t->started = true;
 			continue;
 		}
 		t->left |= take(&k, p, mask) < n;
@@ -176,16 +181,14 @@ static bool settle_lane(struct settle *t)
 			if (repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word,
 					 k.span) < 0)
 				return true;
-			t->started = true;
 			for (uint32_t w = 0; w < k.span; w++) /* what is on its way is not wanted again */
 				for (uint64_t b = k.word[w]; b; b &= b - 1)
 					bits_clear(want, k.first + w * 64 + (uint32_t)__builtin_ctzll(b));
 			memset(&k, 0, sizeof(k));
 		}
 	}
-	if (k.rows &&
-	    !repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word, k.span))
-		t->started = true;
+	if (k.rows)
+		(void)repack_start(s, k.src, k.n, KVT_TIER_DRAM, KVT_TIER_NVME, false, k.first, k.word, k.span);
 	index_sweep(&s->ix, &c->pages, t->lane);
 	return true;
 }
@@ -197,12 +200,12 @@ static bool next_round(struct settle *t)
 
 	if (t->left && s->repacks)
 		return false; /* their ends come back here */
-	if (!t->left || !t->started) {
+	if (!t->left || !t->moved) {
 		settle_stop(s);
 		return false;
 	}
 	t->lane = 0;
-	t->left = t->started = false;
+	t->left = t->moved = false;
 	return true;
 }
 
