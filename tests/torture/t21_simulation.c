@@ -35,8 +35,9 @@ static const struct {
 	uint64_t seed;
 	const char *found;
 } known[] = {
-	{121, "an older note found at a restart took its place on the disk for ever"},
-	{1, "a client that appended after it applied a plan was ended"},
+	{951, "an older note found at a restart took its place on the disk for ever"},
+	{617, "rows that nvme had no room for were read and refused without end"},
+	{2051, "a client that appended after it applied a plan was ended"},
 	{46,
 	 "a sequence opened in the slot of one that an operator had dropped was ended by the other's append"},
 };
