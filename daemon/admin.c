@@ -5,6 +5,7 @@
  */
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <strings.h>
 #include <syslog.h>
@@ -191,13 +192,27 @@ static void audit(const struct admin_call *a, int r)
 		 r ? "refused: " : "ok", r ? a->err : "", n >= sizeof(what) ? " (arguments cut)" : "");
 }
 
+/* An object that lacks what there was no memory for looks whole: the answer is refused instead. The loop's. */
+static bool short_of_memory;
+
+static void *json_memory(size_t n)
+{
+	void *p = malloc(n);
+
+	short_of_memory |= !p;
+	return p;
+}
+
 static int answer(struct admin_call *a, struct admin_result *ret)
 {
-	if (!a->json)
+	if (!a->json && !short_of_memory)
 		return 0;
 	ret->json = json_dumps(a->json, JSON_COMPACT);
-	if (!ret->json)
+	if (!ret->json || short_of_memory) {
+		free(ret->json);
+		ret->json = NULL;
 		return admin_refuse(a, KVT_E_NOMEM, "out of memory");
+	}
 	ret->json_bytes = strlen(ret->json);
 	return 0;
 }
@@ -217,6 +232,8 @@ int admin_dispatch(struct core *c, const struct admin_peer *peer, int argc, char
 	int r;
 
 	err[0] = 0;
+	short_of_memory = false;
+	json_set_alloc_funcs(json_memory, free);
 	if (!v)
 		return admin_refuse(&a, KVT_E_INVAL, "verb: \"%.40s\", unknown; see kvtierctl --help",
 				    argc > 0 ? argv[0] : "");
