@@ -189,8 +189,15 @@ static struct tenant *tenant_of(struct core *c, uint64_t hash)
 	return NULL;
 }
 
-static struct seq *orphan(struct core *c, const struct seq_record *r)
+struct finding {
+	struct core *core;
+	int tier;
+	bool no_memory; /* the scan goes on to its end, and then kvtierd does not start */
+};
+
+static struct seq *orphan(struct finding *f, const struct seq_record *r)
 {
+	struct core *c = f->core;
 	struct seq *s = names_find(&c->names, r->tenant, r->key);
 	struct tenant *t = tenant_of(c, r->tenant);
 
@@ -207,6 +214,7 @@ static struct seq *orphan(struct core *c, const struct seq_record *r)
 	if (!t)
 		return NULL;
 	s = seq_create(c, t, r->tenant, r->key, r->secret_hash, r->lanes);
+	f->no_memory |= !s;
 	if (!s)
 		return NULL;
 	s->fingerprint = r->model;
@@ -270,23 +278,19 @@ static bool second_copy(struct core *c, struct page *p, int tier, tier_addr addr
 	return page_set_copy(&c->pages, p, tier, addr) == 0;
 }
 
-struct finding {
-	struct core *core;
-	int tier;
-};
-
+/* What is not taken is freed on disk: so where memory lacks it is taken, and nobody will refer to it. */
 static bool on_found(void *arg, tier_addr addr, const struct page_meta *m, const struct seq_record *r)
 {
-	const struct finding *f = arg;
+	struct finding *f = arg;
 	struct core *c = f->core;
 	struct page *p;
 	struct seq *s;
 
 	if (!r || !sane(m, r))
 		return false;
-	s = orphan(c, r);
+	s = f->no_memory ? NULL : orphan(f, r);
 	if (!s)
-		return false;
+		return f->no_memory;
 	if ((f->tier == KVT_TIER_NVME && !s->believed) || m->id.page < s->floor) {
 		c->stat.miss_stale++;
 		return false;
@@ -300,8 +304,9 @@ static bool on_found(void *arg, tier_addr addr, const struct page_meta *m, const
 	if (p)
 		return second_copy(c, p, f->tier, addr, m);
 	p = found_page(c, s, f->tier, addr, m);
+	f->no_memory |= !p;
 	if (!p)
-		return false;
+		return true;
 	s->epoch = MAX(s->epoch, p->epoch);
 	if (p->lane == PAGE_NOTE_LANE) {
 		note_take(s, f->tier, p);
@@ -309,7 +314,7 @@ static bool on_found(void *arg, tier_addr addr, const struct page_meta *m, const
 	}
 	if (index_list_page(&s->ix, p) == 0)
 		return true;
-	/* No memory for it. The tier counts it as live when we are done: it stays so until the next restart. */
+	f->no_memory = c->pages.closing = true; /* what ends from now on stays on disk */
 	page_ref(p);
 	page_unref(&c->pages, p);
 	return true;
@@ -357,8 +362,8 @@ static int find_note(struct core *c, const struct seq *s, struct note *ret)
 		if (!s->note[newest])
 			continue;
 		r = read_note(c, newest, s->note[newest], ret);
-		if (!r && ret->epoch == s->epoch)
-			return 0;
+		if ((!r && ret->epoch == s->epoch) || r == -ENOMEM)
+			return r;
 	}
 	return r ? r : -ESTALE;
 }
@@ -422,11 +427,14 @@ static int rebuild(struct core *c, struct seq *s)
 			r = index_mark_epoch(&s->ix, e->mark[i].epoch, e->mark[i].start);
 		if (r < 0)
 			return r;
-	} else if (!find_note(c, s, &n)) {
-		oldest = n.pad;
-		for (uint32_t i = 0; i < n.n && !r && !planted("restart-skips-epoch-cut"); i++)
+	} else {
+		r = find_note(c, s, &n);
+		if (r == -ENOMEM)
+			return r;
+		oldest = r ? oldest : n.pad;
+		for (uint32_t i = 0; !r && i < n.n && !planted("restart-skips-epoch-cut"); i++)
 			r = index_mark_epoch(&s->ix, n.mark[i].epoch, n.mark[i].start);
-		if (r < 0)
+		if (r == -ENOMEM)
 			return r;
 	}
 	rows = drop_stale(c, s, oldest);
@@ -464,12 +472,14 @@ int restart_scan(struct core *c)
 		struct finding f = {.core = c, .tier = t};
 
 		r = tier && tier->ops->scan ? tier->ops->scan(tier, on_found, &f) : 0;
-		if (r < 0)
-			return r;
+		if (r < 0 || f.no_memory)
+			return r < 0 ? r : -ENOMEM;
 	}
 	for (s = TAILQ_FIRST(&c->gone); s; s = next) {
 		next = TAILQ_NEXT(s, gone);
 		r = rebuild(c, s);
+		if (r == -ENOMEM)
+			return r; /* what is on disk stays there */
 		if (r < 0) {
 			log_line(4, "restart: sequence of tenant %s: nothing to believe, freed",
 				 s->tenant->name);

@@ -95,8 +95,9 @@ int nvme_prepare(struct tier *tier, struct tier_io *io)
 		return -EINVAL;
 	if (t->offline)
 		return -EIO;
-	if (!t->scanned) /* the owner wants nothing of the previous life */
-		(void)nvme_scan(tier, NULL, NULL);
+	r = t->scanned ? 0 : nvme_scan(tier, NULL, NULL); /* the owner wants nothing of the previous life */
+	if (r < 0)
+		return r;
 	r = io->op == TIER_WRITE ? prepare_write(t, io) : prepare_read(t, io);
 	nvme_kick(t);
 	return r;

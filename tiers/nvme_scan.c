@@ -230,6 +230,12 @@ out:
 	free(sc.sealed);
 	free(sc.buf);
 	free(sc.table);
+	if (r < 0) {
+		/* What was not looked at counts as free: nothing may be written there, nor a map of what was.
+		 */
+		t->scanned = false;
+		return r;
+	}
 	nvme_head_pump(t);
 	nvme_kick(t);
 	return r;
