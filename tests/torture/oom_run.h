@@ -118,9 +118,9 @@ static void oom_live(const struct oom_scenario *s)
 	oom_relieve();
 	s->after();
 	s->finish();
-	oom.tracking = false;
 	oom_inside = oom_children = false;
 	oom_leaks(&base);
+	oom.tracking = false;
 }
 
 /* One life in which nothing fails: what is made once for the life of the process (OpenSSL's tables) is made
@@ -228,17 +228,19 @@ static void oom_reap(struct oom_job *job, unsigned n, struct oom_result *res)
 			res->bad += !oom_judge(&job[i], status);
 }
 
-/* One life each for every `step`th of n calls or paths, once and sticky by turns or both. */
-static void oom_lives(const struct oom_scenario *s, bool full, uint64_t n, uint64_t step, unsigned at_once,
+/* Lives for n calls or paths, once and sticky: all, or as many as there is time for, from all over. */
+static void oom_lives(const struct oom_scenario *s, bool full, uint64_t n, double until, unsigned at_once,
 		      struct oom_result *res)
 {
 	struct oom_job job[256] = {0};
 	unsigned busy = 0, i;
-	uint64_t first = full ? 0 : strtoull(getenv("KVT_SEED") ?: "0", NULL, 10) % step;
+	uint64_t seed = strtoull(getenv("KVT_SEED") ?: "0", NULL, 10);
 
-	for (uint64_t k = 2 * first; k < 2 * n && res->bad < 12; k++) {
-		if (k / 2 % step != first)
-			continue;
+	for (uint64_t turn = 0; turn < 2 * n && res->bad < 12; turn++) {
+		uint64_t k = full ? turn : (turn * 7919 + seed) % (2 * n); /* a prime: each is met once */
+
+		if (!full && oom_seconds() > until)
+			break;
 		for (i = 0; job[i].pid; i++)
 			;
 		job[i] = (struct oom_job){.s = s, .sticky = k % 2, .path = !full};
@@ -260,7 +262,7 @@ static bool oom_scenario(unsigned number, const struct oom_scenario *s, bool ful
 	unsigned at_once = full ? (unsigned)sysconf(_SC_NPROCESSORS_ONLN) : 2;
 	double begin = oom_seconds(), one;
 	struct oom_result res = {0};
-	uint64_t calls, paths, n, step = 1;
+	uint64_t calls, paths, n;
 
 	if (at_once > 250)
 		at_once = 250;
@@ -274,15 +276,13 @@ static bool oom_scenario(unsigned number, const struct oom_scenario *s, bool ful
 	calls = oom.sh->calls;
 	paths = oom.sh->paths;
 	n = full ? calls + calls / 50 : paths;
-	if (!full && (double)n * 2 * one / at_once > seconds)
-		step = (uint64_t)((double)n * 2 * one / at_once / seconds) + 1;
 	if (oom_bad)
 		res.bad++;
 	else
-		oom_lives(s, full, n, step, at_once, &res);
-	printf("# %s: %llu calls on %llu paths, %.0f ms a life; %u lives, %llu fell short, %.1f s\n", s->name,
-	       (unsigned long long)calls, (unsigned long long)paths, one * 1e3, res.lives,
-	       (unsigned long long)oom.sh->fired, oom_seconds() - begin);
+		oom_lives(s, full, n, begin + seconds, at_once, &res);
+	printf("# %s: %llu calls on %llu paths, %.0f ms a life; %u lives of %llu, %llu fell short, %.1f s\n",
+	       s->name, (unsigned long long)calls, (unsigned long long)paths, one * 1e3, res.lives,
+	       (unsigned long long)n * 2, (unsigned long long)oom.sh->fired, oom_seconds() - begin);
 	printf("%sok %u - %s\n", res.bad ? "not " : "", number, s->name);
 	fflush(stdout);
 	return !res.bad;
@@ -323,7 +323,7 @@ static int oom_main(const struct oom_scenario *s, unsigned n)
 			j.which = strtoull(path ? path : nth, NULL, 16);
 			oom_child(&j);
 		}
-		bad += !oom_scenario(++done, &s[i], full, 26 * s[i].share);
+		bad += !oom_scenario(++done, &s[i], full, 25 * s[i].share);
 		fired += oom.sh->fired;
 	}
 	printf("# figure: memory, mappings or descriptors ran out at %llu places, once or for good: %llu of %u "

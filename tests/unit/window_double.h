@@ -68,14 +68,16 @@ struct wseq {
 
 /* ---- the wire -------------------------------------------------------------------- */
 
-/* Its status, or -1000: the daemon ended us. The reply is in l->reply. */
+static uint64_t wl_patience_ns = UINT64_C(20000000000);
+
+/* Its status, or -1000: the daemon ended us, or says nothing. The reply is in l->reply. */
 static inline int wl_call(struct wlink *l, struct wire_hdr *m)
 {
 	ssize_t n;
 
 	l->n_fds = 0;
 	if (sock_send(l->fd, m, m->len, NULL, 0) < 0 ||
-	    sock_wait(l->fd, POLLIN, now_ns() + UINT64_C(20000000000)) <= 0)
+	    sock_wait(l->fd, POLLIN, now_ns() + wl_patience_ns) <= 0)
 		return -1000;
 	n = sock_recv(l->fd, l->reply, sizeof(l->reply), l->fds, &l->n_fds);
 	return n <= 0 ? -1000 : ((struct wire_reply *)l->reply)->status;
