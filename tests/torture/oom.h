@@ -42,7 +42,6 @@ struct oom_shared {
 	_Atomic uint64_t calls, fired;
 	_Atomic uint32_t paths;
 	uint64_t path[OOM_PATHS];
-	_Atomic uint32_t seen; /* paths of those that a child met while it was told to fail another */
 };
 
 enum oom_mode { OOM_OFF, OOM_COUNT, OOM_NTH, OOM_PATH };
@@ -53,6 +52,7 @@ static struct {
 	bool sticky, tracking, explain;
 	void *ssl[2]; /* where its code is */
 	uint64_t nth, path;
+	_Atomic uint64_t met; /* calls by this process */
 	_Atomic bool failing;
 	/* of the ledger */
 	atomic_flag lock;
@@ -151,8 +151,9 @@ static __attribute__((noinline)) bool oom_due(const char *what, const void *call
 
 	if (mode == OOM_OFF || !oom_inside || oom_muted)
 		return false;
-	n = atomic_fetch_add(&oom.sh->calls, 1);
+	n = atomic_fetch_add(&oom.met, 1);
 	if (mode == OOM_COUNT) {
+		atomic_fetch_add(&oom.sh->calls, 1);
 		oom_meet(oom_path(caller));
 		return false;
 	}
