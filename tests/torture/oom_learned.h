@@ -58,7 +58,9 @@ static int verb(const char *words)
 	u.m.argv_bytes = (uint32_t)n;
 	u.m.hdr.len = (uint32_t)(sizeof(u.m) + n);
 	if (!sock_send(fd, &u.m, u.m.hdr.len, NULL, 0) &&
-	    sock_wait(fd, POLLIN, now_ns() + (oom.sticky ? 200000000u : 10000000000u)) > 0 &&
+	    sock_wait(fd, POLLIN,
+		      now_ns() + (oom.sticky && atomic_load(&oom.mode) != OOM_OFF ? 200000000u
+										  : 10000000000u)) > 0 &&
 	    sock_recv(fd, reply, sizeof(reply), fds, &n_fds) > 0)
 		r = a->r.status;
 	if (!clean(r))
@@ -108,13 +110,18 @@ static void hook_drain(void *arg)
 {
 }
 
+static bool admin_listens;
+
 static void listen_admin(struct core *c, void *arg)
 {
 	int fd;
 
+	if (admin_listens)
+		return;
 	unlink(admin_path);
 	fd = sock_listen(admin_path, 0600, 16);
-	if (fd >= 0 && core_listen(c, fd, -1) < 0)
+	admin_listens = fd >= 0 && core_listen(c, fd, -1) == 0;
+	if (fd >= 0 && !admin_listens)
 		close(fd);
 }
 
@@ -278,6 +285,7 @@ static void prepare_learned(void)
 	snprintf(weights_path, sizeof(weights_path), "%s/learned.kvp", host.dir);
 	snprintf(admin_path, sizeof(admin_path), "%s/admin.sock", host.dir);
 	host.cfg.tenant[0].direct = true;
+	admin_listens = false;
 	admin_set_config(&host.cfg);
 	admin_set_hooks(hook_drain, hook_reload, NULL);
 	if (weights_image_new(&image, &w, 0, err, sizeof(err)) < 0) {
@@ -307,6 +315,8 @@ static void after_learned(void)
 		start();
 	if (up) {
 		harness_call(&host, listen_admin, NULL);
+		if (verb("freeze off"))
+			oom_fail("cannot thaw");
 		r = live_learned(1009);
 		if (r < 0)
 			oom_fail("the next client: %s: %s", kvtier_strerror(r), kvtier_last_error());
