@@ -59,10 +59,11 @@ def rings(a):
             r.put64(r.slot + 8, ident)
 
     def end_in_a_fork(r):
-        """A fork that takes a plan back, which cannot be told: the daemon sees the cursor halfway."""
+        """A fork leaves a READY plan alone, so nothing has to be told; taking the plan back does, and cannot be."""
         fill(r)
         r.put32(r.cq + RING_HEAD, 0x7FFFFFFF)
         r.ask(SEQ_OPEN, raw.seq_open(op=raw.FORK, parent=r.s, prefix=100, region=r.region_handle))
+        r.ask(SEQ_TRUNCATE, QII.pack(r.s, 100, 0))
 
     def deaf_forks(r):
         r.hello(max_seqs=4000, plan_bytes=1 << 24)
@@ -129,7 +130,7 @@ def rings(a):
     a.attack("garbage ring entries", lambda r: r.ready().push(raw=b"\xee" + garbage(63)), ended=r"entry type \d+ is not")
     a.attack("never reads its ring", lambda r: plans(r.ready(), 100))
     a.attack("a ring full of hints for a second", flood)
-    a.attack("the other ring breaks in the middle of a fork", end_in_a_fork, ended=r"complete ring: impossible cursor")
+    a.attack("the other ring breaks before a fork and a cut", end_in_a_fork, ended=r"complete ring: impossible cursor")
     a.attack("does not read its replies while it forks", deaf_forks, ended=r"does not read its replies")
     a.attack("does not read its replies", deaf, ended=r"does not read its replies")
 
