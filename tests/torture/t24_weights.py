@@ -248,17 +248,18 @@ class Trial:
 
     def fall_back(self, name, path, want):
         """The model of this name has that file: its sequences run the fallback, and show says why."""
-        r = Rows(self.client, name, model=name)
-        r.append(90)
-        r.plan(device=40, dram=ROWS_ALL, policy="kvp")
-        equal(r.seq.info()["policy"], "streaming", "the policy that runs")
-        key = next(s["key"] for s in self.d.seqs() if s["model"] == name)
-        why = self.d.ctl("show", key)["policy_reason"]
-        matches(why, rf"^kvp: {re.escape(str(path))}: ", "the reason")
-        if want:
-            matches(why, want, "the reason")
-        r.whole()
-        r.close(drop=True)
+        with Client(self.d.socket, timeout_ms=10000) as c:  # one client registers 64 models at most
+            r = Rows(c, name, model=name)
+            r.append(90)
+            r.plan(device=40, dram=ROWS_ALL, policy="kvp")
+            equal(r.seq.info()["policy"], "streaming", "the policy that runs")
+            key = next(s["key"] for s in self.d.seqs() if s["model"] == name)
+            why = self.d.ctl("show", key)["policy_reason"]
+            matches(why, rf"^kvp: {re.escape(str(path))}: ", "the reason")
+            if want:
+                matches(why, want, "the reason")
+            r.whole()
+            r.close(drop=True)
         self.fell_back += 1
 
     def bad(self, make, n):
