@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 
 from kvtier import ROWS_ALL, Client, Error, Model, Region, Sequence, budget  # noqa: E402
+from lib.riders import Rider  # noqa: E402
 from lib.rows import Neighbour  # noqa: E402
 from lib.victims import Victim  # noqa: E402
 from lib.world import E_BUSY, SEED, Failed, Tap, World, equal, expect, until  # noqa: E402
@@ -40,7 +41,8 @@ SECONDS = 60 * float(os.environ.get("KVT_MINUTES") or (120 if FULL else 1))
 ROUND = min(60.0, max(4.0, SECONDS / 10))
 WARM = 2               # rounds before the first quiet moment that counts
 MIB = 1 << 20
-KINDS = ("ephemeral", "busy", "idle", "torn", "forked")
+RESTING = ("busy", "idle", "torn")  # of lib.victims; the others are riders, which compare every row
+KINDS = ("ephemeral", "busy", "forked", "idle", "leased", "torn")
 RND = random.Random(SEED)
 
 
@@ -108,18 +110,29 @@ class Noise(threading.Thread):
 
 class Soak:
     def __init__(self, d):
-        self.d, self.clients, self.kills, self.n = d, 0, 0, 0
+        self.d, self.clients, self.kills, self.n, self.rows = d, 0, 0, 0, 0
         self.quiet = []  # (hours, heap bytes, fds, mappings, clients so far)
         self.begin = time.monotonic()
 
     def murder(self):
         self.n += 1
         kind = KINDS[self.n % len(KINDS)]
-        v = Victim(self.d, kind, f"{kind}{self.n}", ttl=1)
-        time.sleep(RND.random() * 0.2)
-        v.kill()
-        if v.child:
-            os.kill(v.child, signal.SIGKILL)
+        if kind in RESTING:
+            v = Victim(self.d, kind, f"{kind}{self.n}", ttl=1)
+            time.sleep(RND.random() * 0.2)
+            v.kill()
+        else:
+            r = Rider(self.d, 1000 + self.n, 2, kind, "ttl=1").spawn()
+            try:
+                r.served(1)
+                time.sleep(RND.random() * 0.3)
+                r.p.kill()
+                r.p.wait()  # a child of it lives a little longer
+                self.rows += r.well()["compared"]
+            finally:
+                r.close()
+                r.path.unlink()
+                os.unlink(r.out.name)
         self.kills += 1
 
     def operate(self):
@@ -195,7 +208,8 @@ def flat(soak):
     first = soak.quiet[WARM]
     for q in soak.quiet[WARM:]:
         equal(q[2:4], first[2:4], f"descriptors and mappings after {q[0] * 60:.1f} min")
-    print(f"# figure: {soak.clients:,} clients and {soak.kills:,} killed in {soak.quiet[-1][0] * 60:.0f} min: "
+    print(f"# figure: {soak.clients:,} clients and {soak.kills:,} killed in {soak.quiet[-1][0] * 60:.0f} min, "
+          f"{soak.rows:,} rows right: "
           f"{first[2]} descriptors and {first[3]} mappings in every quiet moment")
 
 
