@@ -2,7 +2,7 @@
 /*
  * torture 4: torn, lost, misdirected and reordered writes, and power cuts
  * pass: 0 wrong bytes; every fault a counted miss; nothing flushed is lost that the disk did not lie about
- * quick: 1,000 seeds
+ * quick: 1,000 seeds, and those that failed once
  * full: 100,000 seeds
  * io: both
  * plants: crc-of-the-first-unit table-crc-skipped pages-not-flushed copies-not-reconciled
@@ -296,13 +296,18 @@ static bool on_moved(void *arg, const struct page_meta *m, tier_addr from, tier_
 
 static void check_page(struct fx *f, uint64_t no)
 {
+	bool before = medium_differs(f, no), after;
 	enum fx_read is = fx_check(f, no);
 
 	if (disk.off)
 		return;
 	many_count[READS]++;
 	assert_int_not_equal(is, FX_GONE);
-	assert_int_equal(is == FX_MISS, medium_differs(f, no));
+	after = medium_differs(f, no);
+	if (before == after) /* else another write went astray onto the page around the read */
+		assert_int_equal(is == FX_MISS, after);
+	else
+		assert_false(storm->honest);
 	many_count[DEVICE_MISSES] += is == FX_MISS;
 	if (is == FX_RIGHT)
 		return;
@@ -488,12 +493,39 @@ static void one_seed(uint64_t seed)
 		many_count[LIES] += disk.lies[i] - before.lies[i];
 }
 
+/* Numbers that once failed, beyond those that quick goes through. */
+static const uint64_t kept[] = {
+	/* a disk that lied had a page twice, and the cleaner moved the copy that the owner did not hold */
+	8845, 24346, 33031, 47256, 56806, 56885, 93938,
+	/* the same, after the owner had freed the one that it held */
+	33043, 35657, 49676, 74462, 90673,
+	/* a write went astray onto a page between the read of it and the look at the medium */
+	73547};
+
+static void one_kept(uint64_t i)
+{
+	snprintf(many_what, sizeof(many_workers->what), "of those kept, %llu", (unsigned long long)kept[i]);
+	one_seed(kept[i]);
+}
+
+static unsigned run_kept(uint64_t *sum)
+{
+	uint64_t more[MANY_COUNTERS];
+	unsigned bad = many_run(0, ARRAY_SIZE(kept), one_kept, more);
+
+	for (unsigned i = 0; i < MANY_COUNTERS; i++)
+		sum[i] = i == DIGEST ? sum[i] ^ more[i] : sum[i] + more[i];
+	return bad;
+}
+
 int main(void)
 {
 	uint64_t sum[MANY_COUNTERS], seed, seeds = many_full() ? 100000 : 1000, start = now_ns();
 	bool alone = many_only(&seed);
 	unsigned bad = many_run(alone ? seed : 1, alone ? 1 : seeds, one_seed, sum);
 
+	if (!alone && !many_full())
+		bad += run_kept(sum);
 	many_tap(!bad, "%s seeds: no wrong byte, no fault that is no miss, nothing acknowledged lost",
 		 many_comma(sum[SEEDS]));
 	if (!alone && !bad) {

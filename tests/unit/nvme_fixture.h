@@ -407,7 +407,8 @@ static inline bool fx_found(void *arg, tier_addr addr, const struct page_meta *m
 		assert_memory_equal(m->pos, pos, words * sizeof(*pos));
 	if (p->failed || (p->bytes && p->bytes != m->bytes))
 		f->bad_finds++;
-	p->found++;
+	if (p->found++) /* the owner takes one, as the daemon does; that it was there twice is counted */
+		return false;
 	p->addr = addr;
 	p->bytes = m->bytes;
 	p->crc = m->crc;
