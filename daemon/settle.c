@@ -16,8 +16,8 @@
 struct settle {
 	struct seq *seq; /* a reference */
 	uint32_t lane, words;
-	bool left;    /* rows were passed over in this round: their page was on its way, or did not fit */
-	bool moved;   /* something was in this round, so another one may get further */
+	bool left;  /* rows were passed over in this round: their page was on its way, or did not fit */
+	bool moved; /* something was in this round, so another one may get further */
 	TAILQ_ENTRY(settle) link;
 	uint64_t want[]; /* [lanes][words]: rows that dram should give up */
 };
