@@ -88,7 +88,7 @@ void budget_for(struct plan *p)
 	}
 	if (p->saving) {
 		want[0] = 0;
-		want[1] = c->draining && !c->keep
+		want[1] = c->draining && !c->seams.keep
 				  ? 0
 				  : ROWS_ALL; /* else on to nvme from there, as far as it takes them */
 		want[2] = ROWS_ALL;

@@ -190,7 +190,7 @@ static int open_tier(struct core *c, int t, char *err, size_t errsize)
 		.prealloc = cfg->nvme_prealloc,
 		.no_huge = !cfg->dram_huge,
 		.node = cfg->dram_node,
-		.keep = c->keep,
+		.keep = c->seams.keep,
 	};
 
 	if (dram ? !cfg->dram_size : !cfg->nvme_enabled)
@@ -292,7 +292,6 @@ int core_new_with(struct core **ret, const struct config *cfg, const struct core
 	}
 	c->cfg = *cfg;
 	c->seams = *seams;
-	c->keep = seams->keep;
 	c->ev = sd_event_ref(ev);
 	c->feed_seg = (struct seg)SEG_INIT;
 	c->tenants = cfg->tenants;
@@ -324,12 +323,6 @@ int core_new_with(struct core **ret, const struct config *cfg, const struct core
 	}
 	*ret = c;
 	return 0;
-}
-
-int core_new_keeping(struct core **ret, const struct config *cfg, const struct tier_keep *keep, sd_event *ev,
-		     char *err, size_t errsize)
-{
-	return core_new_with(ret, cfg, &(struct core_seams){.keep = keep}, ev, err, errsize);
 }
 
 int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *err, size_t errsize)
@@ -471,7 +464,7 @@ void drain_check(struct core *c)
 		return;
 	if (!all)
 		log_line(LOG_WARNING, "drain: deadline passed, what is not on nvme yet is %s",
-			 c->keep ? "lost if this is no restart" : "lost");
+			 c->seams.keep ? "lost if this is no restart" : "lost");
 	c->drain_done = NULL;
 	if (nvme && nvme->ops->sync && nvme->ops->sync(nvme) < 0)
 		log_line(LOG_ERR, "drain: the nvme tier could not be flushed");

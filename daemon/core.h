@@ -17,16 +17,13 @@ struct core;
 
 /* Open tiers, scan those that survive us, make the feed, start workers. cfg is copied. */
 int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *err, size_t errsize);
-/* The same where DRAM outlives the process; keep must outlive the core. NULL: it does not. */
-int core_new_keeping(struct core **ret, const struct config *cfg, const struct tier_keep *keep, sd_event *ev,
-		     char *err, size_t errsize);
 /*
- * The same where threads and disk are somebody else's (a simulation). Zeros: the real ones. What is here stays
- * the caller's, and must outlive the core.
+ * The same where DRAM outlives the process, or threads and disk are somebody else's (a simulation). Zeros: it
+ * does not, the real ones. What is here stays the caller's, and must outlive the core.
  */
 struct core_seams {
 	const struct tier_ops *tier[KVT_TIERS]; /* opened in the place of the tier's own */
-	const struct tier_keep *keep;           /* where DRAM outlives the process */
+	const struct tier_keep *keep;           /* NULL: DRAM ends with the process */
 	bool stepped;                           /* no worker threads: see workers_step() */
 };
 int core_new_with(struct core **ret, const struct config *cfg, const struct core_seams *seams, sd_event *ev,

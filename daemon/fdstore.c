@@ -74,18 +74,6 @@ const struct tier_keep *fdstore_keep(const struct fdstore *s)
 	return s->on ? &s->keep : NULL;
 }
 
-void fdstore_sweep(struct fdstore *s)
-{
-	for (unsigned i = 0; i < s->keep.n; i++)
-		if (s->keep.kept[i].fd >= 0) {
-			on_refused(s, s->keep.kept[i].name, "there is no dram tier");
-			close(TAKE_FD(s->keep.kept[i].fd));
-		}
-	free(s->keep.kept);
-	s->keep.kept = NULL;
-	s->keep.n = 0;
-}
-
 void fdstore_close(struct fdstore *s)
 {
 	for (unsigned i = 0; i < s->keep.n; i++)
@@ -93,4 +81,14 @@ void fdstore_close(struct fdstore *s)
 	free(s->keep.kept);
 	s->keep.kept = NULL;
 	s->keep.n = 0;
+}
+
+void fdstore_sweep(struct fdstore *s)
+{
+	for (unsigned i = 0; i < s->keep.n; i++)
+		if (s->keep.kept[i].fd >= 0) {
+			on_refused(s, s->keep.kept[i].name, "there is no dram tier");
+			close(TAKE_FD(s->keep.kept[i].fd));
+		}
+	fdstore_close(s);
 }

@@ -234,22 +234,28 @@ int index_list_page(struct index *ix, struct page *p)
 	return 0;
 }
 
-struct page *index_find(const struct index *ix, uint32_t lane, uint32_t first, uint64_t number)
+uint32_t index_from(const struct lane_pages *lp, uint32_t pos)
 {
-	const struct lane_pages *lp = &ix->lane[lane];
 	uint32_t lo = 0, hi = lp->n;
 
 	while (lo < hi) {
 		uint32_t mid = lo + (hi - lo) / 2;
 
-		if (lp->v[mid]->first < first)
+		if (lp->v[mid]->first < pos)
 			lo = mid + 1;
 		else
 			hi = mid;
 	}
-	for (; lo < lp->n && lp->v[lo]->first == first; lo++)
-		if (lp->v[lo]->number == number)
-			return lp->v[lo];
+	return lo;
+}
+
+struct page *index_find(const struct index *ix, uint32_t lane, uint32_t first, uint64_t number)
+{
+	const struct lane_pages *lp = &ix->lane[lane];
+
+	for (uint32_t i = index_from(lp, first); i < lp->n && lp->v[i]->first == first; i++)
+		if (lp->v[i]->number == number)
+			return lp->v[i];
 	return NULL;
 }
 

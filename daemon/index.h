@@ -64,6 +64,8 @@ int index_fork(struct index *dst, const struct index *src, uint32_t prefix, uint
 int index_mark_epoch(struct index *ix, uint32_t epoch, uint32_t start);
 /* List the page, taking a reference; its rows are not marked. -ENOMEM. */
 int index_list_page(struct index *ix, struct page *p);
+/* First of the lane's pages that begins at pos or later; lp->n: none does. */
+uint32_t index_from(const struct lane_pages *lp, uint32_t pos);
 /* The listed page of this number that begins there, or NULL. */
 struct page *index_find(const struct index *ix, uint32_t lane, uint32_t first, uint64_t number);
 /* Take a reference on the page and list it; marks its rows present in `tier`. -ENOMEM. */

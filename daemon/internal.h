@@ -276,7 +276,6 @@ struct core {
 	struct config cfg;
 	struct core_seams seams;
 	sd_event *ev;
-	const struct tier_keep *keep; /* NULL: DRAM ends with the process */
 	struct workers *workers;
 	struct page_store pages;
 	struct ledger *ledger; /* of leased sequences; NULL: nothing here outlives us */

@@ -234,7 +234,8 @@ static int start(struct app *app, char *err, size_t errsize)
 	r = listeners_open(&app->listeners, &app->cfg, &app->store, err, errsize);
 	if (r < 0)
 		return r;
-	r = core_new_keeping(&app->core, &app->cfg, fdstore_keep(&app->store), app->ev, err, errsize);
+	r = core_new_with(&app->core, &app->cfg, &(struct core_seams){.keep = fdstore_keep(&app->store)},
+			  app->ev, err, errsize);
 	if (r < 0)
 		return r;
 	fdstore_sweep(&app->store);

@@ -7,7 +7,6 @@
 #include "daemon/internal.h"
 #include "ipc/codec.h"
 #include "shm/trial.h"
-#include "shm/trial.h"
 #include "shm/util.h"
 
 /* One request on its way; `err` holds the line of what failed. */

@@ -33,22 +33,6 @@ void recall_pull_stop(struct seq *s)
 	seq_unref(s);
 }
 
-/* First of the lane's pages that begins at pos or later. */
-static uint32_t page_from(const struct lane_pages *lp, uint32_t pos)
-{
-	uint32_t lo = 0, hi = lp->n;
-
-	while (lo < hi) {
-		uint32_t mid = lo + (hi - lo) / 2;
-
-		if (lp->v[mid]->first < pos)
-			lo = mid + 1;
-		else
-			hi = mid;
-	}
-	return lo;
-}
-
 /* Does this page hold a row that is nowhere above? Shared pages are their other sequences' too. */
 static bool wanted(const struct seq *s, const struct page *p)
 {
@@ -90,7 +74,7 @@ static enum pull pull(struct seq *s, uint64_t end)
 	for (; s->pull_lane < s->ix.lanes; s->pull_lane++, s->pull_at = 0) {
 		const struct lane_pages *lp = &s->ix.lane[s->pull_lane];
 
-		for (uint32_t i = page_from(lp, s->pull_at); i < lp->n; i++) {
+		for (uint32_t i = index_from(lp, s->pull_at); i < lp->n; i++) {
 			struct page *p = lp->v[i];
 
 			s->pull_at = p->first;

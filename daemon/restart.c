@@ -35,7 +35,7 @@ static bool outlives(const struct core *c, int tier)
 {
 	const struct tier *t = c->pages.tier[tier];
 
-	return t && (tier == KVT_TIER_DRAM ? c->keep != NULL : t->ops->caps & TIER_CAP_DURABLE);
+	return t && (tier == KVT_TIER_DRAM ? c->seams.keep != NULL : t->ops->caps & TIER_CAP_DURABLE);
 }
 
 /* ---- writing -------------------------------------------------------------------- */

@@ -42,7 +42,7 @@ void core_stat(struct core *c, struct core_stat *ret)
 	ret->observe = c->cfg.observe;
 	ret->frozen = c->frozen;
 	ret->draining = c->draining;
-	ret->kept = c->keep && c->pages.tier[KVT_TIER_DRAM];
+	ret->kept = c->seams.keep && c->pages.tier[KVT_TIER_DRAM];
 	memcpy(ret->policy, c->policy, sizeof(ret->policy));
 }
 

@@ -241,6 +241,21 @@ static void oom_died(void *p)
 
 #define FROM __builtin_return_address(0)
 
+/* Inline: whoever asks counts frames from the wrapper. */
+static inline __attribute__((always_inline)) void *oom_aligned(const char *what, size_t align, size_t n,
+							       void *from)
+{
+	void *p;
+
+	if (oom_due(what, from)) {
+		errno = ENOMEM;
+		return NULL;
+	}
+	p = __libc_memalign(align, n);
+	oom_born(p, n, from);
+	return p;
+}
+
 #pragma GCC visibility push(default)
 void *malloc(size_t n)
 {
@@ -284,28 +299,12 @@ void *realloc(void *old, size_t n)
 
 void *memalign(size_t align, size_t n)
 {
-	void *p;
-
-	if (oom_due("memalign", FROM)) {
-		errno = ENOMEM;
-		return NULL;
-	}
-	p = __libc_memalign(align, n);
-	oom_born(p, n, FROM);
-	return p;
+	return oom_aligned("memalign", align, n, FROM);
 }
 
 void *aligned_alloc(size_t align, size_t n)
 {
-	void *p;
-
-	if (oom_due("aligned_alloc", FROM)) {
-		errno = ENOMEM;
-		return NULL;
-	}
-	p = __libc_memalign(align, n);
-	oom_born(p, n, FROM);
-	return p;
+	return oom_aligned("aligned_alloc", align, n, FROM);
 }
 
 int posix_memalign(void **ret, size_t align, size_t n)

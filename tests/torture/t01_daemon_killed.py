@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
-from lib.riders import Rider, full, percentile, total  # noqa: E402
+from lib.riders import Rider, added, full, percentile, total  # noqa: E402
 from lib.world import SEED, Tap, World, expect  # noqa: E402
 
 RIDERS = 4
@@ -84,7 +84,7 @@ def main():
 
     if tap.case(f"{kills} kills: no row is wrong, what is lost is counted", all_of_them):
         tap.case("rows were compared, sequences resumed, cut and forked", meant_something)
-        c = {k: sum(x[k] for x in counts) for k in counts[0]}
+        c = added(counts)
         p99 = percentile(took, 99)
         print(f"# figure: {kills:,} kills of the daemon, 0 of {c['compared']:,} rows compared wrong, {c['resumed']:,} sequences "
               f"resumed, {c['gone']:,} gone, {c['cuts']:,} cuts; kill to serving again p50 {percentile(took, 50):.2f} s, p99 {p99:.2f} s")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
-from lib.riders import Rider, full, percentile, total  # noqa: E402
+from lib.riders import Rider, added, full, percentile, total  # noqa: E402
 from lib.victims import usage  # noqa: E402
 from lib.world import SEED, Tap, World, equal, expect, until  # noqa: E402
 
@@ -127,7 +127,7 @@ def main():
         ok = tap.case("leased clients: another process goes on with every row, or the lease ends", leases, d, kills // 2, rnd, took, counts) and ok
         tap.case("the daemon lives", lambda: expect(d.alive(), "it died"))
     if ok:
-        c = {k: sum(x[k] for x in counts) for k in counts[0]}
+        c = added(counts)
         p99 = percentile(took, 99)
         print(f"# figure: {kills:,} kills of clients, 0 of {c['compared']:,} rows compared wrong, {c['resumed']:,} sequences resumed, 0 missed, "
               f"nothing left; six dead clients to baseline p50 {percentile(took, 50):.2f} s, p99 {p99:.2f} s")

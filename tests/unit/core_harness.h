@@ -65,7 +65,8 @@ static inline void *harness_main(void *arg)
 	int r = sd_event_new(&ev);
 
 	if (r >= 0)
-		r = core_new_keeping(&h->core, &h->cfg, h->keep, ev, err, sizeof(err));
+		r = core_new_with(&h->core, &h->cfg, &(struct core_seams){.keep = h->keep}, ev, err,
+				  sizeof(err));
 	for (uint32_t t = 0; t < h->cfg.tenants && r >= 0; t++) {
 		int fd = sock_listen(h->sock[t], 0600, 16);
 

@@ -93,6 +93,19 @@ FAKE_API int cuMemHostRegister_v2(void *p, size_t bytes, unsigned flags)
 	return 0;
 }
 
+/* What was started before ends first, as with the real driver; then the GPU reaches it no more. */
+static int unmap_host(held &h, decltype(fake.host)::iterator it)
+{
+	fake.count.waits++;
+	fake_drain(h, NULL, true);
+	if (fake.lost)
+		return fake.lost;
+	if (it->second.alias)
+		munmap((void *)it->second.device, it->second.bytes);
+	fake.device.erase(it->second.device);
+	return 0;
+}
+
 FAKE_API int cuMemHostUnregister(void *p)
 {
 	CALL(cuMemHostUnregister);
@@ -102,13 +115,8 @@ FAKE_API int cuMemHostUnregister(void *p)
 		fake_complain("cuMemHostUnregister: %p is not registered", p);
 		return FAKE_NOT_REGISTERED;
 	}
-	fake.count.waits++;
-	fake_drain(h, NULL, true);
-	if (fake.lost)
-		return fake.lost;
-	if (it->second.alias)
-		munmap((void *)it->second.device, it->second.bytes);
-	fake.device.erase(it->second.device);
+	if (int lost = unmap_host(h, it))
+		return lost;
 	fake.host.erase(it);
 	return 0;
 }
@@ -152,13 +160,8 @@ FAKE_API int cuMemFreeHost(void *p)
 		fake_complain("cuMemFreeHost: %p is not allocated", p);
 		return FAKE_INVALID;
 	}
-	fake.count.waits++;
-	fake_drain(h, NULL, true);
-	if (fake.lost)
-		return fake.lost;
-	if (it->second.alias)
-		munmap((void *)it->second.device, it->second.bytes);
-	fake.device.erase(it->second.device);
+	if (int lost = unmap_host(h, it))
+		return lost;
 	munmap(p, it->second.bytes);
 	fake.host.erase(it);
 	return 0;

@@ -87,8 +87,12 @@ class Rider:
         self.out.close()
 
 
+def added(counts):
+    return {f: sum(c[f] for c in counts) for f in FIELDS}
+
+
 def total(riders):
-    return {f: sum(r.count()[f] for r in riders) for f in FIELDS}
+    return added([r.count() for r in riders])
 
 
 def percentile(values, p):
