@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: MIT */
+#pragma once
+/*
+ * What the kernel says of the disk below the NVMe tier and of waiting processes: counted by BPF programs that
+ * kvtierd-bpf.service loads, read here from memory that it handed over. Without that service, or where a kernel
+ * refuses a program, what it would count stays zero and probes_stat says why. The event loop's.
+ */
+#include <stdbool.h>
+#include <stdint.h>
+#include "shm/histogram.h"
+
+#define PROBES_MAX 16u
+
+struct core;
+
+struct probes_stat {
+	bool on;          /* the loader is connected */
+	char why_off[96]; /* else one line, "kvtierd-bpf.service is not running: connect: ..." */
+	struct probe_program {
+		char name[32];
+		bool on;
+		char why_off[96];
+	} program[PROBES_MAX];
+	uint32_t programs;
+	/* Since the loader began; all in nanoseconds. */
+	struct histogram disk_read, disk_write; /* issue to completion, requests to the NVMe tier's device */
+	uint64_t disk_inflight;                 /* of that device now */
+	struct histogram uring;                 /* submission to completion, the daemon's io_uring */
+	struct histogram reclaim, fault; /* direct reclaim and page faults of the daemon and its clients */
+	struct histogram sched;          /* runnable and not running: threads of the daemon's clients */
+};
+/* Copied. c may have no probes. */
+void probes_stat(struct core *c, struct probes_stat *ret);
+/* One client's stalls: scheduler delay, faults and reclaim of all threads of a process. false: nothing known.
+ */
+struct probes_process {
+	uint64_t sched_ns, fault_ns, reclaim_ns;
+};
+bool probes_process(struct core *c, int pid, struct probes_process *ret);
