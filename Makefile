@@ -464,4 +464,4 @@ clean: ## remove build output
 help: ## this list
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z -]+):.*## /  \1\t/' | expand -t 20
 
--include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+-include $(shell find $(BUILD) -path $(BUILD)/unpacked -prune -o -type f -name '*.d' -print 2>/dev/null)
