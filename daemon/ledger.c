@@ -10,7 +10,7 @@
 #include "shm/util.h"
 
 #define MAGIC UINT64_C(0x52454744454c564b) /* "KVLEDGER" */
-#define VERSION 1u
+#define VERSION 2u
 #define SLOT sizeof(struct ledger_entry)
 #define GROW 1024u /* entries */
 
@@ -174,6 +174,19 @@ const struct ledger_entry *ledger_find(struct ledger *l, uint64_t tenant, const 
 	if (f)
 		*ret_place = f->place;
 	return f ? &f->e : NULL;
+}
+
+const struct ledger_entry *ledger_next(struct ledger *l, uint32_t *cursor, uint32_t *ret_place)
+{
+	while (*cursor < l->n_found) {
+		const struct found *f = &l->found[(*cursor)++];
+
+		if (bits_test(l->used, f->place))
+			continue;
+		*ret_place = f->place;
+		return &f->e;
+	}
+	return NULL;
 }
 
 int ledger_settle(struct ledger *l)

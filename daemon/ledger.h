@@ -19,7 +19,7 @@
 
 #define LEDGER_NAME "kvtier-ledger"
 #define LEDGER_NONE UINT32_MAX
-#define LEDGER_MARKS 57u
+#define LEDGER_MARKS 51u
 
 struct ledger_entry {
 	uint32_t crc; /* of the rest, seeded with the entry's place */
@@ -29,8 +29,12 @@ struct ledger_entry {
 	uint64_t floor;  /* pages with lower numbers are of an earlier sequence of that name */
 	uint32_t epoch;  /* of the sequence */
 	uint32_t oldest; /* pages of earlier epochs are not believed: their marks did not fit */
+	/* Who it is where no page of it is left to tell. */
+	uint64_t born; /* later than every earlier sequence of that name */
+	uint64_t model;
+	uint8_t secret_hash[32];
+	uint32_t lanes, pad;
 	struct epoch_mark mark[LEDGER_MARKS];
-	uint64_t pad;
 };
 _Static_assert(sizeof(struct ledger_entry) == 512, "one sector on disk");
 
@@ -45,6 +49,8 @@ bool ledger_complete(const struct ledger *l);
 /* During a restart: the intact entry of that name and its place, or NULL. */
 const struct ledger_entry *ledger_find(struct ledger *l, uint64_t tenant, const uint8_t key[16],
 				       uint32_t *ret_place);
+/* During a restart: the next one that nobody took (ledger_take); *cursor starts at 0. NULL at the end. */
+const struct ledger_entry *ledger_next(struct ledger *l, uint32_t *cursor, uint32_t *ret_place);
 /* The restart is over: entries that nobody took (ledger_take) end. */
 int ledger_settle(struct ledger *l);
 /* A place for a new entry / the place of one that was found is in use. */

@@ -15,6 +15,10 @@ static void fill(const struct seq *s, uint32_t epoch, struct ledger_entry *e)
 	memset(e, 0, sizeof(*e));
 	e->tenant = s->tenant_hash;
 	memcpy(e->key, s->key, sizeof(e->key));
+	memcpy(e->secret_hash, s->secret_hash, sizeof(e->secret_hash));
+	e->born = s->born;
+	e->model = s->fingerprint;
+	e->lanes = s->ix.lanes;
 	e->floor = s->floor;
 	e->epoch = epoch;
 	e->n = s->ix.n_epochs - skip;
@@ -90,16 +94,27 @@ void ledger_over(struct seq *s)
 	s->place = LEDGER_NONE;
 }
 
+/* The entry of this sequence, not of another one that had the name. */
+static const struct ledger_entry *entry_of(const struct seq *s, uint32_t *ret_place)
+{
+	const struct ledger_entry *e =
+		s->core->ledger ? ledger_find(s->core->ledger, s->tenant_hash, s->key, ret_place) : NULL;
+
+	return e && e->born == s->born ? e : NULL;
+}
+
 bool ledger_knows(struct seq *s)
 {
 	struct ledger *l = s->core->ledger;
 	const struct ledger_entry *e;
+	uint32_t place;
 
 	if (!l)
 		return true;
-	e = ledger_find(l, s->tenant_hash, s->key, &s->place);
+	e = entry_of(s, &place);
 	if (e) {
-		ledger_take(l, s->place);
+		s->place = place;
+		ledger_take(l, place);
 		s->floor = e->floor;
 	}
 	return e || !ledger_complete(l) || planted("restart-revives-ended");
@@ -109,9 +124,38 @@ const struct ledger_entry *ledger_of(struct seq *s)
 {
 	uint32_t place;
 
-	return s->core->ledger && !planted("restart-forgets-cut")
-		       ? ledger_find(s->core->ledger, s->tenant_hash, s->key, &place)
-		       : NULL;
+	return planted("restart-forgets-cut") ? NULL : entry_of(s, &place);
+}
+
+bool ledger_knows_later(struct core *c, uint64_t tenant, const uint8_t key[16], uint64_t born)
+{
+	uint32_t place;
+	const struct ledger_entry *e = c->ledger ? ledger_find(c->ledger, tenant, key, &place) : NULL;
+
+	return e && e->born > born;
+}
+
+bool ledger_left(struct core *c, uint32_t *cursor, struct seq_record *ret)
+{
+	const struct ledger_entry *e = NULL;
+	uint32_t place;
+
+	/* After a power failure it may name what has ended. */
+	while (c->ledger && ledger_complete(c->ledger) && (e = ledger_next(c->ledger, cursor, &place)))
+		if (e->lanes && e->lanes <= CTL_MAX_LANES && !(e->born >> 63) &&
+		    !names_find(&c->names, e->tenant, e->key))
+			break;
+	if (!e)
+		return false;
+	*ret = (struct seq_record){.tenant = e->tenant,
+				   .model = e->model,
+				   .lanes = e->lanes,
+				   .lifetime = KVT_LEASED,
+				   .born_lo = (uint32_t)e->born,
+				   .born_hi = (uint32_t)(e->born >> 32)};
+	memcpy(ret->key, e->key, sizeof(ret->key));
+	memcpy(ret->secret_hash, e->secret_hash, sizeof(ret->secret_hash));
+	return true;
 }
 
 int ledger_return(struct seq *s)

@@ -9,7 +9,8 @@
  * In DRAM the note is there before a truncation is answered. Pages found in both tiers are one page.
  *
  * Where there is a ledger (ledger.h) it knows what the clients of a daemon that died were told; notes are for
- * what a power failure left, and for DRAM alone.
+ * what a power failure left, and for DRAM alone. A sequence that lives and of which no page was stored is found
+ * by its entry or its note: it comes back without rows, so that its client keeps its key.
  */
 #include <poll.h>
 #include <string.h>
@@ -213,6 +214,10 @@ static struct seq *orphan(struct finding *f, const struct seq_record *r)
 			       : NULL;
 	if (!t)
 		return NULL;
+	if (ledger_knows_later(c, r->tenant, r->key, seq_born(r))) {
+		c->stat.miss_stale++;
+		return NULL;
+	}
 	s = seq_create(c, t, r->tenant, r->key, r->secret_hash, r->lanes);
 	f->no_memory |= !s;
 	if (!s)
@@ -413,11 +418,33 @@ static void mark_copies(struct core *c, struct seq *s, uint32_t lane, int tier)
 	}
 }
 
+/* Index and counts of a sequence whose pages reach `rows` rows. */
+static int list_rows(struct core *c, struct seq *s, uint32_t rows)
+{
+	int r = index_extend(&s->ix, rows);
+
+	if (r < 0)
+		return r;
+	s->rows = s->scored = rows;
+	for (uint32_t l = 0; l < s->ix.lanes; l++) {
+		bits_clear_range(index_bits(&s->ix, KVT_TIER_DEVICE, l), 0, rows);
+		s->ix.resident[l] = 0;
+		for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+			mark_copies(c, s, l, t);
+			/* Keys are not kept: all rows are equal until they are scored again. */
+			bits_for_each(i, index_bits(&s->ix, t, l), rows)
+				s->ix.key[(size_t)l * s->ix.cap + i] = 1;
+		}
+	}
+	return 0;
+}
+
 static int rebuild(struct core *c, struct seq *s)
 {
 	static struct note n; /* start-up only */
 	uint32_t oldest = s->epoch, rows;
 	const struct ledger_entry *e = ledger_of(s);
+	bool lives = s->place != LEDGER_NONE; /* whatever is left of it */
 	int r = 0;
 
 	if (e && e->epoch >= s->epoch) {
@@ -432,28 +459,20 @@ static int rebuild(struct core *c, struct seq *s)
 		if (r == -ENOMEM)
 			return r;
 		oldest = r ? oldest : n.pad;
+		lives |= !r;
 		for (uint32_t i = 0; !r && i < n.n && !planted("restart-skips-epoch-cut"); i++)
 			r = index_mark_epoch(&s->ix, n.mark[i].epoch, n.mark[i].start);
 		if (r == -ENOMEM)
 			return r;
 	}
 	rows = drop_stale(c, s, oldest);
-	if (!rows)
+	if (!rows && (!lives || planted("restart-frees-the-empty")))
 		return -ENOENT;
-	r = index_extend(&s->ix, rows);
+	if (!rows)
+		(void)drop_stale(c, s, UINT32_MAX); /* all are cut */
+	r = rows ? list_rows(c, s, rows) : 0;
 	if (r < 0)
 		return r;
-	s->rows = s->scored = rows;
-	for (uint32_t l = 0; l < s->ix.lanes; l++) {
-		bits_clear_range(index_bits(&s->ix, KVT_TIER_DEVICE, l), 0, rows);
-		s->ix.resident[l] = 0;
-		for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
-			mark_copies(c, s, l, t);
-			/* Keys are not kept: all rows are equal until they are scored again. */
-			bits_for_each(i, index_bits(&s->ix, t, l), rows)
-				s->ix.key[(size_t)l * s->ix.cap + i] = 1;
-		}
-	}
 	s->expires_ns = now_ns() + (uint64_t)s->ttl_s * 1000000000u;
 	r = ledger_return(s);
 	if (r < 0)
@@ -464,7 +483,10 @@ static int rebuild(struct core *c, struct seq *s)
 
 int restart_scan(struct core *c)
 {
+	struct finding left = {.core = c};
+	struct seq_record record;
 	struct seq *s, *next;
+	uint32_t cursor = 0;
 	int r;
 
 	for (int t = KVT_TIERS - 1; t >= KVT_TIER_DRAM; t--) {
@@ -475,6 +497,10 @@ int restart_scan(struct core *c)
 		if (r < 0 || f.no_memory)
 			return r < 0 ? r : -ENOMEM;
 	}
+	while (ledger_left(c, &cursor, &record))
+		(void)orphan(&left, &record);
+	if (left.no_memory)
+		return -ENOMEM;
 	for (s = TAILQ_FIRST(&c->gone); s; s = next) {
 		next = TAILQ_NEXT(s, gone);
 		r = rebuild(c, s);

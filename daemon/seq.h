@@ -192,6 +192,10 @@ int ledger_cut(struct seq *s, uint32_t rows);
 void ledger_over(struct seq *s);
 /* At a restart: may pages of that name be believed at all? Sets place and floor. */
 bool ledger_knows(struct seq *s);
+/* Did a sequence of that name begin after the one born then? Then that one has ended. */
+bool ledger_knows_later(struct core *c, uint64_t tenant, const uint8_t key[16], uint64_t born);
+/* The next living sequence of which no tier had a page; *cursor starts at 0. false: no more. */
+bool ledger_left(struct core *c, uint32_t *cursor, struct seq_record *ret);
 /* What the ledger says of it, or NULL. */
 const struct ledger_entry *ledger_of(struct seq *s);
 /* It was found: s->rows rows from earlier epochs, and nothing that turns up later. 0 or -errno. */

@@ -297,6 +297,84 @@ static void the_older_life_of_a_key_stays_gone(void **state)
 	}
 }
 
+/* Nothing of it was below the device when the daemon went: its key and its secret still open it. */
+static void a_sequence_without_pages_comes_back_without_rows(void **state)
+{
+	struct rt_seq other;
+	struct fixture f;
+	uint32_t rows;
+
+	for (int stored = 0; stored < 2; stored++) {
+		begin(&f, true, 12, 300);
+		if (stored) { /* there was something, and it was cut off */
+			assert_int_equal(rt_plan(&f.q, 0, KVT_ROWS_ALL, 0, NULL), 0);
+			assert_int_equal(kvtier_seq_truncate(f.q.s, 0), 0);
+			for (uint32_t i = 0; i < f.q.max_rows; i++)
+				f.q.salts[i] = f.q.salt = 3;
+			f.q.rows = 0;
+			assert_int_equal(rt_append(&f.q, 40), 0);
+		}
+		assert_int_equal(rt_prepare(&other, &f.rt, 13, 1200, 1200, 4096), 0);
+		assert_int_equal(rt_seq_open(&other, KVT_LEASED, &keep_all), 0);
+		rt_seq_free(&other, true); /* this one has ended */
+		for (int i = 0; i < 1000 && harness_stat(&f.h).seqs != 1; i++)
+			usleep(1000);
+		stop(&f);
+		start(&f);
+		assert_int_equal(harness_stat(&f.h).orphans, 1);
+		assert_int_equal(resume(&f, 12, 0, 7), 0);
+		f.q.salt = 7;
+		assert_int_equal(rt_append(&f.q, 60), 0);
+		assert_int_equal(rt_plan(&f.q, 0, KVT_ROWS_ALL, 0, NULL), 0);
+		stop(&f);
+		start(&f);
+		assert_int_equal(resume(&f, 12, 0, 7), 60);
+		assert_int_equal(whole(&f), 60);
+		finish(&f);
+	}
+	begin(&f, true, 12, 300);
+	stop(&f);
+	start(&f);
+	assert_int_equal(rt_prepare(&f.q, &f.rt, 12, 1200, 1200, 4096), 0);
+	{
+		struct kvtier_seq_opts o = rt_opts(&f.q, KVT_LEASED, &keep_all);
+
+		o.secret[5] ^= 1;
+		assert_int_equal(kvtier_seq_resume(f.rt.c, f.rt.m, &o, &f.q.s, &rows), KVT_E_NOENT);
+	}
+	rt_seq_free(&f.q, false);
+	assert_int_equal(resume(&f, 12, 0, 0), 0);
+	finish(&f);
+}
+
+/* A life without the disk, and with it its ledger: what is there of the name speaks of an older sequence. */
+static void a_ledger_of_before_does_not_speak_for_the_key(void **state)
+{
+	struct fixture f;
+
+	begin(&f, true, 14, 900);
+	assert_int_equal(rt_plan(&f.q, 0, KVT_ROWS_ALL, 0, NULL), 0);
+	assert_int_equal(kvtier_seq_truncate(f.q.s, 10), 0);
+	stop(&f);
+	f.h.cfg.nvme_enabled = false;
+	start(&f);
+	assert_int_equal(resume(&f, 14, 0, 0), 10);
+	rt_seq_free(&f.q, true);
+	for (int i = 0; i < 1000 && harness_stat(&f.h).seqs; i++)
+		usleep(1000);
+	assert_int_equal(rt_prepare(&f.q, &f.rt, 14, 1200, 1200, 4096), 0);
+	f.q.salt = 5;
+	assert_int_equal(rt_seq_open(&f.q, KVT_LEASED, &keep_all), 0);
+	assert_int_equal(rt_append(&f.q, 300), 0);
+	assert_int_equal(rt_plan(&f.q, 0, KVT_ROWS_ALL, 0, NULL), 0);
+	stop(&f);
+	f.h.cfg.nvme_enabled = true;
+	start(&f);
+	assert_int_equal(resume(&f, 14, 0, 5), 300);
+	assert_int_equal(whole(&f), 300);
+	finish(&f);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -306,6 +384,8 @@ int main(void)
 		cmocka_unit_test(a_cut_without_room_for_its_note),
 		cmocka_unit_test(a_page_in_both_tiers_is_one),
 		cmocka_unit_test(the_older_life_of_a_key_stays_gone),
+		cmocka_unit_test(a_sequence_without_pages_comes_back_without_rows),
+		cmocka_unit_test(a_ledger_of_before_does_not_speak_for_the_key),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
