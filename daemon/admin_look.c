@@ -25,6 +25,24 @@ static void set_bool(json_t *o, const char *key, bool v)
 	json_object_set_new(o, key, json_boolean(v));
 }
 
+/* Counts by powers of two: bucket[i] are values from 2^i to 2^(i+1) - 1, the last ones empty left out. */
+static void set_histogram(json_t *o, const char *key, const struct histogram *h)
+{
+	json_t *j = json_object(), *list = json_array();
+	unsigned n = HISTOGRAM_BUCKETS;
+
+	while (n && !h->bucket[n - 1])
+		n--;
+	for (unsigned i = 0; i < n; i++)
+		json_array_append_new(list, admin_num(h->bucket[i]));
+	set_num(j, "count", histogram_count(h));
+	set_num(j, "sum", h->sum);
+	set_num(j, "p50", histogram_quantile(h, 0.5));
+	set_num(j, "p99", histogram_quantile(h, 0.99));
+	json_object_set_new(j, "bucket", list);
+	json_object_set_new(o, key, j);
+}
+
 /* ---- status ----------------------------------------------------------------------- */
 
 static json_t *tier_json(const struct core_stat *s, unsigned t)
@@ -40,6 +58,9 @@ static json_t *tier_json(const struct core_stat *s, unsigned t)
 	set_num(o, "refaults", s->refaults[t]);
 	if (t == KVT_TIER_DEVICE)
 		return o;
+	set_histogram(o, "refault_rows", &s->refault_rows[t]);
+	set_histogram(o, "read_ns", &s->read_ns[t]);
+	set_histogram(o, "write_ns", &s->write_ns[t]);
 	set_num(o, "capacity_bytes", ts->capacity);
 	set_num(o, "used_bytes", ts->used);
 	set_num(o, "free_bytes", ts->free);
@@ -103,6 +124,8 @@ static json_t *status_all(const struct core_stat *s)
 	set_num(plans, "ns_last", s->plan_ns_last);
 	set_num(plans, "ns_max", s->plan_ns_max);
 	set_num(plans, "ns_total", s->plan_ns_total);
+	set_histogram(plans, "plan_ns", &s->plan_ns);
+	set_histogram(plans, "decide_ns", &s->decide_ns);
 	json_object_set_new(o, "plans", plans);
 	set_num(misses, "corrupt", s->miss_corrupt);
 	set_num(misses, "client_mutated", s->miss_client_mutated);

@@ -11,6 +11,7 @@
 #include <systemd/sd-event.h>
 #include "daemon/config.h"
 #include "ipc/kvtier.h"
+#include "shm/histogram.h"
 #include "tiers/tier.h"
 
 struct core;
@@ -59,6 +60,16 @@ struct core_stat {
 	uint64_t direct_demotions, hangups_protocol, admin_mutations;
 	uint64_t index_bytes, staging_bytes, plan_bytes, directory_bytes;
 	uint64_t loop_max_ns; /* longest slice of the event loop */
+	/* Nanoseconds. Of plans: from their beginning to the decision; of that, the decision's own job, its wait
+	 * for a worker included. Of tiers: pages, from submission until the loop knows the result, good or bad. */
+	struct histogram plan_ns, decide_ns, read_ns[KVT_TIERS], write_ns[KVT_TIERS];
+	/*
+	 * Of the rows in refaults: by how many rows their sequence had grown between the plan that wrote their
+	 * page and the plan that wanted them back. A sequence remembers its last 8 plans: what comes back later is
+	 * neither here nor in refaults, pages of an earlier life or a parent are in refaults only, and a page
+	 * that was merged since counts from then.
+	 */
+	struct histogram refault_rows[KVT_TIERS];
 	uint64_t
 		returned[KVT_TIERS]; /* bytes of pages that an earlier life left there and the start believed */
 	bool kept;                   /* DRAM outlives the process */

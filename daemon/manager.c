@@ -114,6 +114,7 @@ static int put_decide(struct plan *p, bool fused)
 	uint64_t work = p->seq->ix.lanes * rows * (p->worth ? WEIGH_COST : 1);
 
 	p->phase = PHASE_DECIDE;
+	p->decide_ns = now_ns();
 	return put_job(p, 0, fused ? p->seq->ix.lanes : 0, true, work <= INLINE_ROWS);
 }
 
@@ -213,6 +214,7 @@ int manager_plan(struct seq *s, bool save)
 	p->error = adaptive_begin(p);
 	s->nonce++;
 	s->recent_page[s->nonce % ARRAY_SIZE(s->recent_page)] = c->pages.next;
+	s->recent_rows[s->nonce % ARRAY_SIZE(s->recent_rows)] = s->rows;
 	settle_stop(s);
 	seq_touch(s);
 	p->refs = 1; /* ours, until every job is out */
@@ -257,11 +259,13 @@ static bool nothing_moves(const struct plan *p)
 static void account(struct plan *p)
 {
 	struct core *c = p->seq->core;
-	uint64_t ns = now_ns() - p->started_ns;
+	uint64_t now = now_ns(), ns = now - p->started_ns;
 	uint32_t rows[4] = {(uint32_t)MIN(p->rows_kept, UINT32_MAX), (uint32_t)MIN(p->rows_out, UINT32_MAX),
 			    (uint32_t)MIN(p->rows_in, UINT32_MAX), (uint32_t)MIN(p->rows_drop, UINT32_MAX)};
 
 	c->stat.plans++;
+	histogram_add(&c->stat.plan_ns, ns);
+	histogram_add(&c->stat.decide_ns, now - p->decide_ns);
 	c->stat.plan_ns_last = ns;
 	c->stat.plan_ns_total += ns;
 	c->stat.plan_ns_max = MAX(c->stat.plan_ns_max, ns);

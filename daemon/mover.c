@@ -79,7 +79,10 @@ static void submit(struct core *c, int tier)
 {
 	struct mover *m = c->mover;
 	unsigned n = m->n_batch[tier];
+	uint64_t now = now_ns();
 
+	for (unsigned i = 0; i < n; i++)
+		((struct pio *)m->batch[tier][i]->user)->submitted_ns = now;
 	m->n_batch[tier] = 0;
 	if (n)
 		c->pages.tier[tier]->ops->submit(c->pages.tier[tier], m->batch[tier], n);
@@ -230,10 +233,13 @@ static bool reap(struct core *c, int tier)
 	struct tier *t = c->pages.tier[tier];
 	struct tier_io *done[BATCH];
 	unsigned n = t->ops->reap(t, done, BATCH);
+	uint64_t now = n ? now_ns() : 0;
 
 	for (unsigned i = 0; i < n; i++) {
 		struct pio *io = done[i]->user;
 
+		histogram_add(io->reading ? &c->stat.read_ns[tier] : &c->stat.write_ns[tier],
+			      now - io->submitted_ns);
 		io->end(io);
 	}
 	return n == BATCH;

@@ -18,6 +18,7 @@ struct pio { /* one page on its way between a tier and us */
 	struct core *core;
 	struct page *page; /* pinned */
 	bool reading;
+	uint64_t submitted_ns;       /* to the tier */
 	uint64_t reserved;           /* quota held until the page has its copy */
 	int tier, error;             /* error: the worker's verdict, -errno */
 	bool refused;                /* the verdict is on the region: the page itself is well */

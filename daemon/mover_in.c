@@ -214,14 +214,21 @@ static void in_end(struct pio *io)
 /* Rows wanted back from a page that one of the last plans wrote left too early. */
 static void count_refaults(struct seq *s, const struct page *page, int tier, const uint64_t *mask)
 {
-	uint32_t n = 0;
+	const unsigned kept = ARRAY_SIZE(s->recent_page);
+	unsigned back = 0; /* plans ago that the page was written */
+	uint32_t n = 0, rows;
 
-	if (page->number < s->recent_page[(s->nonce + 1) % ARRAY_SIZE(s->recent_page)])
+	while (back < kept && page->number < s->recent_page[(s->nonce - back) % kept])
+		back++;
+	if (back == kept)
 		return;
 	for (uint32_t w = 0; w < page->span; w++)
 		n += (uint32_t)__builtin_popcountll(mask[w]);
+	rows = s->recent_rows[(s->nonce - back) % kept];
 	s->refaults += n;
 	s->core->stat.refaults[tier] += n;
+	if (back < s->nonce)
+		histogram_add_n(&s->core->stat.refault_rows[tier], s->rows - MIN(s->rows, rows), n);
 }
 
 /* Ask for the pages of one tier that hold needed rows of the lane; those rows leave p->need. -EAGAIN: once

@@ -47,7 +47,7 @@ struct plan {
 	uint64_t *to_dram, *to_nvme, *drop, *pinned, *wanted;
 	uint32_t *budget[KVT_TIERS], *kept, *out, *in, *dropped; /* [lanes] */
 	uint64_t rows_out, rows_in, rows_drop, rows_kept;
-	uint64_t started_ns;
+	uint64_t started_ns, decide_ns; /* when it began, when its decision was put */
 	uint32_t refs;
 	int error; /* of a job: -errno */
 

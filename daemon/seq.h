@@ -91,7 +91,9 @@ struct seq {
 	struct wire_hdr close_req;
 	struct client *waiter; /* its held request waits for us */
 
-	uint64_t plans, plan_ns_last, refaults, misses, recent_page[8];
+	uint64_t plans, plan_ns_last, refaults, misses;
+	uint64_t recent_page[8]; /* of the last plans, by nonce: the next page's number, rows */
+	uint32_t recent_rows[8];
 	uint64_t tier_rows[KVT_TIERS], held[KVT_TIERS],
 		dropped; /* as last counted, best copy / any copy; device without rows past the index */
 	uint64_t index_seen, active_ns;

@@ -25,6 +25,12 @@ static inline void histogram_add(struct histogram *h, uint64_t v)
 	h->bucket[histogram_index(v)]++;
 	h->sum += v;
 }
+/* The value n times. */
+static inline void histogram_add_n(struct histogram *h, uint64_t v, uint64_t n)
+{
+	h->bucket[histogram_index(v)] += n;
+	h->sum += v * n;
+}
 uint64_t histogram_count(const struct histogram *h);
 /* The value that a share q (0 to 1) of the counted ones do not exceed, even within a bucket; 0 when there is
  * none. */

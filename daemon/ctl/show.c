@@ -28,6 +28,12 @@ static bool flag(const json_t *o, const char *key)
 	return json_is_true(json_object_get(o, key));
 }
 
+/* key: a histogram; which: p50, p99 */
+static uint64_t quantile(const json_t *o, const char *key, const char *which)
+{
+	return num(json_object_get(o, key), which);
+}
+
 /* For lines that are not tables: what clients named may hold anything. */
 static const char *clean(const char *s)
 {
@@ -102,6 +108,33 @@ static void show_io_table(const json_t *tiers)
 	table_free(&t);
 }
 
+static void show_latency_table(const json_t *tiers)
+{
+	char spec[] = "lTIER rREAD rP99 rWRITE rP99 rREFAULT-AFTER rP99";
+	struct table t;
+	const json_t *o;
+	size_t i;
+
+	table_init(&t, spec);
+	json_array_foreach(tiers, i, o)
+	{
+		if (!num(o, "capacity_bytes"))
+			continue;
+		table_add(&t, "%s", text(o, "name"));
+		table_add(&t, "%s", fmt_ns(quantile(o, "read_ns", "p50")));
+		table_add(&t, "%s", fmt_ns(quantile(o, "read_ns", "p99")));
+		table_add(&t, "%s", fmt_ns(quantile(o, "write_ns", "p50")));
+		table_add(&t, "%s", fmt_ns(quantile(o, "write_ns", "p99")));
+		table_add(&t, "%s rows", fmt_count(quantile(o, "refault_rows", "p50")));
+		table_add(&t, "%s", fmt_count(quantile(o, "refault_rows", "p99")));
+	}
+	if (t.rows) {
+		putchar('\n');
+		table_print(&t);
+	}
+	table_free(&t);
+}
+
 static const char *came_back(uint64_t bytes)
 {
 	static char text[64];
@@ -157,6 +190,9 @@ static void show_counters(const json_t *j)
 	       fmt_count(num(plans, "nacked")));
 	printf("plan time  last %s, mean %s, longest %s\n", fmt_ns(num(plans, "ns_last")),
 	       fmt_ns(decided ? num(plans, "ns_total") / decided : 0), fmt_ns(num(plans, "ns_max")));
+	printf("           half within %s, 99 %% within %s; the decision itself %s, %s\n",
+	       fmt_ns(quantile(plans, "plan_ns", "p50")), fmt_ns(quantile(plans, "plan_ns", "p99")),
+	       fmt_ns(quantile(plans, "decide_ns", "p50")), fmt_ns(quantile(plans, "decide_ns", "p99")));
 	printf("misses     %s corrupt, %s changed by clients, %s I/O, %s stale, %s no space\n",
 	       fmt_count(num(misses, "corrupt")), fmt_count(num(misses, "client_mutated")),
 	       fmt_count(num(misses, "io")), fmt_count(num(misses, "stale")),
@@ -190,6 +226,7 @@ void show_status(const json_t *j)
 		return;
 	}
 	show_io_table(tiers);
+	show_latency_table(tiers);
 	putchar('\n');
 	show_tier_notes(tiers);
 	show_counters(j);

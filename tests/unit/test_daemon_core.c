@@ -94,7 +94,43 @@ static void demote_and_promote_through_dram(void **state)
 	assert_int_equal(st.rows_demoted[KVT_TIER_DRAM], 900 * f.rt.lanes);
 	assert_int_equal(st.rows[KVT_TIER_DRAM], 900 * f.rt.lanes);
 	assert_true(st.refaults[KVT_TIER_DRAM] == 800 * f.rt.lanes);
+	assert_int_equal(st.refault_rows[KVT_TIER_DRAM].bucket[0], 800 * f.rt.lanes); /* it did not grow */
 	assert_no_miss(&f);
+	rt_seq_free(&q, false);
+	assert_empty(&f);
+	finish(&f);
+}
+
+static void latencies_and_refault_distances_are_counted(void **state)
+{
+	const struct histogram *back;
+	struct kvtier_plan p;
+	struct core_stat st;
+	struct fixture f;
+	struct rt_seq q;
+
+	begin(&f, true);
+	begin_seq(&f, &q, 7, KVT_EPHEMERAL, 1000);
+	assert_int_equal(rt_plan(&q, 200, 0, KVT_ROWS_ALL, &p), 0);
+	assert_int_equal(rt_append(&q, 300), 0);
+	assert_int_equal(rt_plan(&q, KVT_ROWS_ALL, 0, KVT_ROWS_ALL, &p), 0);
+	assert_true(p.rows_in > 100);
+	st = harness_stat(&f.h);
+	back = &st.refault_rows[KVT_TIER_NVME];
+	assert_int_equal(back->bucket[histogram_index(300)], p.rows_in);
+	assert_int_equal(histogram_count(back), st.refaults[KVT_TIER_NVME]);
+	assert_int_equal(back->sum, 300 * p.rows_in);
+	assert_int_equal(histogram_count(&st.plan_ns), st.plans);
+	assert_int_equal(histogram_count(&st.decide_ns), st.plans);
+	assert_int_equal(st.plan_ns.sum, st.plan_ns_total);
+	assert_true(st.decide_ns.sum > 0 && st.decide_ns.sum <= st.plan_ns.sum);
+	/* Every page has its latency once. */
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+		assert_int_equal(histogram_count(&st.read_ns[t]), st.tier[t].reads);
+		assert_int_equal(histogram_count(&st.write_ns[t]), st.tier[t].writes);
+	}
+	assert_true(st.tier[KVT_TIER_NVME].reads && st.read_ns[KVT_TIER_NVME].sum > 1000);
+	assert_true(st.tier[KVT_TIER_NVME].writes && st.write_ns[KVT_TIER_NVME].sum > 1000);
 	rt_seq_free(&q, false);
 	assert_empty(&f);
 	finish(&f);
@@ -953,6 +989,7 @@ int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(demote_and_promote_through_dram),
+		cmocka_unit_test(latencies_and_refault_distances_are_counted),
 		cmocka_unit_test(rows_come_back_from_nvme),
 		cmocka_unit_test(any_life_keeps_every_byte),
 		cmocka_unit_test(a_truncate_cancels_the_plan),
