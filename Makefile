@@ -68,6 +68,10 @@ CUDA_LIBS ?= -lcublas
 
 DAEMON_BIN := $(if $(wildcard daemon/main.c),$(BUILD)/kvtierd)
 CTL_BIN    := $(if $(CTL),$(BUILD)/kvtierctl)
+# The BPF programs' loader is optional: clang compiles them, bpftool makes them a header, libbpf loads them.
+BPF_HAS    := $(if $(SAN)$(COV),,$(shell command -v clang llvm-strip >/dev/null && PATH=$$PATH:/usr/sbin command -v bpftool >/dev/null && \
+	      printf '\043include <bpf/libbpf.h>\n' | $(CC) -E - >/dev/null 2>&1 && echo yes))
+BPF_BIN    := $(if $(BPF_HAS),$(BUILD)/kvtierd-bpf)
 CUDA_HAS   := $(if $(and $(CUDA),$(NVCC)),$(shell printf '\043include <cublas_v2.h>\n' | $(NVCC) $(NVCCFLAGS) -x cu -E - >/dev/null 2>&1 && echo yes))
 CUDA_SO    := $(if $(CUDA_HAS),$(BUILD)/kvtier-train-cuda.so)
 # libkvtier's kernels, loaded at run time: one file for every GPU from compute capability 8.0 on.
@@ -87,7 +91,7 @@ MAN        := $(patsubst %.scd,$(BUILD)/man/%,$(notdir $(MANSRC)))
 
 .SECONDARY:
 .PHONY: all
-all: $(DAEMON_BIN) $(CTL_BIN) $(if $(CLIENT),$(SOLIB) $(BUILD)/libkvtier.a $(BUILD)/libkvtier.pc) $(TOOL_BINS) $(LAB_SO) $(CUDA_SO) $(FATBIN) man ## build everything
+all: $(DAEMON_BIN) $(CTL_BIN) $(BPF_BIN) $(if $(CLIENT),$(SOLIB) $(BUILD)/libkvtier.a $(BUILD)/libkvtier.pc) $(TOOL_BINS) $(LAB_SO) $(CUDA_SO) $(FATBIN) man ## build everything
 
 
 # ---- objects ------------------------------------------------------------------
@@ -122,6 +126,20 @@ $(BUILD)/kvtierd: $(call obj,daemon/main.c) $(BUILD)/libdaemon.a $(BUILD)/libroo
 $(BUILD)/kvtierctl: $(call obj,$(CTL)) $(BUILD)/librooms.a
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+# One object for every kernel: what it reads of the kernel's structures is in daemon/bpf/kernel.h.
+$(BUILD)/bpf/probes.bpf.o: daemon/bpf/probes.bpf.c daemon/bpf/kernel.h shm/probe.h shm/histogram.h Makefile
+	@mkdir -p $(@D)
+	$(say) BPF $<
+	$(Q)clang -target bpf -ffreestanding -O2 -g -Wall -Werror -I. -I/usr/include/$(shell $(CC) -print-multiarch) -c -o $@.tmp $<
+	$(Q)llvm-strip -g $@.tmp && mv $@.tmp $@
+$(BUILD)/bpf/probes.skel.h: $(BUILD)/bpf/probes.bpf.o
+	$(Q)PATH=$$PATH:/usr/sbin bpftool gen skeleton $< name probes > $@.tmp && mv $@.tmp $@
+$(BUILD)/obj/daemon/bpf/load.o: $(BUILD)/bpf/probes.skel.h
+$(BUILD)/obj/daemon/bpf/load.o: CPPFLAGS += -isystem $(BUILD)/bpf
+$(BUILD)/kvtierd-bpf: $(call obj,daemon/bpf/main.c daemon/bpf/load.c) $(BUILD)/librooms.a
+	$(say) LD $@
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -lbpf -lsystemd -lisal
 
 $(BUILD)/liblearn.a: $(call obj,$(TRAIN) $(EVAL))
 	@mkdir -p $(@D)
@@ -399,7 +417,7 @@ TIDY_NOT := bugprone-easily-swappable-parameters bugprone-narrowing-conversions 
 	clang-analyzer-unix.Malloc clang-analyzer-valist.Uninitialized clang-analyzer-core.NullDereference \
 	clang-analyzer-core.UndefinedBinaryOperatorResult clang-analyzer-core.CallAndMessage \
 	clang-analyzer-core.DivideZero clang-analyzer-core.NonNullParamChecker clang-analyzer-optin.portability.UnixAPI
-TIDY_SRC = $(filter-out tests/% policy/%_avx2.c policy/%_avx512.c,$(filter %.c,$(CSRC)))
+TIDY_SRC = $(filter-out tests/% daemon/bpf/% policy/%_avx2.c policy/%_avx512.c,$(filter %.c,$(CSRC)))
 empty :=
 tidy: ## clang-tidy over the sources
 	$(Q)clang-tidy --quiet --warnings-as-errors='*' \
@@ -427,7 +445,7 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 		$(D)$(UNITDIR) $(D)$(PREFIX)/lib/sysusers.d $(D)$(PREFIX)/lib/tmpfiles.d $(D)$(SYSCONFDIR)/kvtier \
 		$(D)$(PREFIX)/share/kvtier/models $(D)$(PREFIX)/share/doc/kvtier $(D)$(PREFIX)/share/kvtier/python/kvtier/data \
 		$(addprefix $(D)$(PREFIX)/share/man/man,1 3 5 8)
-	install -m 755 $(BUILD)/kvtierd $(D)$(PREFIX)/sbin/
+	install -m 755 $(BUILD)/kvtierd $(BPF_BIN) $(D)$(PREFIX)/sbin/
 	install -m 755 $(BUILD)/kvtierctl $(TOOL_BINS) $(D)$(PREFIX)/bin/
 	install -m 755 $(SOLIB) $(D)$(LIBDIR)/libkvtier.so.$(VERSION)
 	ln -sf libkvtier.so.$(VERSION) $(D)$(LIBDIR)/libkvtier.so.$(SOVERSION)
@@ -448,7 +466,7 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	set -e; for w in $(wildcard policy/models/*.kvp); do install -m 644 $$w $(D)$(PREFIX)/share/kvtier/models/; done
 
 uninstall: ## remove what install put there (configuration that was edited stays)
-	rm -f $(D)$(PREFIX)/sbin/kvtierd $(addprefix $(D)$(PREFIX)/bin/,kvtierctl $(notdir $(TOOL_BINS))) \
+	rm -f $(D)$(PREFIX)/sbin/kvtierd $(D)$(PREFIX)/sbin/kvtierd-bpf $(addprefix $(D)$(PREFIX)/bin/,kvtierctl $(notdir $(TOOL_BINS))) \
 		$(D)$(LIBDIR)/libkvtier.* $(D)$(LIBDIR)/pkgconfig/libkvtier.pc \
 		$(addprefix $(D)$(UNITDIR)/,$(notdir $(wildcard systemd/*.service systemd/*.socket))) \
 		$(D)$(PREFIX)/lib/sysusers.d/kvtier.conf $(D)$(PREFIX)/lib/tmpfiles.d/kvtier.conf

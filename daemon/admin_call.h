@@ -36,6 +36,8 @@ bool admin_sees(const struct admin_call *a, const struct core_seq_stat *s);
 
 /* JSON of client-given text, which may not be UTF-8. */
 json_t *admin_text(const char *s);
+/* What the kernel's probes say. */
+json_t *admin_probes(struct core *c);
 /* JSON integers are signed: what does not fit is capped. */
 json_t *admin_num(uint64_t v);
 

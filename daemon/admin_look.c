@@ -199,6 +199,8 @@ int verb_status(struct admin_call *a)
 
 	core_stat(a->core, &s);
 	a->json = admin_tenant(a) ? status_own(a, &s) : status_all(&s);
+	if (!admin_tenant(a))
+		json_object_set_new(a->json, "probes", admin_probes(a->core));
 	return 0;
 }
 
@@ -220,6 +222,12 @@ static json_t *seq_json(const struct core_seq_stat *s)
 	set_text(o, "policy", s->policy);
 	if (s->policy_reason)
 		set_text(o, "policy_reason", s->policy_reason);
+	if (s->stalls_known)
+		json_object_set_new(o, "stall",
+				    json_pack("{s:o,s:o,s:o,s:o}", "sched_ns", admin_num(s->stalls.sched_ns),
+					      "fault_ns", admin_num(s->stalls.fault_ns), "reclaim_ns",
+					      admin_num(s->stalls.reclaim_ns), "faults",
+					      admin_num(s->stalls.faults)));
 	set_num(o, "rows", s->rows);
 	set_num(o, "epoch", s->epoch);
 	set_num(o, "lanes", s->lanes);

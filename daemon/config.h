@@ -38,6 +38,7 @@ struct config {
 	char file[CONFIG_PATH]; /* where it came from; empty: built-in defaults */
 	/* [kvtierd] */
 	char run_dir[CONFIG_PATH], admin_socket[108], admin_group[32];
+	char bpf_socket[108];  /* of kvtierd-bpf; empty: do not ask it */
 	uint32_t workers;      /* threads that score, rank and copy; 0: cores - 1, at least 1 */
 	uint32_t log_level;    /* syslog(3) */
 	bool observe;          /* mode=observe: plans are computed, counted and not published */

@@ -34,6 +34,8 @@ const struct config_key config_keys[] = {
 	     "socket of kvtierctl; a relative path is below run_dir"),
 	TEXT("kvtierd", "admin_group", KEY_NAME, false, true, admin_group, "",
 	     "group that may use the admin socket; empty: the daemon's own"),
+	TEXT("kvtierd", "bpf_socket", KEY_SOCKET, false, true, bpf_socket, "/run/kvtier-bpf/probes.sock",
+	     "socket of kvtierd-bpf; empty: do without it"),
 	GLOBAL("kvtierd", "workers", KEY_COUNT, false, workers, 0, 256, "0", "threads",
 	       "threads that score, rank and copy; 0: cores - 1, at least 1"),
 	GLOBAL("kvtierd", "log_level", KEY_LEVEL, true, log_level, 0, 7, "info", NULL,

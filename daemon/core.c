@@ -5,6 +5,7 @@
 #include <syslog.h>
 #include "daemon/internal.h"
 #include "daemon/ledger.h"
+#include "daemon/probes.h"
 #include "shm/util.h"
 
 #define FEED_ENTRIES 16384u
@@ -99,6 +100,7 @@ static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		if (c->pages.tier[t])
 			c->pages.tier[t]->ops->tick(c->pages.tier[t], on_moved, c);
+	probes_tick(c);
 	settle_watermarks(c);
 	seq_expire(c, c->loop_seen_ns);
 	for (s = STAILQ_FIRST(&c->recounts); s; s = next) {
@@ -408,6 +410,7 @@ void core_free(struct core *c)
 	mover_close(c);
 	policies_free(c);
 	verify_free(c);
+	probes_free(c);
 	direct_owners_free(c);
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		if (c->pages.tier[t])

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <systemd/sd-event.h>
 #include "daemon/config.h"
+#include "daemon/probes.h"
 #include "ipc/kvtier.h"
 #include "shm/histogram.h"
 #include "tiers/tier.h"
@@ -96,6 +97,8 @@ struct core_seq_stat {
 	bool direct; /* its client reads pages in published memory; so many are listed */
 	uint64_t direct_pages;
 	const char *plan_state;
+	bool stalls_known; /* to the kernel's probes: of all threads of its client's process */
+	struct probes_process stalls;
 };
 /* Published memory of an owner, and what of it no page takes. */
 void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, uint64_t *ret_held);

@@ -73,6 +73,7 @@ struct core {
 	LIST_HEAD(, direct_owner) owners;
 	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
 
+	struct probes *probes; /* NULL until the first tick */
 	struct verify *verify;
 	struct core_stat stat;
 	struct log_bucket said; /* lines about nobody's clients in particular */

@@ -25,15 +25,24 @@ struct probes_stat {
 	/* Since the loader began; all in nanoseconds. */
 	struct histogram disk_read, disk_write; /* issue to completion, requests to the NVMe tier's device */
 	uint64_t disk_inflight;                 /* of that device now */
+	uint64_t lost;                          /* events that the programs had no room for */
+	uint32_t untracked;                     /* clients' processes that found no slot */
 	struct histogram uring;                 /* submission to completion, the daemon's io_uring */
-	struct histogram reclaim, fault; /* direct reclaim and page faults of the daemon and its clients */
-	struct histogram sched;          /* runnable and not running: threads of the daemon's clients */
+	/* Direct reclaim, the host's and control groups', and major page faults, begin to end, of the daemon
+	 * and its clients. */
+	struct histogram reclaim, fault;
+	struct histogram sched; /* runnable and not running: threads of the daemon's clients */
 };
 /* Copied. c may have no probes. */
 void probes_stat(struct core *c, struct probes_stat *ret);
-/* One client's stalls: scheduler delay, faults and reclaim of all threads of a process. false: nothing known.
+/* Opened by the first tick; tries again about once a second. Never waits. */
+void probes_tick(struct core *c);
+void probes_free(struct core *c);
+/* A client's stalls, by its process: scheduler delay, major faults and reclaim of all threads of a process.
+ * false: nothing known.
  */
 struct probes_process {
-	uint64_t sched_ns, fault_ns, reclaim_ns;
+	uint64_t sched_ns, fault_ns, reclaim_ns; /* since it connected */
+	uint64_t faults;                         /* major ones */
 };
 bool probes_process(struct core *c, int pid, struct probes_process *ret);

@@ -121,6 +121,7 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 		}
 	}
 	ret->index_bytes = s->index_seen + pages;
+	ret->stalls_known = s->client && probes_process(s->core, s->client->pid, &ret->stalls);
 	ret->direct = ix->direct;
 	ret->direct_pages = ix->direct ? direct_pages(ix->direct) : 0;
 	if (s->pinned)

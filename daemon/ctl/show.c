@@ -207,6 +207,40 @@ static void show_counters(const json_t *j)
 	       fmt_count(num(j, "hangups_protocol")));
 }
 
+static void show_wait(const json_t *probes, const char *name, const char *what)
+{
+	const json_t *h = json_object_get(probes, name);
+
+	if (num(h, "count"))
+		printf("           %s: %s, p50 %s, p99 %s\n", what, fmt_count(num(h, "count")),
+		       fmt_ns(num(h, "ns_p50")), fmt_ns(num(h, "ns_p99")));
+}
+
+static void show_probes(const json_t *probes)
+{
+	const json_t *o;
+	size_t i;
+
+	if (!flag(probes, "on")) {
+		printf("probes     off: %s\n", clean(text(probes, "why_off")));
+		return;
+	}
+	printf("probes    ");
+	json_array_foreach(json_object_get(probes, "programs"), i, o)
+	{
+		printf(" %s %s", clean(text(o, "name")), flag(o, "on") ? "on" : "off");
+		if (!flag(o, "on"))
+			printf(" (%s)", clean(text(o, "why_off")));
+	}
+	printf("\n");
+	show_wait(probes, "disk_read", "reads of the disk");
+	show_wait(probes, "disk_write", "writes to the disk");
+	show_wait(probes, "uring", "requests of io_uring");
+	show_wait(probes, "reclaim", "waits for reclaimed memory");
+	show_wait(probes, "fault", "major page faults");
+	show_wait(probes, "sched", "clients' waits for a processor");
+}
+
 void show_status(const json_t *j)
 {
 	const json_t *tiers = json_object_get(j, "tiers");
@@ -230,6 +264,8 @@ void show_status(const json_t *j)
 	putchar('\n');
 	show_tier_notes(tiers);
 	show_counters(j);
+	if (json_object_get(j, "probes"))
+		show_probes(json_object_get(j, "probes"));
 }
 
 /* ---- sequences --------------------------------------------------------------------------- */
@@ -289,6 +325,16 @@ static void show_lanes(const json_t *lanes)
 	table_free(&t);
 }
 
+/* Of all threads of the client's process, since it connected. */
+static void show_stall(const json_t *o)
+{
+	if (o)
+		printf("stalls     its client: %s for a processor, %s in %s major faults, %s in reclaim\n",
+		       fmt_ns(num(o, "sched_ns")), fmt_ns(num(o, "fault_ns")), fmt_count(num(o, "faults")),
+		       fmt_ns(num(o, "reclaim_ns")));
+	putchar('\n');
+}
+
 void show_seq(const json_t *j)
 {
 	char spec[] = "lTIER rBUDGET rROWS rBYTES";
@@ -316,9 +362,10 @@ void show_seq(const json_t *j)
 		printf(", %s left", fmt_age(num(j, "ttl_left_s")));
 	printf("\nplans      %s, the last %s (%s) took %s\n", fmt_count(num(j, "plans")),
 	       fmt_count(num(j, "plan_id")), clean(text(j, "plan_state")), fmt_ns(num(j, "plan_ns_last")));
-	printf("counters   %s rows pinned, %s dropped, %s refaults, %s misses, index %s\n\n",
+	printf("counters   %s rows pinned, %s dropped, %s refaults, %s misses, index %s\n",
 	       fmt_count(num(j, "rows_pinned")), fmt_count(num(j, "rows_dropped")),
 	       fmt_count(num(j, "refaults")), fmt_count(num(j, "misses")), fmt_bytes(num(j, "index_bytes")));
+	show_stall(json_object_get(j, "stall"));
 	table_init(&t, spec);
 	for (unsigned k = 0; k < ARRAY_SIZE(tier_names); k++) {
 		const json_t *b = json_object_get(budget, tier_names[k]);

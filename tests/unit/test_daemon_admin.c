@@ -51,6 +51,19 @@ void core_stat(struct core *c, struct core_stat *ret)
 	strcpy(ret->policy, "kvp");
 }
 
+void probes_stat(struct core *c, struct probes_stat *ret)
+{
+	memset(ret, 0, sizeof(*ret));
+	ret->on = true;
+	ret->programs = 2;
+	strcpy(ret->program[0].name, "disk");
+	ret->program[0].on = true;
+	strcpy(ret->program[1].name, "sched");
+	strcpy(ret->program[1].why_off, "not here");
+	histogram_add(&ret->disk_read, 1500);
+	ret->disk_inflight = 3;
+}
+
 bool core_seq_next(struct core *c, uint32_t *cursor, struct core_seq_stat *ret)
 {
 	if (*cursor >= n_seqs)
@@ -469,6 +482,20 @@ static void listing_is_paged_and_complete(void **state)
 	assert_int_equal(pages, 3);
 }
 
+static void probes_say(json_t *probes)
+{
+	json_t *list = json_object_get(probes, "programs"), *p = json_array_get(list, 1);
+
+	assert_true(json_is_true(json_object_get(probes, "on")));
+	assert_int_equal(json_array_size(list), 2);
+	assert_null(json_object_get(json_array_get(list, 0), "why_off"));
+	assert_false(json_is_true(json_object_get(p, "on")));
+	assert_string_equal(json_string_value(json_object_get(p, "why_off")), "not here");
+	assert_int_equal(num(json_object_get(probes, "disk_read"), "count"), 1);
+	assert_int_equal(num(json_object_get(probes, "disk_read"), "ns_total"), 1500);
+	assert_int_equal(num(probes, "disk_inflight"), 3);
+}
+
 static void json_has_the_numbers(void **state)
 {
 	json_t *j, *o;
@@ -489,6 +516,7 @@ static void json_has_the_numbers(void **state)
 	j = json();
 	assert_int_equal(num(j, "clients"), 77);
 	assert_true(num(json_array_get(json_object_get(j, "tiers"), 1), "capacity_bytes") == INT64_MAX);
+	probes_say(json_object_get(j, "probes"));
 	json_decref(j);
 	assert_int_equal(ask(&root, "watch"), 0);
 	assert_int_equal(res.fd, 9);
