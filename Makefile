@@ -454,6 +454,7 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	install -m 644 $(BUILD)/libkvtier.pc $(D)$(LIBDIR)/pkgconfig/
 	install -m 644 ipc/kvtier.h ipc/kvtier_cuda.h $(D)$(PREFIX)/include/kvtier/
 	install -m 644 $(wildcard systemd/*.service systemd/*.socket) $(D)$(UNITDIR)/
+	install -d $(D)$(PREFIX)/share/kvtier/bpf && install -m 755 $(wildcard daemon/bpf/*.bt) $(D)$(PREFIX)/share/kvtier/bpf/
 	install -m 644 $(wildcard systemd/sysusers.d/*.conf) $(D)$(PREFIX)/lib/sysusers.d/
 	install -m 644 $(wildcard systemd/tmpfiles.d/*.conf) $(D)$(PREFIX)/lib/tmpfiles.d/
 	install -m 644 systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/

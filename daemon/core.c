@@ -6,6 +6,7 @@
 #include "daemon/internal.h"
 #include "daemon/ledger.h"
 #include "daemon/probes.h"
+#include "daemon/usdt.h"
 #include "shm/util.h"
 
 #define FEED_ENTRIES 16384u
@@ -50,6 +51,10 @@ void feed_move(const struct seq *s, int from, int to, uint32_t lane, uint32_t ro
 			       .to = (uint8_t)to,
 			       .lane_lo = (uint8_t)lane};
 
+	if (to > from)
+		USDT(demote, s->handle, from, to, lane, rows, bytes);
+	else
+		USDT(promote, s->handle, from, to, lane, rows, bytes);
 	feed_put(s->core, s, &e);
 }
 

@@ -9,6 +9,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/usdt.h"
 #include "policy/adaptive.h"
 #include "policy/decide.h"
 #include "shm/trial.h"
@@ -189,6 +190,7 @@ int manager_plan(struct seq *s, bool save)
 	p->from = from;
 	p->plane_from = s->plane_from;
 	p->started_ns = now_ns();
+	USDT(plan_begin, s->handle, s->rows);
 	p->requested = s->requested != 0;
 	p->saving = save;
 	p->write_through = s->write_through && !save;
@@ -272,6 +274,7 @@ static void account(struct plan *p)
 	p->seq->plans++;
 	p->seq->plan_ns_last = ns;
 	core_feed(c, FEED_PLAN, p->seq, p->id, 0, rows);
+	USDT(plan_decided, p->seq->handle, p->id, ns, p->rows_out, p->rows_in, p->rows_drop);
 }
 
 static void carried_out(struct seq *s)
@@ -393,6 +396,7 @@ void manager_moved(struct plan *p)
 		carried_out(s);
 		p->phase = PHASE_READY;
 		c->stat.rows_promoted[KVT_TIER_DEVICE] += p->rows_in;
+		USDT(plan_ready, s->handle, p->id, now_ns() - p->started_ns);
 		if (p->saving) {
 			manager_applied(s, p, NULL);
 		} else if (p->rows_out || p->rows_in) {
@@ -428,11 +432,14 @@ void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
 			}
 		ix->resident[l] = bits_rank(index_bits(ix, KVT_TIER_DEVICE, l), ix->rows);
 		c->stat.rows_dropped += p->dropped[l];
+		if (p->dropped[l])
+			USDT(drop, s->handle, l, p->dropped[l]);
 		index_sweep(ix, &c->pages, l);
 	}
 	if (p->win)
 		s->look_twice = nack && p->win->direct;
 	c->stat.plans_acked += p->id != 0;
+	USDT(plan_acked, s->handle, p->id, now_ns() - p->started_ns);
 	if (p->id)
 		core_feed(c, FEED_ACK, s, p->id, 0, NULL);
 	share_settled(p, !nack);

@@ -9,6 +9,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/usdt.h"
 #include "shm/crc.h"
 #include "shm/trial.h"
 #include "shm/util.h"
@@ -240,6 +241,10 @@ static bool reap(struct core *c, int tier)
 
 		histogram_add(io->reading ? &c->stat.read_ns[tier] : &c->stat.write_ns[tier],
 			      now - io->submitted_ns);
+		if (io->reading)
+			USDT(tier_read, tier, io->io.bytes, now - io->submitted_ns, io->io.res);
+		else
+			USDT(tier_write, tier, io->io.bytes, now - io->submitted_ns, io->io.res);
 		io->end(io);
 	}
 	return n == BATCH;

@@ -11,6 +11,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/usdt.h"
 #include "shm/trial.h"
 #include "shm/util.h"
 
@@ -227,6 +228,7 @@ static void count_refaults(struct seq *s, const struct page *page, int tier, con
 	rows = s->recent_rows[(s->nonce - back) % kept];
 	s->refaults += n;
 	s->core->stat.refaults[tier] += n;
+	USDT(refault, s->handle, tier, n);
 	if (back < s->nonce)
 		histogram_add_n(&s->core->stat.refault_rows[tier], s->rows - MIN(s->rows, rows), n);
 }
@@ -268,6 +270,8 @@ static int lane_in(struct plan *p, uint32_t lane, int tier, unsigned *made)
 		for (uint32_t w = 0; w < page->span; w++)
 			for (uint64_t m = mask[w]; m; m &= m - 1)
 				bits_clear(p->need, page->first + w * 64 + (uint32_t)__builtin_ctzll(m));
+		USDT(promote, s->handle, tier, KVT_TIER_DEVICE, page->lane, bits_rank(mask, page->span * 64u),
+		     page->bytes);
 		count_refaults(s, page, tier, mask);
 		p->refs++;
 		if (io->segment)

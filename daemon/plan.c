@@ -2,6 +2,7 @@
 /* One plan as an object: its memory, its references, its header, and the call that decides. */
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/usdt.h"
 #include "policy/decide.h"
 #include "shm/util.h"
 
@@ -114,6 +115,7 @@ void plan_cancel(struct plan *p)
 		return;
 	p->over = true;
 	s->core->stat.plans_cancelled++;
+	USDT(plan_cancelled, s->handle, p->id, now_ns() - p->started_ns);
 	if (!p->id)
 		return;
 	if (!p->private_tables)

@@ -5,6 +5,7 @@ daemon goes on and says so."""
 import array
 import mmap
 import os
+import re
 import shutil
 import signal
 import socket
@@ -286,7 +287,7 @@ def impostors():
         try:
             with world(t + "/s") as d:
                 until(lambda: f"{name}: {probes(d)}, must match {pattern}",
-                      lambda: __import__("re").search(pattern, probes(d).get("why_off", "")), 5)
+                      lambda: re.search(pattern, probes(d).get("why_off", "")), 5)
                 expect(not probes(d)["on"], f"{name}: believed")
         finally:
             os.kill(pid, signal.SIGKILL)
@@ -325,6 +326,91 @@ def strangers():
         shutil.rmtree(t)
 
 
+# ---- probes of the daemon itself ----------------------------------------------------------------------
+
+
+def notes(binary):
+    """{probe: number of arguments} by the ELF notes."""
+    out = subprocess.run(["readelf", "--wide", "--notes", binary], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for m in re.finditer(r"Provider: kvtierd\n\s+Name: (\w+)\n.*\n\s+Arguments: (.*)", out):
+        found.setdefault(m.group(1), set()).add(len(re.findall(r"-?\d+@", m.group(2))))
+    return found
+
+
+def documented():
+    page = (Path(__file__).resolve().parents[2] / "daemon/man/kvtierd-bpf.8.scd").read_text(encoding="utf-8")
+    page = page[page.index("# PROBES OF THE DAEMON"):page.index("# OPTIONS")]
+    return {m.group(1): {len(re.findall(r"_[A-Z]+_", m.group(2)))}
+            for m in re.finditer(r"^(?:.*; )?\*([a-z_]+)\* ((?:_[A-Z]+_ ?)+)", page.replace("; *", "\n*"), re.M)}
+
+
+def list_is_true():
+    found = notes(str(build_dir() / "kvtierd"))
+    if not found:
+        raise Skip("kvtierd was built without <sys/sdt.h>")
+    expect(len(found) >= 10, f"the binary's probes: {found}")
+    equal(documented(), found, "kvtierd-bpf(8)'s probes and numbers of arguments, and the binary's")
+
+
+def script(name, d, work):
+    """Its output after work()."""
+    text = (Path(__file__).resolve().parents[2] / "daemon/bpf" / name).read_text(encoding="utf-8")
+    expect("/usr/sbin/kvtierd:" in text, f"{name} names another binary")
+    text = text.replace("/usr/sbin/kvtierd:", d.binary + ":")
+    with tempfile.NamedTemporaryFile("w", suffix=".bt") as f:
+        f.write(text)
+        f.flush()
+        p = subprocess.Popen(["bpftrace", "-B", "line", "-p", str(d.pid), f.name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            head = p.stdout.readline()
+            while "Ctrl-C" not in head:
+                expect(head, f"{name} ended by itself")
+                if "Attaching" not in head:
+                    print(f"# {name}: {head.strip()}")
+                head = p.stdout.readline()
+            work()
+            p.send_signal(signal.SIGINT)
+            return p.communicate(timeout=30)[0]
+        finally:
+            p.kill()
+            p.wait()
+
+
+def scripts_run():
+    need()
+    if not shutil.which("bpftrace"):
+        raise Skip("no bpftrace here")
+    if not notes(str(build_dir() / "kvtierd")):
+        raise Skip("kvtierd was built without <sys/sdt.h>")
+    with World() as d, Client(d.socket) as c:
+        r = Rows(c, "traced")
+
+        def work():
+            r.append(100)
+            r.plan(device=20, dram=40, nvme=ROWS_ALL)
+            r.plan(device=ROWS_ALL)
+            r.check()
+
+        before = d.status()["plans"]["acked"]
+        out = script("plans.bt", d, work)
+        for hist in ("decide_us", "move_us", "apply_us", "all_us"):
+            matches(out, rf"@{hist}:\s*\n\[", hist)
+        acked = d.status()["plans"]["acked"] - before
+        all_us = out[out.index("@all_us:"):].split("\n\n")[0]
+        equal(sum(int(x) for x in re.findall(r"\)\s+(\d+) \|", all_us)), acked, "plans in @all_us, and acknowledged")
+        matches(out, r"@rows_out: [1-9]", "rows written")
+        r.truncate(0)
+        before = {t: d.tier(t) for t in ("dram", "nvme")}
+        out = script("tiers.bt", d, work)
+        for t, n in (("nvme", 2), ("dram", 1)):
+            matches(out, rf"@write_us\[{n}\]:", f"latencies of {t}")
+            got = int(re.search(rf"@write_bytes\[{n}\]: (\d+)", out).group(1))
+            own = d.tier(t)["write_bytes"] - before[t]["write_bytes"]
+            expect(0 < got <= own, f"{t}: {got} bytes written by the probes, {own} by the daemon's count")
+        r.close()
+
+
 def main():
     tap = Tap()
     tap.case("--check loads every program and names what is off", check_table)
@@ -333,6 +419,8 @@ def main():
     tap.case("the loader comes, goes and comes back; the daemon goes on", comes_and_goes)
     tap.case("an impostor is not believed", impostors)
     tap.case("a stranger gets no maps; nobody can write the counts", strangers)
+    tap.case("the manual's list of USDT probes is the binary's", list_is_true)
+    tap.case("plans.bt and tiers.bt run", scripts_run)
     tap.done()
 
 
