@@ -98,49 +98,23 @@ static int parse_seq_name(const char *name, uint64_t *ret_handle)
 	return !name[n] && n >= KEY_PREFIX_MIN && n <= 32 ? (int)n : -1;
 }
 
-static bool key_matches(const uint8_t key[16], const char *prefix)
-{
-	char hex[33];
-
-	for (int i = 0; i < 16; i++)
-		snprintf(hex + 2 * i, 3, "%02x", key[i]);
-	return !strncasecmp(hex, prefix, strlen(prefix));
-}
-
-/* Among the tenant's own sequences only: a name must not tell what others have. */
-static int find_own(struct admin_call *a, const char *name, uint64_t *ret)
-{
-	struct core_seq_stat s;
-	uint64_t handle = 0, found = 0;
-	uint32_t cursor = 0;
-	int digits = parse_seq_name(name, &handle);
-
-	while (core_seq_next(a->core, &cursor, &s)) {
-		if (!admin_sees(a, &s) || (digits ? !key_matches(s.key, name) : s.handle != handle))
-			continue;
-		if (found)
-			return admin_refuse(a, KVT_E_INVAL, "SEQ: \"%.40s\", several keys begin so", name);
-		found = s.handle;
-	}
-	if (!found)
-		return admin_refuse(a, KVT_E_NOENT, "SEQ: \"%.40s\", no such sequence", name);
-	*ret = found;
-	return 0;
-}
-
 int admin_seq_arg(struct admin_call *a, int i, uint64_t *ret)
 {
 	const char *name = a->argv[i];
 	uint64_t handle;
+	int r;
 
 	if (parse_seq_name(name, &handle) < 0)
 		return admin_refuse(
 			a, KVT_E_INVAL,
 			"SEQ: \"%.40s\", must be a handle (0x...), a key (32 hex digits) or %d or more of them",
 			name, KEY_PREFIX_MIN);
-	if (admin_tenant(a))
-		return find_own(a, name, ret);
-	return core_seq_find(a->core, name, ret, a->err, a->errsize);
+	r = core_seq_find(a->core, a->peer->tenant, a->peer->owner, name, ret, a->err, a->errsize);
+	/* What a tenant is told is the same for what is not there and what is not its own. */
+	if (r && admin_tenant(a))
+		return admin_refuse(a, r, "SEQ: \"%.40s\", %s", name,
+				    r == KVT_E_INVAL ? "several keys begin so" : "no such sequence");
+	return r;
 }
 
 int admin_number_arg(struct admin_call *a, int i, const char *what, uint32_t min, uint32_t max, uint32_t *ret)
@@ -205,15 +179,20 @@ static void *json_memory(size_t n)
 
 static int answer(struct admin_call *a, struct admin_result *ret)
 {
-	if (!a->json && !short_of_memory)
+	if (!a->json && !a->text.n && !short_of_memory && !a->text.failed)
 		return 0;
-	ret->json = json_dumps(a->json, JSON_COMPACT);
+	if (a->json)
+		ret->json = json_dumps(a->json, JSON_COMPACT);
+	else
+		ret->json = json_text_take(&a->text, &ret->json_bytes);
 	if (!ret->json || short_of_memory) {
 		free(ret->json);
 		ret->json = NULL;
+		ret->json_bytes = 0;
 		return admin_refuse(a, KVT_E_NOMEM, "out of memory");
 	}
-	ret->json_bytes = strlen(ret->json);
+	if (a->json)
+		ret->json_bytes = strlen(ret->json);
 	return 0;
 }
 
@@ -254,6 +233,7 @@ int admin_dispatch(struct core *c, const struct admin_peer *peer, int argc, char
 	if (v->flags & VERB_AUDIT && !a.quiet)
 		audit(&a, r);
 	json_decref(a.json);
+	free(a.text.buf);
 	if (!r)
 		*ret = res;
 	return r;

@@ -3,6 +3,7 @@
 /* What the admin verbs share: one call, its arguments and its answer. */
 #include <jansson.h>
 #include "daemon/admin.h"
+#include "daemon/json_text.h"
 #include "daemon/verbs.h"
 
 struct admin_call {
@@ -11,7 +12,8 @@ struct admin_call {
 	int argc; /* the verb is argv[0] */
 	char *const *argv;
 	struct admin_result *result;
-	json_t *json; /* set by the verb; the dispatcher writes and frees it */
+	json_t *json;          /* set by the verb; the dispatcher writes and frees it */
+	struct json_text text; /* or the answer written already, its memory the dispatcher's */
 	char *err;
 	size_t errsize;
 	bool quiet; /* this call of a VERB_AUDIT verb only looked */

@@ -6,7 +6,8 @@
 #include "ipc/wire.h"
 #include "shm/util.h"
 
-#define LS_PAGE 128 /* sequences per reply: one reply is one slice of the event loop */
+#define LS_PAGE 128u                 /* sequences looked at for one reply, as far as */
+#define LS_SLICE_NS UINT64_C(200000) /* of the event loop lets it */
 
 static const char *const tier_names[KVT_TIERS] = {"device", "dram", "nvme"};
 
@@ -144,6 +145,7 @@ static json_t *status_all(const struct core_stat *s)
 	set_num(o, "plan_bytes", s->plan_bytes);
 	set_num(o, "directory_bytes", s->directory_bytes);
 	set_num(o, "loop_max_ns", s->loop_max_ns);
+	set_num(o, "loop_recent_max_ns", s->loop_recent_max_ns);
 	return o;
 }
 
@@ -206,74 +208,99 @@ int verb_status(struct admin_call *a)
 
 /* ---- sequences ------------------------------------------------------------------------ */
 
-static json_t *seq_json(const struct core_seq_stat *s)
+/* Written as text: a listing of thousands would spend its time on trees otherwise. */
+static void seq_text(struct json_text *o, const struct core_seq_stat *s)
 {
-	json_t *o = json_object(), *budget = json_object(), *tiers = json_object();
 	char text[40];
 
+	json_text_open(o, NULL, '{');
 	snprintf(text, sizeof(text), "0x%llx", (unsigned long long)s->handle);
-	set_text(o, "handle", text);
-	for (int i = 0; i < 16; i++)
-		snprintf(text + 2 * i, 3, "%02x", s->key[i]);
-	set_text(o, "key", text);
-	set_text(o, "tenant", s->tenant);
-	set_text(o, "client", s->client);
-	set_text(o, "model", s->model);
-	set_text(o, "policy", s->policy);
-	if (s->policy_reason)
-		set_text(o, "policy_reason", s->policy_reason);
-	if (s->stalls_known)
-		json_object_set_new(o, "stall",
-				    json_pack("{s:o,s:o,s:o,s:o}", "sched_ns", admin_num(s->stalls.sched_ns),
-					      "fault_ns", admin_num(s->stalls.fault_ns), "reclaim_ns",
-					      admin_num(s->stalls.reclaim_ns), "faults",
-					      admin_num(s->stalls.faults)));
-	set_num(o, "rows", s->rows);
-	set_num(o, "epoch", s->epoch);
-	set_num(o, "lanes", s->lanes);
-	set_text(o, "lifetime", s->lifetime == KVT_LEASED ? "leased" : "ephemeral");
-	set_num(o, "ttl_left_s", s->ttl_left_s);
-	set_num(o, "resident_max", s->resident_max);
-	for (unsigned t = 0; t < KVT_TIERS; t++) {
-		json_t *tier = json_object();
-
-		json_object_set_new(budget, tier_names[t],
-				    s->budget[t] == KVT_ROWS_ALL ? json_null() : admin_num(s->budget[t]));
-		set_num(tier, "rows", s->tier_rows[t]);
-		set_num(tier, "bytes", s->tier_bytes[t]);
-		json_object_set_new(tiers, tier_names[t], tier);
+	json_text_str(o, "handle", text);
+	for (int i = 0; i < 16; i++) {
+		text[2 * i] = "0123456789abcdef"[s->key[i] >> 4];
+		text[2 * i + 1] = "0123456789abcdef"[s->key[i] & 15];
 	}
-	json_object_set_new(o, "budget", budget);
-	json_object_set_new(o, "adaptive", json_boolean(s->adaptive));
+	text[32] = 0;
+	json_text_str(o, "key", text);
+	json_text_str(o, "tenant", s->tenant);
+	json_text_str(o, "client", s->client);
+	json_text_str(o, "model", s->model);
+	json_text_str(o, "policy", s->policy);
+	if (s->policy_reason)
+		json_text_str(o, "policy_reason", s->policy_reason);
+	if (s->stalls_known) {
+		json_text_open(o, "stall", '{');
+		json_text_num(o, "sched_ns", s->stalls.sched_ns);
+		json_text_num(o, "fault_ns", s->stalls.fault_ns);
+		json_text_num(o, "reclaim_ns", s->stalls.reclaim_ns);
+		json_text_num(o, "faults", s->stalls.faults);
+		json_text_close(o, '}');
+	}
+	json_text_num(o, "rows", s->rows);
+	json_text_num(o, "epoch", s->epoch);
+	json_text_num(o, "lanes", s->lanes);
+	json_text_str(o, "lifetime", s->lifetime == KVT_LEASED ? "leased" : "ephemeral");
+	json_text_num(o, "ttl_left_s", s->ttl_left_s);
+	json_text_num(o, "resident_max", s->resident_max);
+	json_text_open(o, "budget", '{');
+	for (unsigned t = 0; t < KVT_TIERS; t++)
+		if (s->budget[t] == KVT_ROWS_ALL)
+			json_text_null(o, tier_names[t]);
+		else
+			json_text_num(o, tier_names[t], s->budget[t]);
+	json_text_close(o, '}');
+	json_text_bool(o, "adaptive", s->adaptive);
 	if (s->adaptive) {
-		set_num(o, "device_rows_least", s->device_least);
-		set_num(o, "device_rows_most", s->device_most);
+		json_text_num(o, "device_rows_least", s->device_least);
+		json_text_num(o, "device_rows_most", s->device_most);
 	}
 	if (s->shared) {
-		set_num(o, "device_rows_held", s->device_held);
-		set_num(o, "device_rows_brought", s->device_brought);
+		json_text_num(o, "device_rows_held", s->device_held);
+		json_text_num(o, "device_rows_brought", s->device_brought);
 	}
-	json_object_set_new(o, "tiers", tiers);
-	set_bool(o, "window", s->window);
-	set_bool(o, "direct", s->direct);
+	json_text_open(o, "tiers", '{');
+	for (unsigned t = 0; t < KVT_TIERS; t++) {
+		json_text_open(o, tier_names[t], '{');
+		json_text_num(o, "rows", s->tier_rows[t]);
+		json_text_num(o, "bytes", s->tier_bytes[t]);
+		json_text_close(o, '}');
+	}
+	json_text_close(o, '}');
+	json_text_bool(o, "window", s->window);
+	json_text_bool(o, "direct", s->direct);
 	if (s->direct)
-		set_num(o, "direct_pages", s->direct_pages);
-	set_num(o, "rows_dropped", s->dropped_rows);
-	set_num(o, "rows_pinned", s->pinned_rows);
-	set_num(o, "plans", s->plans);
-	set_num(o, "plan_id", s->plan_id);
-	set_text(o, "plan_state", s->plan_state);
-	set_num(o, "plan_ns_last", s->plan_ns_last);
-	set_num(o, "refaults", s->refaults);
-	set_num(o, "misses", s->misses);
-	set_num(o, "index_bytes", s->index_bytes);
-	return o;
+		json_text_num(o, "direct_pages", s->direct_pages);
+	json_text_num(o, "rows_dropped", s->dropped_rows);
+	json_text_num(o, "rows_pinned", s->pinned_rows);
+	json_text_num(o, "plans", s->plans);
+	json_text_num(o, "plan_id", s->plan_id);
+	json_text_str(o, "plan_state", s->plan_state);
+	json_text_num(o, "plan_ns_last", s->plan_ns_last);
+	json_text_num(o, "refaults", s->refaults);
+	json_text_num(o, "misses", s->misses);
+	json_text_num(o, "index_bytes", s->index_bytes);
+	json_text_close(o, '}');
 }
 
-/* A page at a time: {"seqs": [...], "next": cursor or null}. */
+static json_t *seq_json(const struct core_seq_stat *s)
+{
+	struct json_text o = {.buf = NULL};
+	json_t *j;
+
+	seq_text(&o, s);
+	j = o.failed ? NULL : json_loadb(o.buf, o.n, 0, NULL);
+	free(o.buf);
+	return j;
+}
+
+/*
+ * A slice of the loop at a time, each with the cursor of the next: {"seqs": [...], "next": cursor or null}.
+ * What the caller may not see costs time as well, so a page may be empty.
+ */
 int verb_ls(struct admin_call *a)
 {
-	json_t *list;
+	uint64_t end = now_ns() + LS_SLICE_NS;
+	struct json_text *o = &a->text;
 	struct core_seq_stat s;
 	uint32_t cursor = 0;
 	bool more = true;
@@ -284,15 +311,21 @@ int verb_ls(struct admin_call *a)
 		if (r)
 			return r;
 	}
-	list = json_array();
-	while (json_array_size(list) < LS_PAGE) {
+	json_text_open(o, NULL, '{');
+	json_text_open(o, "seqs", '[');
+	for (unsigned n = 0; n < LS_PAGE && (!n || now_ns() < end); n++) {
 		more = core_seq_next(a->core, &cursor, &s);
 		if (!more)
 			break;
 		if (admin_sees(a, &s))
-			json_array_append_new(list, seq_json(&s));
+			seq_text(o, &s);
 	}
-	a->json = json_pack("{s:o,s:o}", "seqs", list, "next", more ? admin_num(cursor) : json_null());
+	json_text_close(o, ']');
+	if (more)
+		json_text_num(o, "next", cursor);
+	else
+		json_text_null(o, "next");
+	json_text_close(o, '}');
 	return 0;
 }
 
@@ -331,6 +364,8 @@ int verb_show(struct admin_call *a)
 	if (r)
 		return admin_refuse(a, r, "SEQ: \"%.40s\", no such sequence", a->argv[1]);
 	a->json = seq_json(&s);
+	if (!a->json)
+		return admin_refuse(a, KVT_E_NOMEM, "out of memory");
 	return a->argc == 3 ? add_lanes(a, handle, s.lanes) : 0;
 }
 

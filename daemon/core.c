@@ -150,7 +150,7 @@ static int on_poll(sd_event_source *src, uint64_t usec, void *arg)
 static int turn(struct core *c)
 {
 	int r = sd_event_prepare(c->ev);
-	uint64_t begin;
+	uint64_t begin, end;
 
 	if (!r)
 		r = sd_event_wait(c->ev, UINT64_MAX);
@@ -158,7 +158,14 @@ static int turn(struct core *c)
 		return r;
 	begin = now_ns();
 	r = sd_event_dispatch(c->ev);
-	c->stat.loop_max_ns = MAX(c->stat.loop_max_ns, now_ns() - begin);
+	end = now_ns();
+	if (end - c->loop_since_ns > UINT64_C(1000000000)) {
+		c->loop_before_ns = c->loop_now_ns;
+		c->loop_now_ns = 0;
+		c->loop_since_ns = end;
+	}
+	c->loop_now_ns = MAX(c->loop_now_ns, end - begin);
+	c->stat.loop_max_ns = MAX(c->stat.loop_max_ns, end - begin);
 	return r;
 }
 

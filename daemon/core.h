@@ -60,7 +60,8 @@ struct core_stat {
 	uint64_t recalls, rows_recalled; /* searches asked for, rows copied out for them */
 	uint64_t direct_demotions, hangups_protocol, admin_mutations;
 	uint64_t index_bytes, staging_bytes, plan_bytes, directory_bytes;
-	uint64_t loop_max_ns; /* longest slice of the event loop */
+	uint64_t loop_max_ns;        /* longest slice of the event loop */
+	uint64_t loop_recent_max_ns; /* of the last one to two seconds */
 	/* Nanoseconds. Of plans: from their beginning to the decision; of that, the decision's own job, its wait
 	 * for a worker included. Of tiers: pages, from submission until the loop knows the result, good or bad. */
 	struct histogram plan_ns, decide_ns, read_ns[KVT_TIERS], write_ns[KVT_TIERS];
@@ -106,9 +107,10 @@ void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, u
 bool core_may_audit(struct core *c, int tenant);
 /* Iterate; *cursor starts at 0. false at the end. Strings live until the loop runs again. */
 bool core_seq_next(struct core *c, uint32_t *cursor, struct core_seq_stat *ret);
-/* By handle ("0x..."), by key (32 hex digits) or a unique prefix of one (at least 4). KVT_E_NOENT, KVT_E_INVAL
- * (ambiguous). */
-int core_seq_find(struct core *c, const char *name, uint64_t *ret, char *err, size_t errsize);
+/* By handle ("0x..."), by key (32 hex digits) or a unique prefix of one (at least 4), among the sequences of
+ * that tenant and owner (tenant -1: all). KVT_E_NOENT, KVT_E_INVAL (ambiguous). */
+int core_seq_find(struct core *c, int tenant, uint64_t owner, const char *name, uint64_t *ret, char *err,
+		  size_t errsize);
 int core_seq_stat(struct core *c, uint64_t handle, struct core_seq_stat *ret);
 /* Per lane: rows by tier. ret[lanes]. */
 struct core_lane_stat {

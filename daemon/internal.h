@@ -77,6 +77,10 @@ struct core {
 	struct verify *verify;
 	struct core_stat stat;
 	struct log_bucket said; /* lines about nobody's clients in particular */
+	uint64_t fresh_rows,
+		directory_bytes; /* past the indexes, of all sequences and lanes; of all directories */
+	uint64_t loop_since_ns, loop_now_ns,
+		loop_before_ns; /* this second of slices; its longest; the last one's */
 	uint64_t started_ns, region_rows_extra, seq_index_bytes, loop_seen_ns;
 	bool frozen, draining, no_accept, freeing, short_of_memory;
 	void (*drain_done)(void *arg);

@@ -180,6 +180,7 @@ int manager_plan(struct seq *s, bool save)
 
 	if (r < 0)
 		return r;
+	seq_fresh(s);
 	p = calloc(1, sizeof(*p));
 	if (!p)
 		return -ENOMEM;

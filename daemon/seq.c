@@ -41,8 +41,20 @@ void seq_account(struct seq *s)
 	uint64_t now = s->ix.bytes + heap_bytes(sizeof(*s)) + share_bytes(s) +
 		       (s->layout ? heap_bytes(s->model->n_layers * sizeof(*s->layout)) : 0);
 
+	uint64_t directory = s->ix.direct ? direct_bytes(s->ix.direct) : 0;
+
 	s->core->seq_index_bytes += now - s->index_seen;
 	s->index_seen = now;
+	s->core->directory_bytes += directory - s->directory_seen;
+	s->directory_seen = directory;
+}
+
+void seq_fresh(struct seq *s)
+{
+	uint64_t now = (uint64_t)(s->rows - MIN(s->rows, s->ix.rows)) * s->ix.lanes;
+
+	s->core->fresh_rows += now - s->fresh_seen;
+	s->fresh_seen = now;
 }
 
 struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const uint8_t key[16],
@@ -179,6 +191,8 @@ static void destroy(struct seq *s)
 	index_free(&s->ix, &c->pages);
 	origin_unref(&c->pages, s->origin);
 	c->seq_index_bytes -= s->index_seen;
+	c->fresh_rows -= s->fresh_seen;
+	c->directory_bytes -= s->directory_seen;
 	core_feed(c, FEED_SEQ_CLOSE, s, 0, 0, NULL);
 	seq_drop_region(s);
 	policies_put(s->core, s->keys_use);
@@ -218,6 +232,7 @@ int seq_truncate(struct seq *s, uint32_t rows)
 	s->epoch++;
 	s->rows = rows;
 	s->cut = MIN(s->cut, rows);
+	seq_fresh(s);
 	direct_cut(&s->ix, s->cut); /* before the client hears of it and appends others there */
 	restart_cut(s);
 	s->scored = MIN(s->scored, rows);
@@ -279,6 +294,23 @@ void seq_step(struct seq *s)
 		manager_consider(s);
 }
 
+/* What its pages take, in the tiers and of heap: a shared page's heap is counted where it was made. */
+static void count_pages(struct seq *s)
+{
+	memset(s->page_bytes, 0, sizeof(s->page_bytes));
+	s->page_heap = 0;
+	for (uint32_t l = 0; l < s->ix.lanes; l++)
+		for (uint32_t i = 0; i < s->ix.lane[l].n; i++) {
+			const struct page *p = s->ix.lane[l].v[i];
+
+			for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
+				if (page_in(p, t))
+					s->page_bytes[t] += page_room(p->bytes);
+			if (p->origin == s->origin)
+				s->page_heap += heap_bytes(sizeof(*p) + p->span * sizeof(uint64_t));
+		}
+}
+
 void seq_recount(struct seq *s)
 {
 	uint64_t rows[KVT_TIERS] = {0}, held[KVT_TIERS] = {0}, dropped = 0;
@@ -298,5 +330,7 @@ void seq_recount(struct seq *s)
 	memcpy(s->tier_rows, rows, sizeof(rows));
 	memcpy(s->held, held, sizeof(held));
 	s->dropped = dropped;
+	count_pages(s);
+	seq_fresh(s);
 	seq_account(s);
 }

@@ -94,8 +94,8 @@ struct seq {
 	uint64_t plans, plan_ns_last, refaults, misses;
 	uint64_t recent_page[8]; /* of the last plans, by nonce: the next page's number, rows */
 	uint32_t recent_rows[8];
-	uint64_t tier_rows[KVT_TIERS], held[KVT_TIERS],
-		dropped; /* as last counted, best copy / any copy; device without rows past the index */
+	uint64_t tier_rows[KVT_TIERS], held[KVT_TIERS], dropped, page_bytes[KVT_TIERS], page_heap, fresh_seen,
+		directory_seen; /* as last counted, best copy / any copy; device without rows past the index */
 	uint64_t index_seen, active_ns;
 	uint32_t refs; /* background work that will come back to it */
 	bool dead;     /* freed but for refs */
@@ -172,6 +172,8 @@ void seq_drop_region(struct seq *s);
 /* Reply to those who waited for this sequence. */
 void seq_answer(struct seq *s);
 void seq_account(struct seq *s);
+/* Its rows past the index, or the index, changed. */
+void seq_fresh(struct seq *s);
 /* Free what binds s to a client and its memory. */
 void seq_unbind(struct seq *s);
 

@@ -11,8 +11,6 @@ void core_stat(struct core *c, struct core_stat *ret)
 {
 	const struct client *cl;
 	const struct region *g;
-	uint32_t cursor = 0;
-	struct seq *s;
 
 	*ret = c->stat;
 	ret->uptime_ns = now_ns() - c->started_ns;
@@ -22,10 +20,9 @@ void core_stat(struct core *c, struct core_stat *ret)
 	ret->seqs = c->n_seqs;
 	ret->orphans = c->n_orphans;
 	ret->models = c->n_models;
-	while ((s = handle_next(c->seqs, &cursor, NULL))) {
-		ret->rows[KVT_TIER_DEVICE] += (uint64_t)(s->rows - MIN(s->rows, s->ix.rows)) * s->ix.lanes;
-		ret->directory_bytes += s->ix.direct ? direct_bytes(s->ix.direct) : 0;
-	}
+	ret->rows[KVT_TIER_DEVICE] += c->fresh_rows;
+	ret->directory_bytes = c->directory_bytes;
+	ret->loop_recent_max_ns = MAX(c->loop_now_ns, c->loop_before_ns);
 	LIST_FOREACH(g, &c->all_regions, all)
 		ret->bytes[KVT_TIER_DEVICE] += g->ops->resident(g->mem);
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
@@ -57,7 +54,7 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 {
 	const struct core *c = s->core;
 	const struct index *ix = &s->ix;
-	uint64_t now = now_ns(), pages = 0;
+	uint64_t now = now_ns();
 	uint32_t fresh = s->rows - MIN(s->rows, ix->rows);
 
 	*ret = (struct core_seq_stat){
@@ -104,23 +101,13 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 	}
 	ret->tier_rows[KVT_TIER_DEVICE] += (uint64_t)fresh * ix->lanes;
 	for (uint32_t l = 0; l < ix->lanes; l++) {
-		const struct lane_pages *lp = &ix->lane[l];
-
 		ret->resident_max = MAX(ret->resident_max, ix->resident[l] + fresh);
 		if (s->model)
 			ret->tier_bytes[0] += (uint64_t)(ix->resident[l] + fresh) * lane_bytes(s->model, l);
-		for (uint32_t i = 0; i < lp->n; i++) {
-			const struct page *p = lp->v[i];
-
-			for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
-				if (page_in(p, t))
-					ret->tier_bytes[t] += page_room(p->bytes);
-			/* A shared page is counted where it was made. */
-			if (p->origin == s->origin)
-				pages += heap_bytes(sizeof(*p) + p->span * sizeof(uint64_t));
-		}
 	}
-	ret->index_bytes = s->index_seen + pages;
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
+		ret->tier_bytes[t] = s->page_bytes[t];
+	ret->index_bytes = s->index_seen + s->page_heap;
 	ret->stalls_known = s->client && probes_process(s->core, s->client->pid, &ret->stalls);
 	ret->direct = ix->direct;
 	ret->direct_pages = ix->direct ? direct_pages(ix->direct) : 0;
@@ -158,17 +145,40 @@ int core_seq_stat(struct core *c, uint64_t handle, struct core_seq_stat *ret)
 	return 0;
 }
 
-int core_seq_find(struct core *c, const char *name, uint64_t *ret, char *err, size_t errsize)
+/* The first n hex digits of the key are these. */
+static bool key_begins(const uint8_t key[16], const uint8_t *prefix, size_t n)
+{
+	return !memcmp(key, prefix, n / 2) && !(n % 2 && (key[n / 2] ^ prefix[n / 2]) & 0xf0);
+}
+
+/* Two digits a byte; the last may lack its second. */
+static void from_hex(const char *hex, uint8_t ret[16])
+{
+	memset(ret, 0, 16);
+	for (size_t i = 0; hex[i]; i++)
+		ret[i / 2] |=
+			(uint8_t)((hex[i] <= '9' ? hex[i] - '0' : (hex[i] | 32) - 'a' + 10) << (i % 2 ? 0 : 4));
+}
+
+static bool belongs(const struct seq *s, int tenant, uint64_t owner)
+{
+	return tenant < 0 || (s->tenant->index == (uint32_t)tenant && s->tenant_hash == owner);
+}
+
+int core_seq_find(struct core *c, int tenant, uint64_t owner, const char *name, uint64_t *ret, char *err,
+		  size_t errsize)
 {
 	size_t n = strlen(name);
 	uint32_t cursor = 0, found = 0;
 	uint64_t handle;
+	uint8_t prefix[16];
 	struct seq *s;
 	char *end;
 
 	if (!strncasecmp(name, "0x", 2)) {
 		handle = strtoull(name, &end, 16);
-		if (*end || !handle_get(c->seqs, handle, NULL)) {
+		s = *end ? NULL : handle_get(c->seqs, handle, NULL);
+		if (!s || !belongs(s, tenant, owner)) {
 			snprintf(err, errsize, "sequence \"%s\": no such handle", name);
 			return KVT_E_NOENT;
 		}
@@ -179,12 +189,9 @@ int core_seq_find(struct core *c, const char *name, uint64_t *ret, char *err, si
 		snprintf(err, errsize, "sequence \"%s\": must be 0x..., or 4 to 32 hex digits of a key", name);
 		return KVT_E_INVAL;
 	}
+	from_hex(name, prefix);
 	while ((s = handle_next(c->seqs, &cursor, &handle))) {
-		char hex[33];
-
-		for (int i = 0; i < 16; i++)
-			snprintf(hex + 2 * i, 3, "%02x", s->key[i]);
-		if (strncasecmp(hex, name, n))
+		if (!key_begins(s->key, prefix, n) || !belongs(s, tenant, owner))
 			continue;
 		*ret = handle;
 		found++;

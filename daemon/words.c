@@ -82,6 +82,7 @@ static bool poll_len(struct seq *s)
 		return false;
 	}
 	s->rows = rows;
+	seq_fresh(s);
 	return true;
 }
 

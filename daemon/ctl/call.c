@@ -90,9 +90,8 @@ static int send_request(struct ctl *c, unsigned argc, const char *const argv[], 
 }
 
 /* The daemon made the memory, but a mapping that shrinks under us would kill us: sealed or nothing. */
-static int read_json(int fd, uint64_t bytes, json_t **ret)
+static int read_text(int fd, uint64_t bytes, char **ret)
 {
-	json_error_t why;
 	struct stat st;
 	void *p;
 	int seals = fcntl(fd, F_GET_SEALS);
@@ -103,12 +102,12 @@ static int read_json(int fd, uint64_t bytes, json_t **ret)
 	p = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
 	if (p == MAP_FAILED)
 		return ctl_fail(CTL_UNREACHABLE, "reply: %s", strerror(errno));
-	*ret = json_loadb(p, bytes, 0, &why);
+	*ret = strndup(p, bytes);
 	munmap(p, bytes);
-	return *ret ? CTL_OK : ctl_fail(CTL_UNREACHABLE, "reply: not JSON: %s", why.text);
+	return *ret ? CTL_OK : ctl_fail(CTL_UNREACHABLE, "reply: out of memory");
 }
 
-static int take_reply(struct ctl *c, const void *buf, size_t len, int *fds, unsigned n_fds, json_t **ret,
+static int take_reply(struct ctl *c, const void *buf, size_t len, int *fds, unsigned n_fds, char **ret,
 		      int *ret_fd)
 {
 	const struct wire_admin_reply *m = buf;
@@ -127,7 +126,7 @@ static int take_reply(struct ctl *c, const void *buf, size_t len, int *fds, unsi
 	if (n_fds < json_fds)
 		return ctl_fail(CTL_UNREACHABLE, "reply: %u descriptors, must be at least %u", n_fds, json_fds);
 	if (json_fds) {
-		r = read_json(fds[0], m->json_bytes, ret);
+		r = read_text(fds[0], m->json_bytes, ret);
 		if (r)
 			return r;
 	}
@@ -136,7 +135,7 @@ static int take_reply(struct ctl *c, const void *buf, size_t len, int *fds, unsi
 	return CTL_OK;
 }
 
-int ctl_call(struct ctl *c, unsigned argc, const char *const argv[], json_t **ret, int *ret_fd)
+int ctl_call_text(struct ctl *c, unsigned argc, const char *const argv[], char **ret, int *ret_fd)
 {
 	uint64_t deadline = now_ns() + c->timeout_ms * UINT64_C(1000000);
 	_Alignas(8) char buf[WIRE_MAX];
@@ -165,6 +164,23 @@ int ctl_call(struct ctl *c, unsigned argc, const char *const argv[], json_t **re
 	for (unsigned i = 0; i < n_fds; i++)
 		close_fdp(&fds[i]);
 	return r;
+}
+
+int ctl_call(struct ctl *c, unsigned argc, const char *const argv[], json_t **ret, int *ret_fd)
+{
+	_cleanup_free_ char *text = NULL;
+	int r = ctl_call_text(c, argc, argv, &text, ret_fd);
+	json_error_t why;
+
+	*ret = NULL;
+	if (r || !text)
+		return r;
+	*ret = json_loads(text, 0, &why);
+	if (*ret)
+		return CTL_OK;
+	if (ret_fd)
+		close_fdp(ret_fd);
+	return ctl_fail(CTL_UNREACHABLE, "reply: not JSON: %s", why.text);
 }
 
 void ctl_print_json(const json_t *j)

@@ -31,6 +31,8 @@ struct ctl {
  * enum ctl_exit; when not CTL_OK a line is on stderr.
  */
 int ctl_call(struct ctl *c, unsigned argc, const char *const argv[], json_t **ret, int *ret_fd);
+/* The same, the answer as it came: free() it. */
+int ctl_call_text(struct ctl *c, unsigned argc, const char *const argv[], char **ret, int *ret_fd);
 /* A line on stderr, then `status`. */
 int __attribute__((format(printf, 2, 3))) ctl_fail(int status, const char *fmt, ...);
 /* Print JSON, one line. */

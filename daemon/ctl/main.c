@@ -44,36 +44,74 @@ static void print_answer(const struct ctl *c, const json_t *j, void (*show)(cons
 		show(j);
 }
 
-/* The daemon lists a page at a time. */
+/* The sequences of a page, without the brackets around them, and the cursor that follows: -1 after the last. */
+static bool page_body(const char *page, const char **ret, size_t *ret_n, long long *ret_next)
+{
+	static const char head[] = "{\"seqs\":[", tail[] = "],\"next\":";
+	size_t n = strlen(page), at = n;
+	char *end;
+
+	while (at && page[at] != ']')
+		at--;
+	if (strncmp(page, head, strlen(head)) || at < strlen(head) || strncmp(page + at, tail, strlen(tail)))
+		return false;
+	*ret = page + strlen(head);
+	*ret_n = at - strlen(head);
+	page += at + strlen(tail);
+	*ret_next = strtoll(page, &end, 10);
+	if (!strcmp(page, "null}")) {
+		*ret_next = -1;
+		return true;
+	}
+	return *page >= '0' && *page <= '9' && !strcmp(end, "}");
+}
+
+/* The daemon lists a page at a time. Thousands of sequences are not worth a tree that is printed at once. */
 int ctl_ls(struct ctl *c, unsigned argc, const char *const argv[])
 {
-	const char *page[2] = {argv[0], argc > 1 ? argv[1] : "0"};
-	json_t *all = json_object(), *list = json_array();
-	char next[24];
-	int r;
+	char next[24], *all = NULL;
+	const char *page[2] = {argv[0], argc > 1 ? argv[1] : "0"}, *body;
+	size_t bytes = 0, n;
+	FILE *f = open_memstream(&all, &bytes);
+	long long cursor = 0;
+	json_t *j = NULL;
+	bool any = false;
+	int r = f ? CTL_OK : ctl_fail(CTL_UNREACHABLE, "out of memory");
 
-	json_object_set_new(all, "seqs", list);
-	for (;;) {
-		json_t *j = NULL;
-		const json_t *more;
+	if (f)
+		fputs("{\"seqs\":[", f);
+	while (!r && cursor >= 0) {
+		_cleanup_free_ char *text = NULL;
 
-		r = ctl_call(c, 2, page, &j, NULL);
+		r = ctl_call_text(c, 2, page, &text, NULL);
 		if (r)
 			break;
-		json_array_extend(list, json_object_get(j, "seqs"));
-		more = json_object_get(j, "next");
-		snprintf(next, sizeof(next), "%lld", (long long)json_integer_value(more));
-		page[1] = next;
-		r = json_is_integer(more);
-		json_decref(j);
-		if (!r)
+		if (!text || !page_body(text, &body, &n, &cursor)) {
+			r = ctl_fail(CTL_UNREACHABLE, "reply: not a list of sequences");
 			break;
+		}
+		if (n && any)
+			fputc(',', f);
+		any |= n > 0;
+		fwrite(body, 1, n, f);
+		snprintf(next, sizeof(next), "%lld", cursor);
+		page[1] = next;
 	}
-	if (!r && c->json)
-		ctl_print_json(all);
-	else if (!r)
-		show_seqs(list);
-	json_decref(all);
+	if (f)
+		fputs("]}", f);
+	if (f && fclose(f) && !r)
+		r = ctl_fail(CTL_UNREACHABLE, "out of memory");
+	if (!r && c->json) {
+		puts(all);
+	} else if (!r) {
+		j = json_loadb(all, bytes, 0, NULL);
+		if (j)
+			show_seqs(json_object_get(j, "seqs"));
+		else
+			r = ctl_fail(CTL_UNREACHABLE, "reply: not JSON");
+		json_decref(j);
+	}
+	free(all);
 	return r;
 }
 
