@@ -28,8 +28,8 @@ struct probes_stat {
 	uint64_t lost;                          /* events that the programs had no room for */
 	uint32_t untracked;                     /* clients' processes that found no slot */
 	struct histogram uring;                 /* submission to completion, the daemon's io_uring */
-	/* Direct reclaim, the host's and control groups', and major page faults, begin to end, of the daemon
-	 * and its clients. */
+	/* Direct reclaim, the host's and control groups', and major page faults in which a thread slept, of
+	 * the daemon and its clients. */
 	struct histogram reclaim, fault;
 	struct histogram sched; /* runnable and not running: threads of the daemon's clients */
 };

@@ -16,6 +16,9 @@ struct request {
 	struct request_queue *q;
 	unsigned int cmd_flags;
 };
+struct pt_regs {               /* x86; where it has no such field the group is off */
+	unsigned long orig_ax; /* the number of a system call; negative: entered by an exception or interrupt */
+};
 struct task_struct {
 	int pid, tgid;
 };

@@ -40,7 +40,7 @@ ONE(probe_sums) sums SEC(".maps");
 BEGUN(BPF_MAP_TYPE_HASH, 8192) disk_begun SEC(".maps");
 BEGUN(BPF_MAP_TYPE_LRU_HASH, 8192) uring_begun SEC(".maps"); /* a cancelled request may end untold */
 BEGUN(BPF_MAP_TYPE_HASH, 4096) reclaim_begun SEC(".maps");
-BEGUN(BPF_MAP_TYPE_LRU_HASH, 8192) fault_begun SEC(".maps"); /* only major ones are taken out */
+BEGUN(BPF_MAP_TYPE_LRU_HASH, 8192) fault_begun SEC(".maps"); /* a minor fault ends untold */
 BEGUN(BPF_MAP_TYPE_HASH, 16384) sched_begun SEC(".maps");
 
 static const __u32 zero;
@@ -264,10 +264,20 @@ int memcg_end(void *x)
 	return reclaim_to();
 }
 
-SEC("raw_tp/page_fault_user")
-int fault_begin(void *x)
+/*
+ * Faults are far too many to time each one's beginning: a runtime that fills memory makes hundreds of thousands
+ * a second. What can hold a thread up is a fault in which it sleeps, and then it leaves its processor by
+ * sched_switch, with the frame of an exception, not of a system call, where it left user mode.
+ */
+SEC("raw_tp/sched_switch")
+int fault_begin(struct bpf_raw_tracepoint_args *x)
 {
-	if (current_slot() >= 0)
+	struct pt_regs *regs;
+
+	if (x->args[0] || !x->args[3] || current_slot() < 0) /* preempted, or it yields */
+		return 0;
+	regs = (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
+	if ((long)BPF_CORE_READ(regs, orig_ax) < 0)
 		begin(&fault_begun, bpf_get_current_pid_tgid());
 	return 0;
 }
@@ -278,18 +288,16 @@ int fault_end(void *x)
 {
 	__s64 ns = end(&fault_begun, bpf_get_current_pid_tgid());
 	struct probe_counts *c = count();
-	struct probe_sum *s;
-	int slot;
+	int slot = current_slot();
+	struct probe_sum *s = slot >= 0 ? sum_of(slot) : NULL;
 
-	if (ns < 0 || !c)
+	if (s)
+		__sync_fetch_and_add(&s->faults, 1);
+	if (ns < 0 || !c) /* it did not sleep */
 		return 0;
 	add(&c->fault, ns);
-	slot = current_slot();
-	s = slot >= 0 ? sum_of(slot) : NULL;
-	if (s) {
+	if (s)
 		__sync_fetch_and_add(&s->fault_ns, ns);
-		__sync_fetch_and_add(&s->faults, 1);
-	}
 	return 0;
 }
 
