@@ -31,7 +31,7 @@ CFLAGS   += -std=gnu11 $(OPT) -fPIC -fvisibility=hidden -fno-strict-aliasing -pt
 	    $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer) $(if $(COV),--coverage -fprofile-update=atomic)
 LDFLAGS  += -pthread -Wl,-z,relro,-z,now $(if $(SAN),-fsanitize=$(SAN)) $(if $(COV),--coverage)
 PKGS     := libsystemd inih jansson
-LIBS     := -luring -lnuma -lisal -lcrypto -lsystemd -linih -ljansson -lm
+LIBS     := -luring -lnuma -lisal -lcrypto -lsystemd -linih -ljansson -lmicrohttpd -lm
 
 # Rooms. A file dropped into a room is built; nothing else needs to know.
 SHM    := $(wildcard shm/*.c)
@@ -457,6 +457,9 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	install -d $(D)$(PREFIX)/share/kvtier/bpf && install -m 755 $(wildcard daemon/bpf/*.bt) $(D)$(PREFIX)/share/kvtier/bpf/
 	install -m 644 $(wildcard systemd/sysusers.d/*.conf) $(D)$(PREFIX)/lib/sysusers.d/
 	install -m 644 $(wildcard systemd/tmpfiles.d/*.conf) $(D)$(PREFIX)/lib/tmpfiles.d/
+	install -d $(D)$(PREFIX)/share/kvtier/grafana $(D)$(PREFIX)/share/kvtier/prometheus
+	install -m 644 systemd/grafana/kvtier.json $(D)$(PREFIX)/share/kvtier/grafana/
+	install -m 644 systemd/prometheus/kvtier.rules.yml $(D)$(PREFIX)/share/kvtier/prometheus/
 	install -m 644 systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/
 	install -m 644 $(wildcard ipc/python/kvtier/*.py) $(D)$(PREFIX)/share/kvtier/python/kvtier/
 	install -m 644 $(wildcard ipc/python/kvtier/data/*) $(D)$(PREFIX)/share/kvtier/python/kvtier/data/

@@ -88,8 +88,8 @@ static void begin_tenant(struct parse *p, const char *name)
 			      name, sizeof(c->tenant[0].name) - 1);
 		return;
 	}
-	if (!strcmp(name, "admin")) {
-		config_refuse(p, p->line, "[tenant admin]: name: \"admin\" is the admin socket's");
+	if (!strcmp(name, "admin") || !strcmp(name, "metrics")) {
+		config_refuse(p, p->line, "[tenant %s]: name: \"%s\" is the %s socket's", name, name, name);
 		return;
 	}
 	for (unsigned i = 0; i < c->tenants; i++)

@@ -69,6 +69,8 @@ struct config {
 	/* [budget]: default shares of a sequence's rows, permille of the watermark; all zero: keep everything
 	 * on the device */
 	uint32_t budget_device, budget_dram, budget_nvme;
+	/* [metrics] */
+	char metrics_listen[108]; /* path, 127.0.0.1:PORT, [::1]:PORT; empty: nowhere */
 	/* [tenant ...] */
 	struct config_tenant tenant[CONFIG_MAX_TENANTS];
 	uint32_t tenants;

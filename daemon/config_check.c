@@ -5,6 +5,7 @@
 #include <sys/un.h>
 #include "daemon/config_keys.h"
 #include "daemon/config_parse.h"
+#include "daemon/metrics.h"
 #include "policy/policy.h"
 #include "shm/util.h"
 
@@ -149,8 +150,17 @@ static void check_sockets(struct parse *p)
 	}
 }
 
+static void check_metrics(struct parse *p)
+{
+	char why[256];
+
+	if (metrics_where(p->cfg->metrics_listen, why, sizeof(why)) < 0)
+		config_refuse(p, line_of(p, "metrics", "listen", NULL), "listen: %s", why);
+}
+
 void config_relations(struct parse *p)
 {
+	check_metrics(p);
 	check_marks(p);
 	check_sizes(p);
 	check_budget(p);

@@ -110,6 +110,9 @@ const struct config_key config_keys[] = {
 	GLOBAL("budget", "nvme", KEY_SHARE, true, budget_nvme, 0, 1000, "0.0", "% of the rows",
 	       "default NVMe budget; rows past the sum of the three are dropped"),
 
+	TEXT("metrics", "listen", KEY_TEXT, false, true, metrics_listen, "",
+	     "where Prometheus reads over HTTP: a path, 127.0.0.1:PORT or [::1]:PORT; empty: nowhere"),
+
 	TENANT("socket", KEY_SOCKET, false, false, socket, 0, 0, NULL, NULL,
 	       "socket of this tenant's clients; a relative path is below run_dir"),
 	TENANT("socket_mode", KEY_OCTAL, false, false, socket_mode, 0, 0777, "0660", "octal",

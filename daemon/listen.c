@@ -9,6 +9,7 @@
 #include <systemd/sd-daemon.h>
 #include "daemon/fdstore.h"
 #include "daemon/listen.h"
+#include "daemon/metrics.h"
 #include "ipc/sock.h"
 #include "shm/util.h"
 
@@ -37,6 +38,16 @@ static int match(const struct listeners *l, const struct config *cfg, int fd, co
 	return -1;
 }
 
+/* The one that Prometheus reads from; systemd's goes before the configured one. True: it was that. */
+static bool take_metrics(struct listeners *l, int fd, const char *name)
+{
+	if (strcmp(name, "metrics") || l->metrics >= 0 || sd_is_socket(fd, AF_UNSPEC, SOCK_STREAM, 1) <= 0)
+		return false;
+	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	l->metrics = fd;
+	return true;
+}
+
 static void take_passed(struct listeners *l, const struct config *cfg, struct fdstore *store)
 {
 	char **names = NULL;
@@ -46,7 +57,7 @@ static void take_passed(struct listeners *l, const struct config *cfg, struct fd
 		bool kept = fdstore_offer(store, SD_LISTEN_FDS_START + k, names[k]);
 		int fd = SD_LISTEN_FDS_START + k, i = kept ? -1 : match(l, cfg, fd, names[k]);
 
-		if (kept) {
+		if (kept || take_metrics(l, fd, names[k])) {
 			free(names[k]);
 			continue;
 		}
@@ -56,7 +67,8 @@ static void take_passed(struct listeners *l, const struct config *cfg, struct fd
 			l->fd[i] = fd;
 		} else {
 			log_line(LOG_WARNING, "socket %d \"%s\" from systemd: %s; closed", fd, names[k],
-				 i < 0           ? "no such tenant"
+				 !strcmp(names[k], "metrics") ? "not a listening stream socket, or a second one"
+				 : i < 0         ? "no such tenant"
 				 : l->fd[i] >= 0 ? "a second one for this tenant"
 						 : "not a listening SEQPACKET socket");
 			close(fd);
@@ -106,6 +118,18 @@ static int make(struct listeners *l, const struct config *cfg, unsigned i, char 
 	return set_group(l->path[i], t ? t->socket_group : cfg->admin_group, err, errsize);
 }
 
+static int make_metrics(struct listeners *l, const struct config *cfg, char *err, size_t errsize)
+{
+	int fd = metrics_listen(cfg->metrics_listen, err, errsize);
+
+	if (fd < 0)
+		return fd;
+	l->metrics = fd;
+	l->made_metrics = *cfg->metrics_listen == '/';
+	strcpy(l->metrics_path, cfg->metrics_listen);
+	return 0;
+}
+
 int listeners_open(struct listeners *l, const struct config *cfg, struct fdstore *store, char *err,
 		   size_t errsize)
 {
@@ -113,6 +137,7 @@ int listeners_open(struct listeners *l, const struct config *cfg, struct fdstore
 	l->n = cfg->tenants + 1;
 	for (unsigned i = 0; i < ARRAY_SIZE(l->fd); i++)
 		l->fd[i] = -1;
+	l->metrics = -1;
 	for (unsigned i = 0; i < l->n; i++) {
 		int r = config_socket_path(cfg, (int)i - 1, l->path[i], sizeof(l->path[i]));
 
@@ -124,6 +149,14 @@ int listeners_open(struct listeners *l, const struct config *cfg, struct fdstore
 	take_passed(l, cfg, store);
 	for (unsigned i = 0; i < l->n; i++) {
 		int r = l->fd[i] < 0 ? make(l, cfg, i, err, errsize) : 0;
+
+		if (r < 0) {
+			listeners_close(l);
+			return r;
+		}
+	}
+	if (l->metrics < 0 && *cfg->metrics_listen) {
+		int r = make_metrics(l, cfg, err, errsize);
 
 		if (r < 0) {
 			listeners_close(l);
@@ -142,4 +175,9 @@ void listeners_close(struct listeners *l)
 			unlink(l->path[i]);
 		l->made[i] = false;
 	}
+	close_fdp(&l->metrics);
+	l->metrics = -1;
+	if (l->made_metrics)
+		unlink(l->metrics_path);
+	l->made_metrics = false;
 }

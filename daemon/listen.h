@@ -13,10 +13,13 @@ struct listeners {
 	bool made[CONFIG_MAX_TENANTS + 1]; /* bound here: unlinked by listeners_close */
 	char path[CONFIG_MAX_TENANTS + 1][108];
 	unsigned n;
+	int metrics; /* a stream socket, owned until taken; -1: none */
+	bool made_metrics;
+	char metrics_path[108];
 };
 
 /*
- * Take what systemd passed (FileDescriptorName "admin" or a tenant's name, else
+ * Take what systemd passed (FileDescriptorName "admin", "metrics" or a tenant's name, else
  * the configured path) and bind the rest; what was in the fd store goes to `store`. A socket that is passed but
  * not configured is closed and logged. 0, or -errno with one line in err.
  */

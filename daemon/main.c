@@ -14,6 +14,7 @@
 #include "daemon/admin.h"
 #include "daemon/fdstore.h"
 #include "daemon/listen.h"
+#include "daemon/metrics.h"
 #include "shm/util.h"
 
 #define CONFIG_FILE KVT_SYSCONFDIR "/kvtier/kvtierd.conf"
@@ -26,6 +27,7 @@ enum { EXIT_OK = 0, EXIT_RUNTIME = 1, EXIT_USAGE = 2 };
 struct app {
 	sd_event *ev;
 	struct core *core;
+	struct metrics *metrics; /* NULL: nobody reads them */
 	struct config cfg;
 	struct listeners listeners;
 	struct fdstore store;
@@ -218,6 +220,14 @@ static int serve_sockets(struct app *app, char *err, size_t errsize)
 			return r;
 		}
 	}
+	if (l->metrics >= 0) {
+		int r = metrics_open(&app->metrics, app->core, app->ev, TAKE_FD(l->metrics));
+
+		if (r < 0) {
+			snprintf(err, errsize, "metrics: %s", strerror(-r));
+			return r;
+		}
+	}
 	return 0;
 }
 
@@ -282,6 +292,7 @@ static int run(struct app *app)
 		}
 	}
 	listeners_close(&app->listeners);
+	metrics_close(app->metrics);
 	core_free(app->core);
 	fdstore_close(&app->store);
 	sd_event_unref(app->ev);

@@ -30,9 +30,9 @@ static int address(struct sockaddr_un *ret, const char *path)
 	return 0;
 }
 
-static int open_socket(void)
+static int open_socket(int type)
 {
-	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	int fd = socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
 	return fd < 0 ? -errno : fd;
 }
@@ -45,7 +45,7 @@ int sock_connect(const char *path)
 
 	if (r < 0)
 		return r;
-	fd = open_socket();
+	fd = open_socket(SOCK_SEQPACKET);
 	if (fd < 0)
 		return fd;
 	if (connect(fd, (struct sockaddr *)&a, sizeof(a)) < 0)
@@ -88,7 +88,7 @@ static int lock_directory(const char *path)
 	return TAKE_FD(fd);
 }
 
-int sock_listen(const char *path, unsigned mode, int backlog)
+static int listen_at(const char *path, int type, unsigned mode, int backlog)
 {
 	_cleanup_close_ int fd = -1, lock = -1;
 	struct sockaddr_un a;
@@ -102,7 +102,7 @@ int sock_listen(const char *path, unsigned mode, int backlog)
 	r = clear_stale(path);
 	if (r < 0)
 		return r;
-	fd = open_socket();
+	fd = open_socket(type);
 	if (fd < 0)
 		return fd;
 	if (bind(fd, (struct sockaddr *)&a, sizeof(a)) < 0)
@@ -114,6 +114,16 @@ int sock_listen(const char *path, unsigned mode, int backlog)
 		return r;
 	}
 	return TAKE_FD(fd);
+}
+
+int sock_listen(const char *path, unsigned mode, int backlog)
+{
+	return listen_at(path, SOCK_SEQPACKET, mode, backlog);
+}
+
+int sock_listen_stream(const char *path, unsigned mode, int backlog)
+{
+	return listen_at(path, SOCK_STREAM, mode, backlog);
 }
 
 int sock_accept(int fd)

@@ -19,6 +19,8 @@
  * fd, or -errno (-ENAMETOOLONG for a long path).
  */
 int sock_listen(const char *path, unsigned mode, int backlog);
+/* The same for bytes in a stream instead of messages. */
+int sock_listen_stream(const char *path, unsigned mode, int backlog);
 /* The next connection, -EAGAIN when there is none, -errno. */
 int sock_accept(int fd);
 /*
