@@ -68,9 +68,9 @@ static void take_passed(struct listeners *l, const struct config *cfg, struct fd
 		} else {
 			log_line(LOG_WARNING, "socket %d \"%s\" from systemd: %s; closed", fd, names[k],
 				 !strcmp(names[k], "metrics") ? "not a listening stream socket, or a second one"
-				 : i < 0         ? "no such tenant"
-				 : l->fd[i] >= 0 ? "a second one for this tenant"
-						 : "not a listening SEQPACKET socket");
+				 : i < 0                      ? "no such tenant"
+				 : l->fd[i] >= 0              ? "a second one for this tenant"
+							      : "not a listening SEQPACKET socket");
 			close(fd);
 		}
 		free(names[k]);

@@ -2,7 +2,7 @@
 /*
  * HTTP for one reader or a few, with libmicrohttpd inside the event loop: its epoll descriptor is one of ours.
  *
- * What a scraper can cost is bounded: 8 connections of 4 KiB each, one request and at most 10 s for each of
+ * What a scraper can cost is bounded: 8 connections of 4 KiB each, one request and at most 5 s for each of
  * them, and one rendering of the text in a tenth of a second however many ask. Runtimes go first.
  */
 #include <arpa/inet.h>
@@ -19,9 +19,9 @@
 
 #define CONNECTIONS 8u
 #define CONNECTION_MEMORY ((size_t)4096) /* request line, headers and answer's headers */
-#define IDLE_S 5u
-#define LIFE_NS UINT64_C(10000000000)  /* of a connection, however slowly it reads or writes */
-#define FRESH_NS UINT64_C(100000000)   /* a text of this age is given again */
+#define IDLE_S 3u
+#define LIFE_NS UINT64_C(5000000000) /* of a connection, however slowly it reads or writes */
+#define FRESH_NS UINT64_C(100000000) /* a text of this age is given again */
 #define TICK_US 1000000u
 #define PRIORITY (SD_EVENT_PRIORITY_NORMAL + 10)
 #define CONTENT_TYPE "text/plain; version=0.0.4; charset=utf-8"
@@ -79,8 +79,9 @@ int metrics_where(const char *where, char *err, size_t errsize)
 	if (!*where || (*where == '/' && strlen(where) < sizeof(((struct sockaddr_un *)0)->sun_path)) ||
 	    loopback(where, &a, &n))
 		return 0;
-	snprintf(err, errsize, "\"%.64s\", must be empty, a path of at most %zu bytes, 127.0.0.1:PORT or [::1]:PORT",
-		 where, sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
+	snprintf(err, errsize,
+		 "\"%.64s\", must be empty, a path of at most %zu bytes, 127.0.0.1:PORT or [::1]:PORT", where,
+		 sizeof(((struct sockaddr_un *)0)->sun_path) - 1);
 	return -EINVAL;
 }
 
@@ -162,8 +163,9 @@ static enum MHD_Result on_request(void *arg, struct MHD_Connection *c, const cha
 	if (strcmp(method, MHD_HTTP_METHOD_GET) && strcmp(method, MHD_HTTP_METHOD_HEAD))
 		return say(c, MHD_HTTP_METHOD_NOT_ALLOWED, "GET or HEAD\n");
 	if (!strcmp(url, "/-/healthy"))
-		return core_healthy(m->core) ? say(c, MHD_HTTP_OK, "healthy\n")
-					     : say(c, MHD_HTTP_SERVICE_UNAVAILABLE, "a thread does not answer\n");
+		return core_healthy(m->core)
+			       ? say(c, MHD_HTTP_OK, "healthy\n")
+			       : say(c, MHD_HTTP_SERVICE_UNAVAILABLE, "a thread does not answer\n");
 	if (strcmp(url, "/metrics"))
 		return say(c, MHD_HTTP_NOT_FOUND, "/metrics or /-/healthy\n");
 	r = current(m);
@@ -208,9 +210,12 @@ static void end_old(struct metrics *m)
 static void run(struct metrics *m)
 {
 	MHD_run(m->http);
-	if (m->scrapers)
+	if (!m->scrapers) {
+		sd_event_source_set_enabled(m->tick, SD_EVENT_OFF);
+	} else if (!sd_event_source_get_enabled(m->tick, NULL)) { /* not put off by what they send */
 		sd_event_source_set_time_relative(m->tick, TICK_US);
-	sd_event_source_set_enabled(m->tick, m->scrapers ? SD_EVENT_ONESHOT : SD_EVENT_OFF);
+		sd_event_source_set_enabled(m->tick, SD_EVENT_ONESHOT);
+	}
 }
 
 static int on_io(sd_event_source *src, int fd, uint32_t revents, void *arg)
@@ -234,7 +239,8 @@ static int watch(struct metrics *m, sd_event *ev)
 	int r = info ? sd_event_add_io(ev, &m->io, info->epoll_fd, EPOLLIN, on_io, m) : -EIO;
 
 	if (r >= 0)
-		r = sd_event_add_time_relative(ev, &m->tick, CLOCK_MONOTONIC, TICK_US, TICK_US / 10, on_tick, m);
+		r = sd_event_add_time_relative(ev, &m->tick, CLOCK_MONOTONIC, TICK_US, TICK_US / 10, on_tick,
+					       m);
 	if (r >= 0)
 		r = sd_event_source_set_priority(m->io, PRIORITY);
 	if (r >= 0)

@@ -19,7 +19,8 @@ struct metrics;
 int metrics_listen(const char *where, char *err, size_t errsize);
 /* May that be listened on? 0, or -EINVAL with what it must be in err. */
 int metrics_where(const char *where, char *err, size_t errsize);
-/* Serve GET and HEAD of /metrics and /-/healthy on this listening stream socket, which is taken. 0 or -errno. */
+/* Serve GET and HEAD of /metrics and /-/healthy on this listening stream socket, which is taken. 0 or -errno.
+ */
 int metrics_open(struct metrics **ret, struct core *c, sd_event *ev, int fd);
 void metrics_close(struct metrics *m);
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What Prometheus is told: the table, and the table as text. Labels are tiers and reasons only, so the number of
- * series does not depend on who uses the daemon.
+ * What Prometheus is told: the table, and the table as text. Labels are tiers and reasons only, so the number
+ * of series does not depend on who uses the daemon.
  */
 #include <inttypes.h>
 #include <stdarg.h>
@@ -17,7 +17,10 @@
 #define ROWS_LAST 20u
 
 #define FIELD(f) .off = offsetof(struct core_stat, f), .size = sizeof(((struct core_stat *)0)->f)
-#define ROW(t, u, n, f, h) {.name = "kvtier_" n, .help = h, .type = METRIC_##t, .unit = METRIC_##u, FIELD(f)}
+#define ROW(t, u, n, f, h)                                                                                     \
+	{                                                                                                      \
+		.name = "kvtier_" n, .help = h, .type = METRIC_##t, .unit = METRIC_##u, FIELD(f)               \
+	}
 #define LABELLED(t, u, n, l, v, f, h)                                                                          \
 	{                                                                                                      \
 		.name = "kvtier_" n, .help = h, .label = l, .value = v, .type = METRIC_##t,                    \
@@ -26,10 +29,10 @@
 /* A field of each tier below the device, of each tier; MEMBER names it by tier. */
 #define AT_DRAM(t, u, n, f, h) LABELLED(t, u, n, "tier", "dram", f, h)
 #define AT_NVME(t, u, n, f, h) LABELLED(t, u, n, "tier", "nvme", f, h)
-#define STAT(t, u, n, f, h) AT_DRAM(t, u, n, tier[KVT_TIER_DRAM].f, h), AT_NVME(t, u, n, tier[KVT_TIER_NVME].f, h)
+#define STAT(t, u, n, f, h)                                                                                    \
+	AT_DRAM(t, u, n, tier[KVT_TIER_DRAM].f, h), AT_NVME(t, u, n, tier[KVT_TIER_NVME].f, h)
 #define LOWER(t, u, n, f, h) AT_DRAM(t, u, n, f[KVT_TIER_DRAM], h), AT_NVME(t, u, n, f[KVT_TIER_NVME], h)
-#define TIERS(t, u, n, f, h)                                                                                   \
-	LABELLED(t, u, n, "tier", "device", f[KVT_TIER_DEVICE], h), LOWER(t, u, n, f, h)
+#define TIERS(t, u, n, f, h) LABELLED(t, u, n, "tier", "device", f[KVT_TIER_DEVICE], h), LOWER(t, u, n, f, h)
 #define MISS(reason, f)                                                                                        \
 	LABELLED(COUNTER, ONE, "misses_total", "reason", reason, f,                                            \
 		 "Rows' pages that could not be given back, by cause.")
@@ -38,12 +41,14 @@ const struct metric metrics_table[] = {
 	ROW(GAUGE, NS, "uptime_seconds", uptime_ns, "Time since the daemon started."),
 	ROW(GAUGE, ONE, "clients", clients, "Connected runtimes."),
 	ROW(GAUGE, ONE, "sequences", seqs, "Sequences known."),
-	ROW(GAUGE, ONE, "sequences_orphaned", orphans, "Sequences found after a restart that wait for a client."),
+	ROW(GAUGE, ONE, "sequences_orphaned", orphans,
+	    "Sequences found after a restart that wait for a client."),
 	ROW(GAUGE, ONE, "models", models, "Models registered."),
 	TIERS(GAUGE, ONE, "rows", rows, "Rows whose best copy is in the tier."),
 	TIERS(GAUGE, ONE, "tier_bytes", bytes, "Bytes of rows in the tier."),
 	TIERS(COUNTER, ONE, "rows_demoted_total", rows_demoted, "Rows moved down into the tier."),
-	TIERS(COUNTER, ONE, "rows_promoted_total", rows_promoted, "Rows moved up out of the tier; device: into it."),
+	TIERS(COUNTER, ONE, "rows_promoted_total", rows_promoted,
+	      "Rows moved up out of the tier; device: into it."),
 	TIERS(COUNTER, ONE, "refaults_total", refaults, "Rows wanted back from the tier soon after they left."),
 	ROW(COUNTER, ONE, "rows_dropped_total", rows_dropped, "Rows that no tier kept."),
 
@@ -68,15 +73,18 @@ const struct metric metrics_table[] = {
 	STAT(COUNTER, ONE, "tier_errors_total", errors, "Requests to the tier that failed."),
 	STAT(GAUGE, ONE, "tier_requests_in_flight", inflight, "Requests that the tier has not answered."),
 	STAT(GAUGE, ONE, "tier_leaked_bytes", leaked_bytes, "Bytes given up for requests that never ended."),
-	STAT(COUNTER, ONE, "tier_cleaned_segments_total", cleaned_segments, "Segments emptied to be written anew."),
+	STAT(COUNTER, ONE, "tier_cleaned_segments_total", cleaned_segments,
+	     "Segments emptied to be written anew."),
 	AT_DRAM(GAUGE, ONE, "tier_published_bytes", tier[KVT_TIER_DRAM].published,
 		"Bytes of segments that clients' GPUs read."),
 	AT_DRAM(GAUGE, ONE, "tier_published_held_bytes", tier[KVT_TIER_DRAM].held,
 		"Of the published bytes, what no page takes."),
 	STAT(GAUGE, FLAG, "tier_offline", offline, "1: a deadline passed, the tier takes no new work."),
-	AT_DRAM(GAUGE, FLAG, "tier_huge_pages", tier[KVT_TIER_DRAM].huge, "1: the tier's memory is huge pages."),
+	AT_DRAM(GAUGE, FLAG, "tier_huge_pages", tier[KVT_TIER_DRAM].huge,
+		"1: the tier's memory is huge pages."),
 	AT_NVME(GAUGE, FLAG, "tier_io_uring", tier[KVT_TIER_NVME].io_uring, "1: io_uring, 0: the thread pool."),
-	AT_DRAM(GAUGE, NODE, "tier_numa_node", tier[KVT_TIER_DRAM].node, "NUMA node of the memory, -1: interleaved."),
+	AT_DRAM(GAUGE, NODE, "tier_numa_node", tier[KVT_TIER_DRAM].node,
+		"NUMA node of the memory, -1: interleaved."),
 	LOWER(GAUGE, ONE, "tier_returned_bytes", returned,
 	      "Bytes of pages of an earlier life that the start believed."),
 	LOWER(HISTOGRAM, NS, "tier_read_duration_seconds", read_ns,
@@ -108,7 +116,10 @@ const struct metric metrics_table[] = {
 	ROW(GAUGE, ONE, "staging_bytes", staging_bytes, "Memory of the I/O buffers."),
 	ROW(GAUGE, ONE, "plan_bytes", plan_bytes, "Memory of published plans."),
 	ROW(GAUGE, ONE, "directory_bytes", directory_bytes, "Memory of directories of published pages."),
-	ROW(GAUGE, NS, "loop_slice_max_seconds", loop_max_ns, "Longest slice of the event loop since the start."),
+	ROW(GAUGE, NS, "loop_slice_max_seconds", loop_max_ns,
+	    "Longest slice of the event loop since the start."),
+	ROW(GAUGE, NS, "loop_slice_recent_max_seconds", loop_recent_max_ns,
+	    "Longest slice of the event loop in the last second or two."),
 	ROW(GAUGE, FLAG, "dram_kept", kept, "1: the DRAM tier outlives the process."),
 	ROW(GAUGE, FLAG, "observing", observe, "1: plans are computed and not published."),
 	ROW(GAUGE, FLAG, "frozen", frozen, "1: an operator froze all rows where they are."),
@@ -116,7 +127,10 @@ const struct metric metrics_table[] = {
 };
 const unsigned metrics_n = ARRAY_SIZE(metrics_table);
 
-#define LEFT_OUT(f, text) {FIELD(f), text}
+#define LEFT_OUT(f, text)                                                                                      \
+	{                                                                                                      \
+		FIELD(f), text                                                                                 \
+	}
 const struct metric_left_out metrics_left_out[] = {
 	LEFT_OUT(plan_ns_last, "one sample says nothing between two scrapes"),
 	LEFT_OUT(plan_ns_max, "never falls; the histogram's quantiles do"),

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* What Prometheus is told: nothing of core_stat is forgotten, names follow the rules, numbers are the fields'. */
+/* What Prometheus is told: nothing of core_stat is forgotten, names follow the rules, numbers are the fields'.
+ */
 #include <ctype.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -39,7 +40,8 @@ static void every_field_is_exported_or_left_out_with_a_reason(void **state)
 		}
 		/* Padding is shorter than a word and ends where a word begins. */
 		if (run && (run >= 8 || (i % 4 && i < sizeof(struct core_stat))))
-			fail_msg("core_stat: bytes %u to %u are neither in metrics_table nor in metrics_left_out",
+			fail_msg("core_stat: bytes %u to %u are neither in metrics_table nor in "
+				 "metrics_left_out",
 				 i - run, i - 1);
 		run = 0;
 	}
@@ -56,7 +58,8 @@ static void names_follow_the_conventions(void **state)
 	for (unsigned i = 0; i < metrics_n; i++) {
 		const struct metric *m = &metrics_table[i];
 
-		if (strncmp(m->name, "kvtier_", 7) || strspn(m->name, "abcdefghijklmnopqrstuvwxyz_") != strlen(m->name))
+		if (strncmp(m->name, "kvtier_", 7) ||
+		    strspn(m->name, "abcdefghijklmnopqrstuvwxyz_") != strlen(m->name))
 			fail_msg("%s: not kvtier_ and small letters", m->name);
 		if (ends(m->name, "_total") != (m->type == METRIC_COUNTER))
 			fail_msg("%s: counters and nothing else end in _total", m->name);
@@ -126,9 +129,9 @@ static void histograms_are_cumulative_and_exact(void **state)
 	size_t n;
 	char *text;
 
-	histogram_add(&s->plan_ns, 5);              /* in the first */
-	histogram_add(&s->plan_ns, 1023);           /* still */
-	histogram_add(&s->plan_ns, 1024);           /* the second */
+	histogram_add(&s->plan_ns, 5);                 /* in the first */
+	histogram_add(&s->plan_ns, 1023);              /* still */
+	histogram_add(&s->plan_ns, 1024);              /* the second */
 	histogram_add(&s->plan_ns, UINT64_C(1) << 40); /* past the last */
 	histogram_add_n(&s->refault_rows[KVT_TIER_DRAM], 300, 10);
 	text = metrics_text(s, &n);
@@ -150,10 +153,13 @@ static void only_loopback_and_paths_are_listened_on(void **state)
 {
 	static const char *const good[] = {"", "/run/kvtier/metrics.sock", "127.0.0.1:1", "127.0.0.1:65535",
 					   "[::1]:9753"};
-	static const char *const bad[] = {"0.0.0.0:9753",    "[::]:9753",    "127.0.0.2:9753", "localhost:9753",
-					  "127.0.0.1",	     "127.0.0.1:",   "127.0.0.1:0",    "127.0.0.1:65536",
-					  "127.0.0.1:+1",    "127.0.0.1:80x", "metrics.sock",  ":9753", "9753",
-					  "127.0.0.1:99999999999999999999"};
+	static const char *const bad[] = {"0.0.0.0:9753",   "[::]:9753",
+					  "127.0.0.2:9753", "localhost:9753",
+					  "127.0.0.1",      "127.0.0.1:",
+					  "127.0.0.1:0",    "127.0.0.1:65536",
+					  "127.0.0.1:+1",   "127.0.0.1:80x",
+					  "metrics.sock",   ":9753",
+					  "9753",           "127.0.0.1:99999999999999999999"};
 	char err[256], longest[200];
 
 	for (unsigned i = 0; i < ARRAY_SIZE(good); i++)
