@@ -249,7 +249,8 @@ KVT_PUBLIC int kvtier_seq_open(struct kvtier *c, struct kvtier_model *m, const s
 			       struct kvtier_seq **ret);
 /*
  * Take over a leased sequence by key and secret. Its rows are in the lower tiers
- * (the device tier is empty); request a plan to bring rows in. *ret_rows is its length.
+ * (the device tier is empty); request a plan to bring rows in. *ret_rows is its length: after a crash of the
+ * daemon that of what had been stored, 0 where nothing had.
  */
 KVT_PUBLIC int kvtier_seq_resume(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o,
 				 struct kvtier_seq **ret, uint32_t *ret_rows);
@@ -316,6 +317,7 @@ struct kvtier_plan {
 /*
  * Set the budget (sticky) and ask for a plan; asynchronous. *ret_id: plans with
  * id >= it reflect it. One that is outstanding already does not, and comes first.
+ * A sequence without rows has nothing to decide: its plan comes with its first rows.
  */
 KVT_PUBLIC int kvtier_plan_request(struct kvtier_seq *s, const struct kvtier_budget *b, uint64_t *ret_id);
 /* Newest plan of this epoch, DECIDED or READY, not yet acknowledged: 1 found, 0 none. No lock, no system call.
