@@ -93,11 +93,19 @@ void budget_for(struct plan *p)
 				  : ROWS_ALL; /* else on to nvme from there, as far as it takes them */
 		want[2] = ROWS_ALL;
 	}
+	p->asked[0] = s->device_table && !s->budget_default && !p->saving ? s->device_table[0] : want[0];
+	p->asked[1] = want[1];
+	p->asked[2] = want[2];
 	/* Below min nothing new enters DRAM: rows pass it by. */
 	asked = (uint64_t)want[1] + want[2];
 	direct = want[1] && c->below_min[KVT_TIER_DRAM] && c->pages.tier[KVT_TIER_NVME];
-	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
-		want[t] = MIN(want[t], rows_that_fit(s, t));
+	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+		uint32_t fit = rows_that_fit(s, t);
+
+		if (MIN(want[t], s->ix.rows) > fit)
+			p->limits |= JOURNAL_LOW;
+		want[t] = MIN(want[t], fit);
+	}
 	if (direct) {
 		want[1] = 0;
 		p->direct = true;
@@ -107,6 +115,8 @@ void budget_for(struct plan *p)
 			s->device_table && !s->budget_default && !p->saving ? s->device_table[l] : want[0];
 		uint64_t total = device + asked;
 
+		if (device > s->device_cap)
+			p->limits |= JOURNAL_DEMOTED;
 		device = MIN(device, s->device_cap);
 		if (p->lossless && !p->saving) {
 			uint32_t stay = stay_behind(s, l, total, (uint64_t)want[1] + want[2]);
@@ -114,6 +124,8 @@ void budget_for(struct plan *p)
 			p->stuck |= stay > device;
 			device = MAX(device, stay);
 		}
+		if (s->layout && MIN(device, s->ix.rows) > s->layout[s->model->lane_layer[l]].cap)
+			p->limits |= JOURNAL_LAYOUT;
 		if (s->layout)
 			device = MIN(device, s->layout[s->model->lane_layer[l]].cap);
 		p->budget[0][l] = device;

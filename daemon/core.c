@@ -51,6 +51,7 @@ void feed_move(const struct seq *s, int from, int to, uint32_t lane, uint32_t ro
 			       .to = (uint8_t)to,
 			       .lane_lo = (uint8_t)lane};
 
+	journal_move(s, from, to, rows);
 	if (to > from)
 		USDT(demote, s->handle, from, to, lane, rows, bytes);
 	else

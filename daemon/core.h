@@ -62,14 +62,15 @@ struct core_stat {
 	uint64_t index_bytes, staging_bytes, plan_bytes, directory_bytes;
 	uint64_t loop_max_ns;        /* longest slice of the event loop */
 	uint64_t loop_recent_max_ns; /* of the last one to two seconds */
-	/* Nanoseconds. Of plans: from their beginning to the decision; of that, the decision's own job, its wait
-	 * for a worker included. Of tiers: pages, from submission until the loop knows the result, good or bad. */
+	/* Nanoseconds. Of plans: from their beginning to the decision; of that, the decision's own job, its
+	 * wait for a worker included. Of tiers: pages, from submission until the loop knows the result, good or
+	 * bad. */
 	struct histogram plan_ns, decide_ns, read_ns[KVT_TIERS], write_ns[KVT_TIERS];
 	/*
 	 * Of the rows in refaults: by how many rows their sequence had grown between the plan that wrote their
-	 * page and the plan that wanted them back. A sequence remembers its last 8 plans: what comes back later is
-	 * neither here nor in refaults, pages of an earlier life or a parent are in refaults only, and a page
-	 * that was merged since counts from then.
+	 * page and the plan that wanted them back. A sequence remembers its last 8 plans: what comes back later
+	 * is neither here nor in refaults, pages of an earlier life or a parent are in refaults only, and a
+	 * page that was merged since counts from then.
 	 */
 	struct histogram refault_rows[KVT_TIERS];
 	uint64_t
@@ -117,6 +118,16 @@ struct core_lane_stat {
 	uint32_t device, dram, nvme, dropped;
 };
 int core_seq_lanes(struct core *c, uint64_t handle, struct core_lane_stat *ret, uint32_t cap);
+/* The journal of its last plans, oldest first, as JSON into `out`; see journal.h. KVT_E_STALE. */
+struct json_text;
+int core_seq_trace(struct core *c, uint64_t handle, struct json_text *out);
+/*
+ * Where row pos of lanes [lane, lane + lanes) is, its rank, and why so: as JSON into `out`, as many lanes as a
+ * slice of the loop allows, with the lane that is next or null. KVT_E_STALE, KVT_E_INVAL, KVT_E_BUSY (a worker
+ * has the index).
+ */
+int core_row_trace(struct core *c, uint64_t handle, uint32_t pos, uint32_t lane, uint32_t lanes,
+		   struct json_text *out, char *err, size_t errsize);
 /* Read-only fd of the feed for `watch` (owned by the core). */
 int core_feed_fd(struct core *c, size_t *ret_bytes);
 

@@ -11,6 +11,7 @@
 #include <sys/types.h>
 #include "daemon/core.h"
 #include "daemon/client.h"
+#include "daemon/journal.h"
 #include "daemon/mover.h"
 #include "daemon/plan.h"
 #include "daemon/policies.h"

@@ -109,8 +109,10 @@ void seq_leave(struct seq *s, bool drop)
 		return;
 	if (p && !p->over && p->phase == PHASE_READY && !seq_windowed(s))
 		distrust(s, p);
-	if (p)
+	if (p) {
+		p->cause = JOURNAL_LEFT;
 		plan_cancel(p);
+	}
 	share_leave(s);
 	s->state = SEQ_SAVING;
 	s->saves = 0;

@@ -274,6 +274,7 @@ static void account(struct plan *p)
 	c->stat.plan_ns_max = MAX(c->stat.plan_ns_max, ns);
 	p->seq->plans++;
 	p->seq->plan_ns_last = ns;
+	journal_decided(p, now);
 	core_feed(c, FEED_PLAN, p->seq, p->id, 0, rows);
 	USDT(plan_decided, p->seq->handle, p->id, ns, p->rows_out, p->rows_in, p->rows_drop);
 }
@@ -335,6 +336,7 @@ static void decided(struct plan *p)
 			memset(s->wanted, 0, BITS_WORDS(s->max_rows) * sizeof(uint64_t));
 		if (p->private_tables && !p->saving) {
 			account(p); /* observe, frozen: counted and not published */
+			journal_over(p, JOURNAL_COUNTED, 0);
 			p->over = true;
 			s->requested = 0;
 		} else if (nothing_moves(p) && !p->requested) {
@@ -389,6 +391,7 @@ void manager_moved(struct plan *p)
 			  : p->error == -EILSEQ ? "what the window holds is not what was announced"
 						: strerror(-p->error),
 			  again ? "planned again" : "given up until the next rows");
+		p->cause = p->missed ? JOURNAL_MISSED : JOURNAL_FAILED;
 		plan_cancel(p);
 		manager_again(p, again);
 		if (p->error == -ENOMEM)
@@ -397,6 +400,7 @@ void manager_moved(struct plan *p)
 		carried_out(s);
 		p->phase = PHASE_READY;
 		c->stat.rows_promoted[KVT_TIER_DEVICE] += p->rows_in;
+		journal_moved(p);
 		USDT(plan_ready, s->handle, p->id, now_ns() - p->started_ns);
 		if (p->saving) {
 			manager_applied(s, p, NULL);
@@ -440,6 +444,8 @@ void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
 	if (p->win)
 		s->look_twice = nack && p->win->direct;
 	c->stat.plans_acked += p->id != 0;
+	journal_over(p, p->saving ? JOURNAL_SAVED : p->id ? JOURNAL_ACKED : JOURNAL_NOTHING,
+		     nack ? bits_rank(nack, ix->lanes) : 0);
 	USDT(plan_acked, s->handle, p->id, now_ns() - p->started_ns);
 	if (p->id)
 		core_feed(c, FEED_ACK, s, p->id, 0, NULL);

@@ -114,6 +114,7 @@ void plan_cancel(struct plan *p)
 	if (p->over)
 		return;
 	p->over = true;
+	journal_over(p, JOURNAL_CANCELLED, 0);
 	s->core->stat.plans_cancelled++;
 	USDT(plan_cancelled, s->handle, p->id, now_ns() - p->started_ns);
 	if (!p->id)
@@ -186,5 +187,7 @@ int plan_decide(struct plan *p)
 		r = policy_decide(&in, &out);
 	if (!r)
 		r = budget_stage(p);
+	if (!r)
+		journal_cut(p);
 	return r < 0 || !p->win ? r : window_list(p);
 }

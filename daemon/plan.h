@@ -48,6 +48,10 @@ struct plan {
 	uint32_t *budget[KVT_TIERS], *kept, *out, *in, *dropped; /* [lanes] */
 	uint64_t rows_out, rows_in, rows_drop, rows_kept;
 	uint64_t started_ns, decide_ns; /* when it began, when its decision was put */
+	uint64_t journal;               /* its record: as many had been made then; 0: none */
+	uint8_t cause, limits;          /* of its end, of its budgets: see journal.h */
+	uint32_t asked[KVT_TIERS];      /* budgets of lane 0 before anything limited them */
+	uint16_t lowest_kept, highest_gone;
 	uint32_t refs;
 	int error; /* of a job: -errno */
 

@@ -38,7 +38,7 @@ void seq_lane(const struct seq *s, uint32_t lane, struct device_lane *ret)
 
 void seq_account(struct seq *s)
 {
-	uint64_t now = s->ix.bytes + heap_bytes(sizeof(*s)) + share_bytes(s) +
+	uint64_t now = s->ix.bytes + heap_bytes(sizeof(*s)) + share_bytes(s) + journal_bytes(s->journal) +
 		       (s->layout ? heap_bytes(s->model->n_layers * sizeof(*s->layout)) : 0);
 
 	uint64_t directory = s->ix.direct ? direct_bytes(s->ix.direct) : 0;
@@ -202,6 +202,8 @@ static void destroy(struct seq *s)
 	s->model = NULL;
 	free(s->device_table);
 	free(s->adaptive);
+	free(s->journal);
+	s->journal = NULL;
 	free(s->wanted);
 	free(s->pinned);
 	s->device_table = s->adaptive = NULL;
@@ -218,8 +220,10 @@ static void destroy(struct seq *s)
 void seq_end(struct seq *s)
 {
 	s->state = SEQ_CLOSING;
-	if (s->plan)
+	if (s->plan) {
+		s->plan->cause = JOURNAL_ENDED;
 		plan_cancel(s->plan);
+	}
 	seq_step(s);
 }
 

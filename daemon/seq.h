@@ -12,6 +12,7 @@
 #include "ipc/wire.h"
 
 struct plan;
+struct journal;
 struct share;
 struct settle;
 struct recall;
@@ -77,6 +78,7 @@ struct seq {
 	struct policy_use *keys_use;  /* gave the keys of the index, a reference; NULL: nobody yet */
 
 	struct plan *plan;
+	struct journal *journal; /* of its last plans, or NULL */
 	uint64_t plan_id;   /* of the newest plan published to this client */
 	uint64_t requested; /* a plan with this id or a later one is wanted; 0 none */
 	uint64_t acked;

@@ -17,6 +17,7 @@
 	V(status, "", 0, 0, 0, "what the daemon holds and has done")                                          \
 	V(ls, "[FROM]", 0, 1, 0, "list sequences, all or from this cursor on")                                \
 	V(show, "SEQ [lanes]", 1, 2, 0, "one sequence, with its lanes if asked")                              \
+	V(trace, "SEQ [POS [LANE]]", 1, 3, 0, "its last plans, or why a row is where it is")                      \
 	V(budget, "SEQ TIER=ROWS...", 2, 4, VERB_AUDIT, "rows per lane: device=, dram=, nvme=N or all")       \
 	V(pin, "SEQ POS ROWS", 3, 3, VERB_AUDIT, "keep rows [POS, POS + ROWS) on the device")                 \
 	V(unpin, "SEQ POS ROWS", 3, 3, VERB_AUDIT, "undo pin")                                                \

@@ -37,6 +37,7 @@ static bool poll_acked(struct seq *s)
 	if (p->phase == PHASE_READY) {
 		manager_applied(s, p, refused ? nack : NULL);
 	} else {
+		p->cause = JOURNAL_REFUSED;
 		plan_cancel(p);
 		if (p->win)
 			window_refused(p);

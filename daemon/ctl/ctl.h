@@ -39,6 +39,7 @@ int __attribute__((format(printf, 2, 3))) ctl_fail(int status, const char *fmt, 
 void ctl_print_json(const json_t *j);
 
 /* One per verb that does more than ask and print. */
+int ctl_trace(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_ls(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_verify(struct ctl *c, unsigned argc, const char *const argv[]);

@@ -29,9 +29,10 @@ static const struct {
 	int (*run)(struct ctl *c, unsigned argc, const char *const argv[]);
 	void (*show)(const json_t *j);
 } special[] = {
-	{"status", NULL, show_status},   {"ls", ctl_ls, NULL},       {"show", NULL, show_seq},
-	{"policy", NULL, show_policies}, {"watch", ctl_watch, NULL}, {"verify", ctl_verify, NULL},
-	{"version", NULL, show_version},
+	{"status", NULL, show_status},   {"ls", ctl_ls, NULL},
+	{"trace", ctl_trace, NULL},      {"show", NULL, show_seq},
+	{"policy", NULL, show_policies}, {"watch", ctl_watch, NULL},
+	{"verify", ctl_verify, NULL},    {"version", NULL, show_version},
 };
 
 static void print_answer(const struct ctl *c, const json_t *j, void (*show)(const json_t *))

@@ -11,6 +11,7 @@
 #include <jansson.h>
 #include <cmocka.h>
 #include "daemon/admin.h"
+#include "daemon/json_text.h"
 #include "daemon/verbs.h"
 #include "shm/util.h"
 
@@ -116,6 +117,21 @@ void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, u
 {
 	*ret_bytes = owner == 7 ? 4 << 20 : 0;
 	*ret_held = owner == 7 ? 1 << 20 : 0;
+}
+
+int core_seq_trace(struct core *c, uint64_t handle, struct json_text *out)
+{
+	json_text_open(out, NULL, '{');
+	json_text_num(out, "traced", handle);
+	json_text_close(out, '}');
+	return 0;
+}
+
+int core_row_trace(struct core *c, uint64_t handle, uint32_t pos, uint32_t lane, uint32_t lanes,
+		   struct json_text *out, char *err, size_t errsize)
+{
+	snprintf(call, sizeof(call), "row %u of lanes %u + %u", pos, lane, lanes);
+	return core_seq_trace(c, handle, out);
 }
 
 int core_feed_fd(struct core *c, size_t *ret_bytes)

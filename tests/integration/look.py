@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Looking closely: what trace says of known plans and rows, who may ask, and a listing while plans are made."""
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from lib.rows import LANES, Neighbour, Rows
+from lib.world import Tap, World, build_dir, equal, expect, matches, until
+
+from kvtier import ROWS_ALL, Client
+
+
+def handle(d, r):
+    return hex(r.seq.info()["handle"])
+
+
+def plans(d, r, **kw):
+    return d.ctl("trace", handle(d, r), **kw)["plans"]
+
+
+def refused(d, *argv, socket=None):
+    p = subprocess.run([str(build_dir() / "kvtierctl"), "--socket", str(socket or d.admin), *argv],
+                       capture_output=True, text=True, timeout=20, check=False)
+    equal(p.returncode, 1, f"exit status of {argv}")
+    lines = p.stderr.strip().splitlines()
+    equal(len(lines), 1, f"lines of {argv}: {lines}")
+    return lines[0]
+
+
+def true_counts():
+    with World() as d, Client(d.socket) as c:
+        r = Rows(c, "counts")
+        equal(plans(d, r), [], "plans of a sequence that made none")
+        r.append(300)
+        moved = [r.plan(device=100, dram=150, nvme=50)]  # demoted
+        moved.append(r.plan(device=200, dram=50, nvme=50))  # some of them promoted
+        moved.append(r.plan(device=60, dram=40, nvme=0))  # the rest dropped
+        seen = plans(d, r)
+        equal([(p["out"], p["in"], p["dropped"]) for p in seen], moved, "rows out, in, dropped")
+        equal([p["kept"] for p in seen], [100 * LANES, 200 * LANES, 60 * LANES], "rows kept")
+        equal([p["watermark"] for p in seen], [300] * 3, "watermarks")
+        equal([p["budget"]["device"] for p in seen], [100, 200, 60], "device budgets")
+        equal([p["asked"]["dram"] for p in seen], [150, 50, 40], "dram budgets that were asked for")
+        equal([p["outcome"] for p in seen], ["acked"] * 3, "outcomes")
+        equal([p["plan"] for p in seen], [1, 2, 3], "plans")
+        expect(moved[2][2] > 0, f"nothing was dropped: {moved}")
+        expect(all(p["limits"] == [] for p in seen), f"limits: {seen}")
+        expect(seen[1]["refaults"] > 0, f"rows came back at once and are no refaults: {seen[1]}")
+        equal(sum(p["refaults"] for p in seen), r.seq.info()["refaults"], "refaults")
+        for p in seen:
+            expect(p["lowest_kept"] >= p["highest_gone"] or p["in"], f"the cut: {p}")
+            expect(p["decide_ns"] > 0 and p["ack_ns"] > 0, f"phases: {p}")
+        r.close()
+
+
+def demoted_and_cancelled():
+    with World() as d, Client(d.socket) as c:
+        r = Rows(c, "hand")
+        r.append(200)
+        r.plan(device=200, dram=200)
+        d.ctl("demote", handle(d, r), "30")
+        r.seq.apply(r.wait(2))
+        last = plans(d, r)[-1]
+        equal((last["limits"], last["asked"]["device"], last["budget"]["device"]), (["demoted"], 200, 30), "demoted")
+        d.ctl("promote", handle(d, r))
+        r.wait(3)  # ready, and not applied
+        equal(plans(d, r)[-1]["outcome"], "ready", "outcome")
+        r.truncate(150)
+        until("cancelled", lambda: plans(d, r)[2]["outcome"] == "cancelled: the client changed the sequence", 5)
+        r.close()
+
+
+def rows_agree_with_lanes():
+    with World() as d, Client(d.socket) as c:
+        r = Rows(c, "row")
+        r.append(120)
+        r.plan(device=40, dram=30, nvme=20)
+        r.append(3)
+        h, lanes = handle(d, r), d.ctl("show", handle(d, r), "lanes")["lane"]
+        counts = [{"device": 0, "dram": 0, "nvme": 0, "dropped": 0} for _ in range(LANES)]
+        ranks = [set() for _ in range(LANES)]
+        for pos in range(123):
+            t = d.ctl("trace", h, str(pos))
+            equal((t["pos"], [x["lane"] for x in t["lanes"]]), (pos, list(range(LANES))), "lanes")
+            for lane, x in enumerate(t["lanes"]):
+                best = (x["tiers"] or ["dropped"])[0]
+                counts[lane][best] += 1
+                matches(x["why"], f"^{best}: ", "why")
+                equal(pos in r.seq.resident(lane), best == "device", f"row {pos} of lane {lane} on the device")
+                if x["rank"]:
+                    ranks[lane].add(x["rank"])
+                if best in ("dram", "nvme"):
+                    expect(x["page"]["first"] <= pos and x["page"][best], f"page: {x}")
+        equal(counts, lanes, "rows by tier")
+        for got, lane in zip(ranks, lanes):
+            n = 120 - lane["dropped"]
+            equal(got, set(range(1, n + 1)), "ranks")
+        one = d.ctl("trace", h, "60", "2")
+        equal([x["lane"] for x in one["lanes"]], [2], "the lane that was asked for")
+        matches(d.ctl("trace", h, "122", "0")["lanes"][0]["why"], "appended after the last plan", "why")
+        matches(refused(d, "trace", h, "123"), r"POS: 123, the sequence has 123 rows", "the line")
+        matches(refused(d, "trace", h, "1", "4"), r"LANE: 4, the sequence has 4 lanes", "the line")
+        matches(refused(d, "trace", h, "x"), r'POS: "x"', "the line")
+        matches(refused(d, "trace", h, "1", "2-"), r'LANE: "2-"', "the line")
+        r.close()
+
+
+def own_only():
+    with tempfile.TemporaryDirectory(prefix="kvt.") as t, contextlib.ExitStack() as stack:
+        other = os.path.join(t, "other.sock")
+        d = stack.enter_context(World(tenant_other={"socket": other}))
+        c = stack.enter_context(Client(d.socket))
+        r = Rows(c, "mine")
+        r.append(100)
+        r.plan(device=50, dram=50)
+        h = handle(d, r)
+        equal(len(d.ctl("trace", h, socket=d.socket)["plans"]), 1, "own plans")
+        for argv in (("trace", h), ("trace", h, "1")):
+            matches(refused(d, *argv, socket=other), "no such sequence", "the line")
+        matches(refused(d, "trace", "0x123"), "no such", "the line")
+        r.close()
+
+
+def table():
+    with World() as d, Client(d.socket) as c:
+        r = Rows(c, "table")
+        r.append(100)
+        for n in range(70):
+            r.plan(device=20 + n % 2, dram=ROWS_ALL)
+        p = subprocess.run([str(build_dir() / "kvtierctl"), "--socket", d.admin, "trace", handle(d, r)],
+                           capture_output=True, text=True, timeout=20, check=True)
+        lines = p.stdout.splitlines()
+        equal(len(lines), 65, "lines of the table: 64 plans and a heading")
+        equal([x.split()[0] for x in lines[1:]], [str(i) for i in range(7, 71)], "plans")
+        r.close()
+
+
+def listing_while_planning():
+    with World() as d, Client(d.socket, max_seqs=700) as c:
+        seqs = [Rows(c, f"many{i}", cap=16, stage=0, max_rows=64) for i in range(600)]
+        busy = Neighbour(d.socket)
+        want = {hex(r.seq.info()["handle"]) for r in seqs}
+        for _ in range(10):
+            got = [s["handle"] for s in d.seqs()]
+            equal(len(got), len(set(got)), "sequences listed twice")
+            expect(want <= set(got), f"{len(want - set(got))} sequences are not listed")
+        busy.well()
+        busy.stop()
+        s = d.status()
+        expect(0 < s["loop_recent_max_ns"] <= s["loop_max_ns"], "the longest slices")
+
+
+t = Tap()
+for name, fn in (("trace tells what plans did", true_counts),
+                 ("trace tells of demotion by hand and of a cancelled plan", demoted_and_cancelled),
+                 ("trace of a row agrees with show lanes and the runtime", rows_agree_with_lanes),
+                 ("trace is for one's own sequences", own_only),
+                 ("trace prints the last 64 plans, newest last", table),
+                 ("a listing while plans are made is complete", listing_while_planning)):
+    t.case(name, fn)
+t.done()
