@@ -118,6 +118,7 @@ int metrics_listen(const char *where, char *err, size_t errsize)
 static struct MHD_Response *current(struct metrics *m)
 {
 	uint64_t now = now_ns();
+	struct probes_stat p;
 	struct core_stat s;
 	size_t n = 0;
 	char *text;
@@ -127,7 +128,8 @@ static struct MHD_Response *current(struct metrics *m)
 	if (m->text)
 		MHD_destroy_response(m->text); /* who still sends it has a reference */
 	core_stat(m->core, &s);
-	text = metrics_text(&s, &n);
+	probes_stat(m->core, &p);
+	text = metrics_text(&s, &p, &n);
 	m->text = text ? MHD_create_response_from_buffer(n, text, MHD_RESPMEM_MUST_FREE) : NULL;
 	if (!m->text)
 		free(text);

@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <systemd/sd-event.h>
 #include "daemon/core.h"
+#include "daemon/probes.h"
 
 struct metrics;
 
@@ -35,10 +36,10 @@ struct metric {
 	const char *label, *value; /* NULL: none */
 	enum metric_type type;
 	enum metric_unit unit; /* what the field counts in; Prometheus gets seconds and ratios */
-	uint32_t off, size;    /* of the field in struct core_stat */
+	uint32_t off, size;    /* of the field in its structure */
 };
-extern const struct metric metrics_table[];
-extern const unsigned metrics_n;
+extern const struct metric metrics_table[], metrics_probes[]; /* of struct core_stat, of struct probes_stat */
+extern const unsigned metrics_n, metrics_n_probes;
 
 /* Fields of core_stat that are deliberately not exported, and why. */
 struct metric_left_out {
@@ -49,4 +50,4 @@ extern const struct metric_left_out metrics_left_out[];
 extern const unsigned metrics_n_left_out;
 
 /* The exposition (text format 0.0.4), the caller's to free; NULL: out of memory. */
-char *metrics_text(const struct core_stat *s, size_t *ret_bytes);
+char *metrics_text(const struct core_stat *s, const struct probes_stat *p, size_t *ret_bytes);

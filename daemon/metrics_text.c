@@ -127,6 +127,32 @@ const struct metric metrics_table[] = {
 };
 const unsigned metrics_n = ARRAY_SIZE(metrics_table);
 
+#define PROBE(t, u, n, f, h)                                                                                   \
+	{                                                                                                      \
+		.name = "kvtier_" n, .help = h, .type = METRIC_##t, .unit = METRIC_##u,                        \
+		.off = offsetof(struct probes_stat, f), .size = sizeof(((struct probes_stat *)0)->f)           \
+	}
+const struct metric metrics_probes[] = {
+	PROBE(GAUGE, FLAG, "bpf_up", on,
+	      "1: kvtierd-bpf.service is connected; else what it counts stands still."),
+	PROBE(COUNTER, ONE, "bpf_lost_events_total", lost, "Events that the BPF programs had no room for."),
+	PROBE(GAUGE, ONE, "bpf_untracked_processes", untracked, "Clients' processes that found no slot."),
+	PROBE(HISTOGRAM, NS, "disk_read_duration_seconds", disk_read,
+	      "Reads of the NVMe tier's device, from issue to completion, as the kernel saw them."),
+	PROBE(HISTOGRAM, NS, "disk_write_duration_seconds", disk_write,
+	      "Writes to the NVMe tier's device, from issue to completion, as the kernel saw them."),
+	PROBE(GAUGE, ONE, "disk_requests_in_flight", disk_inflight, "Requests at the NVMe tier's device."),
+	PROBE(HISTOGRAM, NS, "io_uring_duration_seconds", uring,
+	      "The daemon's io_uring, submission to completion."),
+	PROBE(HISTOGRAM, NS, "reclaim_duration_seconds", reclaim,
+	      "Direct reclaim that the daemon and its clients waited for."),
+	PROBE(HISTOGRAM, NS, "major_fault_duration_seconds", fault,
+	      "Major page faults of the daemon and its clients."),
+	PROBE(HISTOGRAM, NS, "sched_delay_seconds", sched,
+	      "Time that clients' threads were runnable and did not run."),
+};
+const unsigned metrics_n_probes = ARRAY_SIZE(metrics_probes);
+
 #define LEFT_OUT(f, text)                                                                                      \
 	{                                                                                                      \
 		FIELD(f), text                                                                                 \
@@ -259,9 +285,21 @@ static void put_head(struct text *t, const char *name, const char *help, const c
 	put(t, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
 }
 
-char *metrics_text(const struct core_stat *s, size_t *ret_bytes)
+static void put_table(struct text *t, const struct metric *table, unsigned n, const void *base)
 {
 	static const char *const types[] = {"counter", "gauge", "histogram"};
+
+	for (unsigned i = 0; i < n; i++) {
+		const struct metric *m = &table[i];
+
+		if (!i || strcmp(m->name, m[-1].name))
+			put_head(t, m->name, m->help, types[m->type]);
+		put_sample(t, m, (const char *)base + m->off);
+	}
+}
+
+char *metrics_text(const struct core_stat *s, const struct probes_stat *p, size_t *ret_bytes)
+{
 	struct text t = {};
 
 	put_head(&t, "kvtier_build_info", "Always 1; the version is a label.", "gauge");
@@ -269,13 +307,8 @@ char *metrics_text(const struct core_stat *s, size_t *ret_bytes)
 	/* The configuration allows letters, digits and . _ - in a policy's name. */
 	put_head(&t, "kvtier_policy_info", "Always 1; the default policy is a label.", "gauge");
 	put(&t, "kvtier_policy_info{policy=\"%.*s\"} 1\n", (int)sizeof(s->policy), s->policy);
-	for (unsigned i = 0; i < metrics_n; i++) {
-		const struct metric *m = &metrics_table[i];
-
-		if (!i || strcmp(m->name, m[-1].name))
-			put_head(&t, m->name, m->help, types[m->type]);
-		put_sample(&t, m, (const char *)s + m->off);
-	}
+	put_table(&t, metrics_table, metrics_n, s);
+	put_table(&t, metrics_probes, metrics_n_probes, p);
 	if (t.failed) {
 		free(t.buf);
 		return NULL;

@@ -53,10 +53,10 @@ static bool ends(const char *s, const char *with)
 	return strlen(s) > strlen(with) && !strcmp(s + strlen(s) - strlen(with), with);
 }
 
-static void names_follow_the_conventions(void **state)
+static void check_names(const struct metric *table, unsigned n)
 {
-	for (unsigned i = 0; i < metrics_n; i++) {
-		const struct metric *m = &metrics_table[i];
+	for (unsigned i = 0; i < n; i++) {
+		const struct metric *m = &table[i];
 
 		if (strncmp(m->name, "kvtier_", 7) ||
 		    strspn(m->name, "abcdefghijklmnopqrstuvwxyz_") != strlen(m->name))
@@ -72,14 +72,23 @@ static void names_follow_the_conventions(void **state)
 		if (m->label && strcmp(m->label, "tier") && strcmp(m->label, "reason"))
 			fail_msg("%s: label %s: not among those that are bounded", m->name, m->label);
 		for (unsigned k = 0; k < i; k++) {
-			bool same = !strcmp(m->name, metrics_table[k].name);
+			bool same = !strcmp(m->name, table[k].name);
 
 			if (same && strcmp(m->name, m[-1].name))
 				fail_msg("%s: its rows are apart", m->name);
-			if (same && (!m->label || !strcmp(m->value, metrics_table[k].value)))
+			if (same && (!m->label || !strcmp(m->value, table[k].value)))
 				fail_msg("%s: a sample twice", m->name);
 		}
 	}
+}
+
+static void names_follow_the_conventions(void **state)
+{
+	check_names(metrics_table, metrics_n);
+	check_names(metrics_probes, metrics_n_probes);
+	for (unsigned i = 0; i < metrics_n_probes; i++)
+		for (unsigned k = 0; k < metrics_n; k++)
+			assert_string_not_equal(metrics_probes[i].name, metrics_table[k].name);
 }
 
 static void assert_line(const char *text, const char *line)
@@ -94,6 +103,7 @@ static void assert_line(const char *text, const char *line)
 static void values_come_in_base_units(void **state)
 {
 	struct core_stat *s = calloc(1, sizeof(*s));
+	struct probes_stat p = {.on = true, .lost = 5};
 	size_t n = 0;
 	char *text;
 
@@ -105,7 +115,7 @@ static void values_come_in_base_units(void **state)
 	s->tier[KVT_TIER_NVME].offline = true;
 	s->tier[KVT_TIER_DRAM].node = -1;
 	strcpy(s->policy, "kvp");
-	text = metrics_text(s, &n);
+	text = metrics_text(s, &p, &n);
 	assert_non_null(text);
 	assert_int_equal(strlen(text), n);
 	assert_line(text, "kvtier_uptime_seconds 1.500000001");
@@ -117,6 +127,9 @@ static void values_come_in_base_units(void **state)
 	assert_line(text, "kvtier_tier_offline{tier=\"nvme\"} 1");
 	assert_line(text, "kvtier_tier_numa_node{tier=\"dram\"} -1");
 	assert_line(text, "kvtier_policy_info{policy=\"kvp\"} 1");
+	assert_line(text, "kvtier_bpf_up 1");
+	assert_line(text, "kvtier_bpf_lost_events_total 5");
+	assert_line(text, "kvtier_disk_read_duration_seconds_count 0");
 	assert_line(text, "# TYPE kvtier_rows_demoted_total counter");
 	assert_line(text, "# TYPE kvtier_plan_duration_seconds histogram");
 	free(text);
@@ -126,6 +139,7 @@ static void values_come_in_base_units(void **state)
 static void histograms_are_cumulative_and_exact(void **state)
 {
 	struct core_stat *s = calloc(1, sizeof(*s));
+	struct probes_stat p = {};
 	size_t n;
 	char *text;
 
@@ -134,7 +148,7 @@ static void histograms_are_cumulative_and_exact(void **state)
 	histogram_add(&s->plan_ns, 1024);              /* the second */
 	histogram_add(&s->plan_ns, UINT64_C(1) << 40); /* past the last */
 	histogram_add_n(&s->refault_rows[KVT_TIER_DRAM], 300, 10);
-	text = metrics_text(s, &n);
+	text = metrics_text(s, &p, &n);
 	assert_non_null(text);
 	assert_line(text, "kvtier_plan_duration_seconds_bucket{le=\"1.023e-06\"} 2");
 	assert_line(text, "kvtier_plan_duration_seconds_bucket{le=\"2.047e-06\"} 3");
