@@ -13,6 +13,8 @@
 
 struct metrics;
 
+/* ---- metrics_listen.c ---------------------------------------------------------------- */
+
 /*
  * A listening stream socket at `where`: an absolute path (mode 0660), 127.0.0.1:PORT or [::1]:PORT. Returns its
  * descriptor, or -errno with one line in err. What it made at a path is the caller's to unlink.
@@ -20,6 +22,8 @@ struct metrics;
 int metrics_listen(const char *where, char *err, size_t errsize);
 /* May that be listened on? 0, or -EINVAL with what it must be in err. */
 int metrics_where(const char *where, char *err, size_t errsize);
+/* ---- metrics.c ----------------------------------------------------------------------- */
+
 /* Serve GET and HEAD of /metrics and /-/healthy on this listening stream socket, which is taken. 0 or -errno.
  */
 int metrics_open(struct metrics **ret, struct core *c, sd_event *ev, int fd);
