@@ -36,6 +36,7 @@ static const struct group {
 _Static_assert(GROUPS <= PROBE_NAMES, "the message has room for all");
 
 struct load {
+	const char *broken; /* groups that this kernel shall refuse */
 	struct probes *skel;
 	struct probe_targets *targets;
 	struct group_state {
@@ -80,23 +81,33 @@ static bool listed(const char *list, const char *name)
 
 /* ---- loading --------------------------------------------------------------------------------- */
 
+/* To be loaded. broken: as a kind of program that may not do what it does. */
+static void pick(struct probes *s, const char *name, bool broken)
+{
+	struct bpf_program *p = name ? bpf_object__find_program_by_name(s->obj, name) : NULL;
+
+	if (!p)
+		return;
+	bpf_program__set_autoload(p, true);
+	if (broken)
+		bpf_program__set_type(p, BPF_PROG_TYPE_SOCKET_FILTER);
+}
+
 static void choose(struct probes *s, const struct load *l, int only)
 {
 	struct bpf_program *p;
 
 	bpf_object__for_each_program(p, s->obj) bpf_program__set_autoload(p, false);
-	for (unsigned g = 0; g < GROUPS; g++)
-		for (unsigned i = 0; i < PARTS && groups[g].part[i].program; i++) {
-			const struct part *part = &groups[g].part[i];
+	for (unsigned g = 0; g < GROUPS; g++) {
+		bool broken = listed(l->broken, groups[g].name);
 
-			if (only < 0 ? !l->group[g].on : (unsigned)only != g)
-				continue;
-			p = bpf_object__find_program_by_name(s->obj, part->program);
-			bpf_program__set_autoload(p, true);
-			p = part->or_else ? bpf_object__find_program_by_name(s->obj, part->or_else) : NULL;
-			if (p)
-				bpf_program__set_autoload(p, true);
+		if (only < 0 ? !l->group[g].on : (unsigned)only != g)
+			continue;
+		for (unsigned i = 0; i < PARTS; i++) {
+			pick(s, groups[g].part[i].program, broken);
+			pick(s, groups[g].part[i].or_else, broken);
 		}
+	}
 }
 
 /* Would the kernel take this group by itself? */
@@ -234,13 +245,14 @@ static int freeze(const struct load *l)
 	return r < 0 ? r : bpf_map_freeze(bpf_map__fd(l->skel->maps.sums));
 }
 
-int load_new(struct load **ret, const char *without, char *err, size_t errsize)
+int load_new(struct load **ret, const char *without, const char *broken, char *err, size_t errsize)
 {
 	struct load *l = calloc(1, sizeof(*l));
 	int r;
 
 	if (!l)
 		return -ENOMEM;
+	l->broken = broken;
 	libbpf_set_print(keep_quiet);
 	for (unsigned g = 0; g < GROUPS; g++) {
 		l->group[g].on = !listed(without, groups[g].name);

@@ -9,9 +9,10 @@ struct load;
 
 /*
  * Load and attach what this kernel takes. without: names of groups to leave out, separated by commas, or NULL.
+ * broken: such that the kernel refuses, for tests.
  * 0, also when nothing could be loaded but the maps; or -errno with one line in err when not even those could.
  */
-int load_new(struct load **ret, const char *without, char *err, size_t errsize);
+int load_new(struct load **ret, const char *without, const char *broken, char *err, size_t errsize);
 /* Detaches everything. */
 void load_free(struct load *l);
 /* What to tell a daemon; busy is left 0. */

@@ -45,6 +45,7 @@ static void usage(FILE *f)
 	      "  -s, --socket PATH    listen here, unless systemd passes a socket; default " SOCKET "\n"
 	      "  -u, --user NAME      who may connect besides root; default kvtier\n"
 	      "  -w, --without GROUP  leave these programs out\n"
+	      "  -b, --break GROUP    make the kernel refuse these, for tests\n"
 	      "  -c, --check          load everything, print what runs, end\n"
 	      "  -V, --version        print the version\n"
 	      "  -h, --help           print this\n",
@@ -135,23 +136,21 @@ static int serve(struct load *l, int listener, uid_t user)
 }
 
 struct options {
-	const char *path, *without, *user;
+	const char *path, *without, *broken, *user;
 	bool check;
 };
 
 /* -1: go on; else the exit status. */
 static int parse(int argc, char **argv, struct options *o)
 {
-	static const struct option longs[] = {{"socket", required_argument, NULL, 's'},
-					      {"user", required_argument, NULL, 'u'},
-					      {"without", required_argument, NULL, 'w'},
-					      {"check", no_argument, NULL, 'c'},
-					      {"version", no_argument, NULL, 'V'},
-					      {"help", no_argument, NULL, 'h'},
-					      {}};
+	static const struct option longs[] = {
+		{"socket", required_argument, NULL, 's'},  {"user", required_argument, NULL, 'u'},
+		{"without", required_argument, NULL, 'w'}, {"break", required_argument, NULL, 'b'},
+		{"check", no_argument, NULL, 'c'},         {"version", no_argument, NULL, 'V'},
+		{"help", no_argument, NULL, 'h'},          {}};
 	int opt;
 
-	while ((opt = getopt_long(argc, argv, "s:u:w:cVh", longs, NULL)) >= 0) {
+	while ((opt = getopt_long(argc, argv, "s:u:w:b:cVh", longs, NULL)) >= 0) {
 		switch (opt) {
 		case 's':
 			o->path = optarg;
@@ -161,6 +160,9 @@ static int parse(int argc, char **argv, struct options *o)
 			break;
 		case 'w':
 			o->without = optarg;
+			break;
+		case 'b':
+			o->broken = optarg;
 			break;
 		case 'c':
 			o->check = true;
@@ -203,7 +205,7 @@ int main(int argc, char **argv)
 
 	if (r >= 0)
 		return r;
-	r = load_new(&l, o.without, err, sizeof(err));
+	r = load_new(&l, o.without, o.broken, err, sizeof(err));
 	if (r < 0) {
 		sayf("<3>", "%s", err[0] ? err : strerror(-r));
 		return 1;

@@ -107,6 +107,11 @@ def check_table():
     equal(set(lines), GROUPS, "the table")
     for name in ("sched", "fault"):
         matches(lines[name], r"off: left out by --without$", name)
+    p = subprocess.run([LOADER, "--check", "--break", "uring,fault"], capture_output=True, text=True, check=True)
+    state = {line.split()[0]: line for line in p.stdout.splitlines()}
+    for name in ("uring", "fault"):
+        matches(state[name], rf"^{name} +off: {name}_\w+: load: (Invalid argument|Permission denied)$", "what the kernel refused")
+    equal({n for n in state if state[n].split()[1] == "on"}, on - {"uring", "fault"}, "the others")
     p = subprocess.run([LOADER, "--check", "--without", "disk"], capture_output=True, text=True, check=False)
     equal(p.returncode, 1, "exit status without the disk's programs")
 
@@ -206,6 +211,75 @@ def major_faults(d, t):
     print(f"# {n} major faults, {ns / 1e6:.2f} ms")
     expect(n >= 32, f"64 pages read from a file are {n} major faults")
     expect(n * 1000 < ns < 30e9, f"{n} major faults took {ns} ns")
+
+
+def small_group():
+    """A control group (version 1) with little memory; its directory."""
+    top = Path("/sys/fs/cgroup/memory")
+    if not (top / "memory.limit_in_bytes").exists():
+        raise Skip("no control group of the memory controller, version 1, here")
+    g = top / f"kvt-bpf-{os.getpid()}"
+    try:
+        g.mkdir()
+        (g / "memory.limit_in_bytes").write_text(str(24 << 20), encoding="ascii")
+    except OSError as e:
+        raise Skip(f"a control group cannot be made here: {e}") from None
+    return g
+
+
+READER = """
+import os, sys
+from kvtier import Client, Model, Region, Sequence
+open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
+c = Client(sys.argv[2])
+m = Model(c, "reads", 1, 1, 16)
+layouts, n = m.layout(64, 16)
+s = Sequence(c, m, Region(c, n), layouts, 64)
+print("here", flush=True)
+sys.stdin.readline()
+with open(sys.argv[3], "rb") as f:
+    while f.read(1 << 20):
+        pass
+print("done", flush=True)
+sys.stdin.readline()
+os._exit(0)
+"""
+
+
+def reclaim():
+    if "memcg_reclaim" not in need():
+        raise Skip("the programs do not load here")
+    group = small_group()
+    try:
+        with tempfile.TemporaryDirectory() as t, Loader(t + "/s"), world(t + "/s") as d, \
+                tempfile.NamedTemporaryFile(dir=build_dir()) as f:
+            wait_on(d)
+            f.write(bytes(96 << 20))
+            f.flush()
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            p = subprocess.Popen([sys.executable, "-c", READER, str(group), d.socket, f.name], stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, text=True)
+            try:
+                equal(p.stdout.readline(), "here\n", "the reader")
+                until("its stalls", lambda: d.seqs()[0].get("stall"), 5)
+                p.stdin.write("go\n")
+                p.stdin.flush()
+                equal(p.stdout.readline(), "done\n", "the reader")
+                stall, now = d.seqs()[0]["stall"], probes(d)["reclaim"]
+                print(f"# 96 MiB through a group of 24 MiB: {now['count']} reclaims, {stall['reclaim_ns'] / 1e6:.2f} ms")
+                expect(now["count"] > 10 and stall["reclaim_ns"] > 10000, f"reclaims: {now}, the client's: {stall}")
+                expect(stall["reclaim_ns"] <= now["ns_total"], "a client's are among all")
+            finally:
+                p.kill()
+                p.wait()
+    finally:
+        for _ in range(100):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.05)
 
 
 # ---- with and without ------------------------------------------------------------------------------
@@ -416,6 +490,7 @@ def main():
     tap.case("--check loads every program and names what is off", check_table)
     tap.case("the disk's and the ring's latencies are counted under load", disk_and_ring)
     tap.case("a client's waits for a processor and for pages are counted", stalls)
+    tap.case("a client's reclaims at its control group's limit are counted", reclaim)
     tap.case("the loader comes, goes and comes back; the daemon goes on", comes_and_goes)
     tap.case("an impostor is not believed", impostors)
     tap.case("a stranger gets no maps; nobody can write the counts", strangers)
