@@ -38,7 +38,7 @@ if INSIDE:
     from kvtier import ROWS_ALL, Client
     from lib.rows import LANES, Rows
     from lib.victims import leased, resume
-    from lib.world import Tap, equal, expect, matches, until
+    from lib.world import Skip, Tap, equal, expect, matches, until
 
 MUTANTS = {
     "nowatchdog": lambda s: re.sub(r"^WatchdogSec=.*\n", "", s, flags=re.M),
@@ -393,6 +393,28 @@ def case_bad_config():
     program("work", "kvt-run", "repaired")
 
 
+def case_loader():
+    """kvtierd-bpf.service: a user of its own, two capabilities, and the daemon has its maps."""
+    if not os.path.exists("/usr/sbin/kvtierd-bpf"):
+        raise Skip("kvtierd-bpf was not built")
+    status = lambda: json.loads(subprocess.run(["kvtierctl", "--json", "status"], capture_output=True, text=True,  # noqa: E731
+                                               check=True).stdout)["probes"]
+    until(lambda: f"what is missing is said: {status()}",
+          lambda: status()["why_off"].startswith("kvtierd-bpf: /run/kvtier-bpf/probes.sock: "), 5)
+    ctl("start", "kvtierd-bpf.socket")
+    equal(os.stat("/run/kvtier-bpf/probes.sock").st_mode & 0o777, 0o600, "its socket")
+    until(lambda: f"the socket starts it: {status()}", lambda: status()["on"], 10)
+    text = Path(f"/proc/{show('MainPID', 'kvtierd-bpf.service')}/status").read_text(encoding="ascii")
+    expect(not re.search(r"^Uid:.*\b0\b", text, re.M), f"it is root: {text}")
+    equal(int(re.search(r"^CapEff:\s+(\w+)", text, re.M).group(1), 16), 1 << 38 | 1 << 39, "CAP_PERFMON and CAP_BPF alone")
+    off = {p["name"]: p["why_off"] for p in status()["programs"] if not p["on"]}
+    print(f"# off in a container: {off}")
+    equal(off.get("sched"), "kvtierd is not in the host's PID namespace", "why sched is off in a container")
+    ctl("stop", "kvtierd-bpf.socket", "kvtierd-bpf.service")
+    until("off", lambda: not status()["on"], 5)
+    expect(active(), "the daemon went with it")
+
+
 def case_stop():
     p = pid()
     ctl("stop", "kvtierd.service")
@@ -414,7 +436,7 @@ def inside():
                      ("io_uring is in use", case_uring), ("reload, good and bad", case_reload),
                      ("no system call is denied", case_no_denied_call), ("watchdog kill and restart", case_watchdog),
                      ("fd store across restart and kill", case_store), ("a configuration that fails", case_bad_config),
-                     ("stop", case_stop)):
+                     ("the BPF loader's unit", case_loader), ("stop", case_stop)):
         tap.case(name, fn)
     print(f"# figure: {tap.n - tap.bad} of {tap.n} cases pass under systemd "
           f"{subprocess.run(['systemctl', '--version'], capture_output=True, text=True).stdout.split()[1]}")
