@@ -106,6 +106,28 @@ static json_t *status_head(const struct core_stat *s)
 	return o;
 }
 
+static json_t *pressure_json(const struct core_stat *s)
+{
+	json_t *o = json_object();
+
+	set_bool(o, "shrink", s->pressure_on);
+	set_bool(o, "squeezed", s->squeezed);
+	set_text(o, "psi", s->psi);
+	set_num(o, "dram_limit_bytes", s->dram_limit);
+	set_num(o, "dram_resident_bytes", s->tier[KVT_TIER_DRAM].resident);
+	set_num(o, "missing_bytes", s->memory_missing);
+	set_num(o, "squeezes", s->squeezes);
+	set_num(o, "psi_events", s->psi_events);
+	set_num(o, "ns_last", s->squeeze_ns_last);
+	set_num(o, "ns_max", s->squeeze_ns_max);
+	set_num(o, "returned_bytes", s->squeeze_returned_bytes);
+	set_num(o, "on_nvme_bytes", s->squeeze_copied_bytes);
+	set_num(o, "demoted_bytes", s->squeeze_demoted_bytes);
+	set_num(o, "dropped_bytes", s->squeeze_dropped_bytes);
+	set_num(o, "dropped_rows", s->squeeze_dropped_rows);
+	return o;
+}
+
 /* The whole daemon, for the admin socket. */
 static json_t *status_all(const struct core_stat *s)
 {
@@ -134,6 +156,7 @@ static json_t *status_all(const struct core_stat *s)
 	set_num(misses, "stale", s->miss_stale);
 	set_num(misses, "nospace", s->miss_nospace);
 	json_object_set_new(o, "misses", misses);
+	json_object_set_new(o, "pressure", pressure_json(s));
 	set_num(o, "rows_dropped", s->rows_dropped);
 	set_num(o, "recalls", s->recalls);
 	set_num(o, "rows_recalled", s->rows_recalled);

@@ -58,6 +58,11 @@ struct config {
 	uint32_t nvme_depth, nvme_deadline_ms;
 	bool nvme_io_uring, nvme_prealloc;
 	char nvme_fault[128];
+	/* [pressure] */
+	bool pressure_shrink;
+	char pressure_psi[32]; /* "some 150ms/2s", or "no" */
+	uint64_t pressure_reserve, pressure_floor;
+	uint32_t pressure_deadline_ms;
 	/* [policy] */
 	char policy[32];             /* default policy */
 	char fallback[32];           /* runs when the default cannot (no weight file for the model) */

@@ -6,6 +6,7 @@
 #include "daemon/config_keys.h"
 #include "daemon/config_parse.h"
 #include "daemon/metrics.h"
+#include "daemon/pressure.h"
 #include "policy/policy.h"
 #include "shm/util.h"
 
@@ -67,6 +68,16 @@ static void check_sizes(struct parse *p)
 	if (c->nvme_segment % (1u << 20))
 		config_refuse(p, line_of(p, "nvme", "segment", NULL), "segment: %llu, must be a multiple of 1M",
 			      (unsigned long long)c->nvme_segment);
+}
+
+static void check_pressure(struct parse *p)
+{
+	uint32_t stall, window;
+	char why[128];
+	bool full;
+
+	if (psi_parse(p->cfg->pressure_psi, &full, &stall, &window, why, sizeof(why)) < 0)
+		config_refuse(p, line_of(p, "pressure", "psi", NULL), "psi: %s", why);
 }
 
 static void check_budget(struct parse *p)
@@ -163,6 +174,7 @@ void config_relations(struct parse *p)
 	check_metrics(p);
 	check_marks(p);
 	check_sizes(p);
+	check_pressure(p);
 	check_budget(p);
 	check_policies(p);
 	check_sockets(p);

@@ -82,6 +82,17 @@ const struct config_key config_keys[] = {
 	       "write new container files over once, so that later writes are steady"),
 	TEXT("nvme", "fault", KEY_TEXT, false, true, nvme_fault, "", "inject faults, for tests; empty: none"),
 
+	GLOBAL("pressure", "shrink", KEY_BOOL, true, pressure_shrink, 0, 1, "yes", NULL,
+	       "give DRAM back when the host, or a cgroup of the daemon, runs short of memory"),
+	TEXT("pressure", "psi", KEY_TEXT, true, false, pressure_psi, "some 150ms/2s",
+	     "stalls for memory that shrink the DRAM tier by an eighth, or no"),
+	GLOBAL("pressure", "reserve", KEY_SIZE, true, pressure_reserve, 0, 64 * T, "512M", "bytes",
+	       "what stays available on the host; in a cgroup at most an eighth of its limit"),
+	GLOBAL("pressure", "floor", KEY_SIZE, true, pressure_floor, 0, 64 * T, "64M", "bytes",
+	       "what the DRAM tier may keep whatever happens"),
+	GLOBAL("pressure", "deadline", KEY_COUNT, true, pressure_deadline_ms, 0, 60000, "400", "ms",
+	       "what NVMe has not taken by then is dropped while memory is missing, lowest scores first"),
+
 	TEXT("policy", "default", KEY_NAME, true, false, policy, "kvp",
 	     "policy of sequences that name none; see kvtierctl policy list"),
 	TEXT("policy", "fallback", KEY_NAME, true, false, fallback, "streaming",

@@ -7,6 +7,7 @@
 #include "daemon/ledger.h"
 #include "daemon/probes.h"
 #include "daemon/usdt.h"
+#include "daemon/pressure.h"
 #include "shm/util.h"
 
 #define FEED_ENTRIES 16384u
@@ -107,6 +108,7 @@ static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
 		if (c->pages.tier[t])
 			c->pages.tier[t]->ops->tick(c->pages.tier[t], on_moved, c);
 	probes_tick(c);
+	pressure_tick(c);
 	settle_watermarks(c);
 	seq_expire(c, c->loop_seen_ns);
 	for (s = STAILQ_FIRST(&c->recounts); s; s = next) {
@@ -287,6 +289,8 @@ static int core_open(struct core *c, char *err, size_t errsize)
 	if (r >= 0)
 		r = restart_scan(c);
 	if (r >= 0)
+		r = pressure_open(c);
+	if (r >= 0)
 		r = add_timer(c, &c->tick, TICK_US, on_tick);
 	if (r >= 0)
 		r = add_timer(c, &c->poll, POLL_US, on_poll);
@@ -418,6 +422,7 @@ void core_free(struct core *c)
 	}
 	sd_event_source_disable_unref(c->tick);
 	sd_event_source_disable_unref(c->poll);
+	pressure_close(c);
 	workers_free(c->workers);
 	quiet = writers_free(c);
 	mover_close(c);
@@ -526,6 +531,7 @@ int core_reload(struct core *c, const struct config *cfg, char *err, size_t errs
 		memcpy(c->policy, cfg->policy, sizeof(c->policy));
 	c->cfg = *cfg;
 	set_limits(c);
+	pressure_reload(c);
 	policies_drop(c, NULL);
 	return 0;
 }

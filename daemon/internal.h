@@ -75,6 +75,7 @@ struct core {
 	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
 
 	struct probes *probes; /* NULL until the first tick */
+	struct pressure *pressure; /* NULL: no dram tier, or a simulation's */
 	struct verify *verify;
 	struct core_stat stat;
 	struct log_bucket said; /* lines about nobody's clients in particular */

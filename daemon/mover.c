@@ -10,6 +10,7 @@
 #include <string.h>
 #include "daemon/internal.h"
 #include "daemon/usdt.h"
+#include "daemon/pressure.h"
 #include "shm/crc.h"
 #include "shm/trial.h"
 #include "shm/util.h"
@@ -329,6 +330,7 @@ void mover_run(struct core *c)
 				start_reads(c, t);
 		repack_pump(c);
 		settle_pump(c);
+		pressure_pump(c);
 		recall_pump(c);
 		direct_pump(c);
 		compact_pump(c);

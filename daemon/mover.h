@@ -85,6 +85,10 @@ void settle_start(struct seq *s, const uint64_t *to_nvme, uint32_t words);
 /* Move all that is in dram only to nvme. */
 void settle_flush(struct seq *s);
 void settle_stop(struct seq *s);
+/* Move those pages of the lane's dram rows to nvme that choose() wants; returns the bytes that they take. */
+typedef bool (*settle_choice_fn)(void *arg, const struct seq *s, const struct page *p, const uint64_t *mask,
+				 uint32_t alive);
+uint64_t settle_choose(struct seq *s, uint32_t lane, settle_choice_fn choose, void *arg);
 /* A page of it went from dram to nvme. */
 void settle_moved(struct seq *s);
 void settle_pump(struct core *c);

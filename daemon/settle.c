@@ -232,6 +232,34 @@ void settle_pump(struct core *c)
 	}
 }
 
+uint64_t settle_choose(struct seq *s, uint32_t lane, settle_choice_fn choose, void *arg)
+{
+	struct lane_pages *lp = &s->ix.lane[lane];
+	struct settle *t = s->settle;
+	uint64_t mask[PAGE_SPAN], bytes = 0;
+
+	for (uint32_t i = 0; i < lp->n; i++) {
+		const struct page *p = lp->v[i];
+		uint32_t alive = index_alive(&s->ix, p, KVT_TIER_DRAM, mask);
+
+		/* One that is at work already keeps to what it was made for. */
+		if (t ? t->lane >= lane || t->words < BITS_WORDS(s->ix.rows) : false)
+			break;
+		if (!alive || !choose(arg, s, p, mask, alive))
+			continue;
+		if (!t)
+			t = settle_new(s, (uint32_t)BITS_WORDS(s->ix.rows));
+		if (!t)
+			break;
+		bytes += page_room(p->bytes);
+		for (uint32_t w = 0; w < p->span; w++)
+			for (uint64_t b = mask[w]; b; b &= b - 1)
+				bits_set(t->want + (uint64_t)lane * t->words,
+					 p->first + w * 64 + (uint32_t)__builtin_ctzll(b));
+	}
+	return bytes;
+}
+
 /* ---- watermarks -------------------------------------------------------------------------- */
 
 /* The colder half of a sequence's dram rows, by key, wants to leave; all of it when it is detached. */

@@ -18,9 +18,10 @@ enum feed_type {
 	FEED_CANCEL,
 	FEED_MOVE, /* from -> to, rows, bytes */
 	FEED_DROP,
-	FEED_MISS,   /* plan = errno, rows = lost, bytes */
-	FEED_CLIENT, /* plan = client, bytes = 1 connected, 0 left */
-	FEED_ADMIN,  /* a mutation by kvtierctl */
+	FEED_MISS,     /* plan = errno, rows = lost, bytes */
+	FEED_CLIENT,   /* plan = client, bytes = 1 connected, 0 left */
+	FEED_ADMIN,    /* a mutation by kvtierctl */
+	FEED_PRESSURE, /* plan = 1: dram may hold `bytes`; 0: `bytes` were given back, rows = dropped */
 	FEED_TYPES
 };
 

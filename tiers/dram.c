@@ -77,6 +77,7 @@ static int dram_open(struct tier **ret, const struct tier_cfg *cfg, char *err, s
 	LIST_INIT(&d->pools);
 	pthread_mutex_init(&d->lock, NULL);
 	d->capacity = cfg->size / ALLOC_SLAB_BYTES * ALLOC_SLAB_BYTES;
+	d->limit = UINT64_MAX;
 	d->segment = cfg->segment;
 	if (!d->segment)
 		d->segment = MAX(SEGMENT_DEFAULT, ALIGN_UP(d->capacity / ALLOC_MAX_SEGS + 1, SEGMENT_DEFAULT));
@@ -205,9 +206,10 @@ static void dram_stat(struct tier *t, struct tier_stat *ret)
 		kept += d->slot[i].pool && d->slot[i].dir.id;
 	}
 	*ret = d->st;
-	ret->capacity = d->capacity;
+	ret->capacity = MIN(d->capacity, d->limit);
 	ret->used = sum.used;
-	ret->free = d->capacity - sum.used - sum.stranded;
+	ret->free = ret->capacity - MIN(ret->capacity, sum.used + sum.stranded);
+	ret->resident = d->warm;
 	ret->overhead = sum.stranded;
 	ret->published = d->published;
 	ret->held = held;
@@ -275,6 +277,17 @@ static void dram_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *r
 	if (owner) /* the empty private one would be given up */
 		for (uint32_t i = 0; (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top; i++)
 			ret->room += d->slot[i].bytes;
+	ret->room = MIN(ret->room, dram_left(d) + (owner ? a.free : 0));
+}
+
+static void dram_limit(struct tier *t, uint64_t bytes)
+{
+	dram_of(t)->limit = bytes;
+}
+
+static uint64_t dram_op_trim(struct tier *t, uint64_t bytes)
+{
+	return dram_give(dram_of(t), bytes);
 }
 
 const struct tier_ops tier_dram_ops = {
@@ -295,4 +308,6 @@ const struct tier_ops tier_dram_ops = {
 	.hold = dram_hold,
 	.segment = dram_segment,
 	.owner_stat = dram_owner_stat,
+	.limit = dram_limit,
+	.trim = dram_op_trim,
 };

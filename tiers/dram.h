@@ -37,6 +37,8 @@ struct dram_seg {
 	uint64_t bytes;      /* of pages; a directory may follow */
 	struct dram_dir dir; /* of a private segment that outlives us; id 0: it does not */
 	struct pool *pool;   /* NULL: free slot */
+	uint64_t *warm;      /* slabs that may have memory behind them */
+	bool holes;          /* some were given back to the host */
 	uint32_t gen;        /* of the published segment that is here, or was last; 12 bits */
 };
 
@@ -53,6 +55,8 @@ struct dram {
 	uint32_t top;                       /* used slots are all below */
 	uint64_t capacity, segment, mapped; /* mapped: of all pools */
 	uint64_t published;                 /* of that, of published ones */
+	uint64_t limit;                     /* bytes that pages may take; UINT64_MAX: the capacity */
+	uint64_t warm;                      /* bytes of slabs that may have memory behind them */
 	int node;
 	bool no_huge;
 	const struct tier_keep *keep; /* NULL: memory ends with the process */
@@ -90,6 +94,12 @@ void dram_pool_release(struct dram *d, struct pool *p);
 int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes);
 /* Private segments without a page, but for one. */
 void dram_trim(struct dram *d);
+/* Free slabs of private segments, and all empty ones: up to about `bytes`. Returns how many went. */
+uint64_t dram_give(struct dram *d, uint64_t bytes);
+/* All of a segment's slabs may have memory behind them: an earlier life's. */
+void dram_warm_all(struct dram *d, struct dram_seg *s);
+/* Bytes that new private pages, or an owner's new segments, may still take under the limit. */
+uint64_t dram_left(const struct dram *d);
 /* End: unmap everything. What is kept stays kept. */
 void dram_unmap(struct dram *d);
 

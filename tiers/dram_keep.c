@@ -200,6 +200,7 @@ int dram_scan(struct tier *t, tier_found_fn fn, void *arg)
 
 		if (!s->pool || !s->dir.id || s->dir.settled)
 			continue;
+		dram_warm_all(d, s);
 		for (uint32_t u = next_written(s, 0); u < s->dir.units;) {
 			uint32_t next = u + look(d, i, u, fn, arg);
 

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "shm/bits.h"
 #include "shm/trial.h"
 
 #define FIRST_SHARE 16u /* an owner's first segment is this part of a private one */
@@ -138,6 +139,7 @@ void dram_unmap(struct dram *d)
 		if (d->slot[i].pool) {
 			seg_close(&d->slot[i].seg);
 			dir_free(&d->slot[i].dir);
+			free(d->slot[i].warm);
 		}
 	alloc_fini(&d->private.alloc);
 	while ((p = LIST_FIRST(&d->pools))) {
@@ -146,6 +148,43 @@ void dram_unmap(struct dram *d)
 		free(p);
 	}
 	pthread_mutex_destroy(&d->lock);
+}
+
+/* ---- what the host lends us ---------------------------------------------------------------- */
+
+static uint32_t slabs_of(const struct dram_seg *s)
+{
+	return (uint32_t)(s->bytes / ALLOC_SLAB_BYTES);
+}
+
+void dram_warm_all(struct dram *d, struct dram_seg *s)
+{
+	d->warm += (slabs_of(s) - bits_rank(s->warm, slabs_of(s))) * ALLOC_SLAB_BYTES;
+	bits_set_range(s->warm, 0, slabs_of(s));
+}
+
+uint64_t dram_left(const struct dram *d)
+{
+	uint64_t limit = MIN(d->limit, d->capacity), taken = d->private.alloc.st.used + d->published;
+
+	return limit - MIN(limit, taken);
+}
+
+/*
+ * A page comes to lie here. A hole in huge pages is filled first, for the host may have none left, which would
+ * be SIGBUS later. 0, -ENOSPC.
+ */
+static int warm_up(struct dram *d, struct dram_seg *s, uint64_t off, uint32_t bytes)
+{
+	for (uint64_t i = off / ALLOC_SLAB_BYTES; i <= (off + bytes - 1) / ALLOC_SLAB_BYTES; i++) {
+		if (bits_test(s->warm, i))
+			continue;
+		if (s->holes && s->seg.huge && seg_commit(&s->seg, i * ALLOC_SLAB_BYTES, ALLOC_SLAB_BYTES) < 0)
+			return -ENOSPC;
+		bits_set(s->warm, i);
+		d->warm += ALLOC_SLAB_BYTES;
+	}
+	return 0;
 }
 
 /* ---- segments ------------------------------------------------------------------------ */
@@ -162,6 +201,9 @@ static void give_back(struct dram *d, uint32_t i)
 	if (p->owner)
 		d->published -= s->bytes;
 	s->pool = NULL;
+	d->warm -= bits_rank(s->warm, slabs_of(s)) * ALLOC_SLAB_BYTES;
+	free(s->warm);
+	s->warm = NULL;
 	dram_unkeep(d, &s->dir);
 	dir_free(&s->dir);
 	unmap(d, &s->seg);
@@ -187,6 +229,7 @@ static uint64_t next_size(struct dram *d, const struct pool *p, uint64_t room)
 		spare = alloc_next_empty(&d->private.alloc, 0);
 		if (d->capacity - d->mapped < bytes && spare < d->private.alloc.top)
 			give_back(d, spare);
+		bytes = MIN(bytes, slabs_in(dram_left(d)));
 	}
 	return MIN(bytes, d->capacity - d->mapped);
 }
@@ -212,19 +255,25 @@ static bool vacant(const struct dram_seg *s, const struct pool *p)
 int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes)
 {
 	uint32_t i = 0;
+	uint64_t *warm;
 	int r;
 
 	while (i < DRAM_SLOTS && !vacant(&d->slot[i], p))
 		i++;
 	if (i == DRAM_SLOTS)
 		return -ENOSPC;
-	r = alloc_add_at(&p->alloc, i, (uint32_t)(bytes / ALLOC_SLAB_BYTES));
-	if (r < 0)
+	warm = calloc(BITS_WORDS(bytes / ALLOC_SLAB_BYTES), sizeof(*warm));
+	r = warm ? alloc_add_at(&p->alloc, i, (uint32_t)(bytes / ALLOC_SLAB_BYTES)) : -ENOMEM;
+	if (r < 0) {
+		free(warm);
 		return r;
+	}
 	place(d, s);
 	d->slot[i].seg = *s;
 	d->slot[i].bytes = bytes;
 	d->slot[i].dir = *dir;
+	d->slot[i].warm = warm;
+	d->slot[i].holes = false;
 	d->slot[i].pool = p;
 	if (p->owner)
 		d->slot[i].gen = (d->slot[i].gen + 1) & DRAM_LAST_GEN;
@@ -296,10 +345,17 @@ static struct dram_seg *resolve(const struct dram *d, tier_addr addr, uint64_t *
 int dram_place(struct dram *d, struct pool *p, uint32_t bytes, uint64_t room, tier_addr *ret)
 {
 	uint64_t local;
-	int r = alloc_get(&p->alloc, bytes, false, &local);
+	int r = p->owner || bytes <= dram_left(d) ? alloc_get(&p->alloc, bytes, false, &local) : -EDQUOT;
 
 	if (r == -ENOSPC)
 		r = alloc_get(&p->alloc, bytes, grow(d, p, room) < 0, &local);
+	if (!r) {
+		r = warm_up(d, &d->slot[alloc_addr_seg(local)], alloc_addr_off(local), bytes);
+		if (r < 0)
+			(void)alloc_put(&p->alloc, local, bytes);
+	}
+	if (r == -EDQUOT)
+		r = -ENOSPC;
 	if (r < 0) {
 		pool_end(p);
 		return r;
@@ -322,7 +378,7 @@ int dram_put(struct dram *d, tier_addr addr, uint32_t bytes)
 	r = alloc_put(&p->alloc, local, bytes);
 	if (r <= 0)
 		return r;
-	if (p->owner ? !p->held : p->alloc.st.empty_segs > 1 && !d->scanning)
+	if (p->owner ? !p->held : p->alloc.st.empty_segs > (d->limit == UINT64_MAX) && !d->scanning)
 		give_back(d, alloc_addr_seg(local));
 	pool_end(p);
 	return 0;
@@ -354,6 +410,39 @@ void dram_trim(struct dram *d)
 	while (d->private.alloc.st.empty_segs > 1 &&
 	       (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top)
 		give_back(d, i++);
+}
+
+/* Free slabs of one segment that have memory. */
+static void punch(struct dram *d, uint32_t i, uint64_t bytes)
+{
+	struct dram_seg *s = &d->slot[i];
+	const struct alloc_seg *a = &s->pool->alloc.seg[i];
+	uint64_t gone = 0;
+
+	for (uint32_t w = 0; w < BITS_WORDS(slabs_of(s)); w++)
+		for (uint64_t b = s->warm[w] & a->pool[w]; b && gone < bytes; b &= b - 1) {
+			uint32_t slab = w * 64 + (uint32_t)__builtin_ctzll(b);
+
+			if (seg_punch(&s->seg, slab * ALLOC_SLAB_BYTES, ALLOC_SLAB_BYTES) < 0)
+				return;
+			bits_clear(s->warm, slab);
+			s->holes = true;
+			d->warm -= ALLOC_SLAB_BYTES;
+			gone += ALLOC_SLAB_BYTES;
+		}
+}
+
+uint64_t dram_give(struct dram *d, uint64_t bytes)
+{
+	uint64_t before = d->warm;
+	uint32_t i = 0;
+
+	while (before - d->warm < bytes && (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top)
+		give_back(d, i++);
+	for (i = 0; i < d->top && before - d->warm < bytes; i++)
+		if (d->slot[i].pool == &d->private)
+			punch(d, i, bytes - (before - d->warm));
+	return before - d->warm;
 }
 
 void *dram_page(const struct dram *d, tier_addr addr, uint32_t bytes)

@@ -42,6 +42,7 @@ struct fault {
 	uint64_t ops, inflight;
 	TAILQ_HEAD(, shadow) all;
 	TAILQ_HEAD(, shadow) done; /* by due time: the delay is the same for all */
+	uint64_t busy_ns;          /* with mib_s: until then the device has work */
 	int epoll, timer, kick;    /* kick: something is due already */
 };
 
@@ -79,7 +80,12 @@ static void complete(struct fault *f, struct shadow *s, int res)
 	io->addr = s->lower.addr;
 	if (io->op == TIER_WRITE && res < 0)
 		io->addr = TIER_ADDR_NONE;
-	s->due = f->inject.spec.delay_us ? now_ns() + f->inject.spec.delay_us * UINT64_C(1000) : 0;
+	s->due = 0;
+	if (f->inject.spec.mib_s)
+		s->due = f->busy_ns = MAX(f->busy_ns, now_ns()) +
+				      io->bytes * UINT64_C(1000000000) / ((uint64_t)f->inject.spec.mib_s << 20);
+	if (f->inject.spec.delay_us)
+		s->due = MAX(s->due, now_ns()) + f->inject.spec.delay_us * UINT64_C(1000);
 	s->state = SH_DONE;
 	TAILQ_INSERT_TAIL(&f->done, s, queue);
 }
@@ -425,6 +431,21 @@ static void fault_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *
 		l->ops->owner_stat(l, owner, ret);
 }
 
+static void fault_limit(struct tier *t, uint64_t bytes)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	if (l->ops->limit)
+		l->ops->limit(l, bytes);
+}
+
+static uint64_t fault_trim(struct tier *t, uint64_t bytes)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	return l->ops->trim ? l->ops->trim(l, bytes) : 0;
+}
+
 const struct tier_ops tier_fault_ops = {
 	.name = "fault",
 	.caps = TIER_CAP_ASYNC,
@@ -444,4 +465,6 @@ const struct tier_ops tier_fault_ops = {
 	.hold = fault_hold,
 	.segment = fault_segment,
 	.owner_stat = fault_owner_stat,
+	.limit = fault_limit,
+	.trim = fault_trim,
 };

@@ -4,7 +4,7 @@
  * The faults of the fault tier. They are asked for by text: "seed=7,flip=3,delay_us=500". Rates are in
  * 1/1000 of the operations of that kind, 0 to 1000. Whether an operation is hit
  * depends on the seed and on its number alone, so a run can be repeated. sector=512 or sector=4096 is
- * what a torn write is torn into.
+ * what a torn write is torn into. mib_s=N makes the device slow.
  */
 #include <stdbool.h>
 #include <stddef.h>
@@ -23,11 +23,13 @@ enum fault_kind {
 };
 
 #define FAULT_DELAY_MAX 10000000u /* us */
+#define FAULT_MIB_S_MAX 1000000u
 
 struct fault_spec {
 	uint64_t seed;
 	uint32_t delay_us; /* every completion comes at least this much later */
-	uint32_t sector;   /* bytes that a device writes whole: 512 or 4096 */
+	uint32_t mib_s; /* 0, or what one queue for reads and writes carries: each waits behind all before it */
+	uint32_t sector; /* bytes that a device writes whole: 512 or 4096 */
 	uint16_t permille[FAULT_KINDS];
 };
 

@@ -44,7 +44,7 @@ static int parse_item(struct fault_spec *s, const char *p, size_t len, char *err
 	uint64_t v, max = 1000;
 	enum fault_kind k = 0;
 	bool seed = is_key(p, klen, "seed"), delay = is_key(p, klen, "delay_us");
-	bool sector = is_key(p, klen, "sector");
+	bool sector = is_key(p, klen, "sector"), speed = is_key(p, klen, "mib_s");
 
 	while (k < FAULT_KINDS && !is_key(p, klen, names[k]))
 		k++;
@@ -52,6 +52,8 @@ static int parse_item(struct fault_spec *s, const char *p, size_t len, char *err
 		max = UINT64_MAX;
 	else if (delay)
 		max = FAULT_DELAY_MAX;
+	else if (speed)
+		max = FAULT_MIB_S_MAX;
 	else if (sector)
 		max = KVT_UNIT;
 	else if (k == FAULT_KINDS) {
@@ -71,6 +73,8 @@ static int parse_item(struct fault_spec *s, const char *p, size_t len, char *err
 		s->seed = v;
 	else if (sector)
 		s->sector = (uint32_t)v;
+	else if (speed)
+		s->mib_s = (uint32_t)v;
 	else if (delay)
 		s->delay_us = (uint32_t)v;
 	else

@@ -102,6 +102,7 @@ struct tier_stat {
 	uint64_t device_write_bytes; /* bytes really sent to the device: / write_bytes = amplification */
 	uint64_t errors, inflight, leaked_bytes;
 	uint64_t cleaned_segments;
+	uint64_t resident;            /* dram: bytes of the host's memory that it holds, in pieces of 2 MiB */
 	uint64_t published;           /* bytes of published segments, which only their owners can use */
 	uint64_t held;                /* of that, what no page takes */
 	bool offline, huge, io_uring; /* offline: a deadline passed; no new work */
@@ -204,6 +205,15 @@ struct tier_ops {
 	 * segment. */
 	int (*segment)(struct tier *t, uint64_t owner, uint32_t number, uint64_t *ret_bytes);
 	void (*owner_stat)(struct tier *t, uint64_t owner, struct tier_owner *ret);
+	/*
+	 * Memory that the host wants back, both NULL in tiers that hold none.
+	 *
+	 * limit: from now on pages may take this many bytes, whatever the capacity; UINT64_MAX: no limit. What
+	 * is there stays. trim: private memory in which no page lies goes back to the host, up to about `bytes`
+	 * of it; returns how much did.
+	 */
+	void (*limit)(struct tier *t, uint64_t bytes);
+	uint64_t (*trim)(struct tier *t, uint64_t bytes);
 };
 
 static inline bool tier_published(tier_addr addr)

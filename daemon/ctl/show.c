@@ -180,6 +180,22 @@ static void show_tier_notes(const json_t *tiers)
 	}
 }
 
+static void show_pressure(const json_t *p)
+{
+	printf("pressure   %s, dram holds %s of %s, psi %s\n",
+	       !flag(p, "shrink")    ? "not watched"
+	       : flag(p, "squeezed") ? "SQUEEZED"
+				     : "none",
+	       fmt_bytes(num(p, "dram_resident_bytes")), fmt_bytes(num(p, "dram_limit_bytes")),
+	       clean(text(p, "psi")));
+	if (num(p, "squeezes"))
+		printf("           %s times, last %s, longest %s; %s were on nvme, %s moved there, %s dropped "
+		       "(%s rows)\n",
+		       fmt_count(num(p, "squeezes")), fmt_ns(num(p, "ns_last")), fmt_ns(num(p, "ns_max")),
+		       fmt_bytes(num(p, "on_nvme_bytes")), fmt_bytes(num(p, "demoted_bytes")),
+		       fmt_bytes(num(p, "dropped_bytes")), fmt_count(num(p, "dropped_rows")));
+}
+
 static void show_counters(const json_t *j)
 {
 	const json_t *plans = json_object_get(j, "plans"), *misses = json_object_get(j, "misses");
@@ -263,6 +279,7 @@ void show_status(const json_t *j)
 	show_latency_table(tiers);
 	putchar('\n');
 	show_tier_notes(tiers);
+	show_pressure(json_object_get(j, "pressure"));
 	show_counters(j);
 	if (json_object_get(j, "probes"))
 		show_probes(json_object_get(j, "probes"));

@@ -15,9 +15,11 @@
 #define POLL_NS 20000000u
 
 static const char *const type_names[FEED_TYPES] = {
-	[FEED_NONE] = "none",   [FEED_SEQ_OPEN] = "open", [FEED_SEQ_CLOSE] = "close", [FEED_PLAN] = "plan",
-	[FEED_READY] = "ready", [FEED_ACK] = "ack",       [FEED_CANCEL] = "cancel",   [FEED_MOVE] = "move",
-	[FEED_DROP] = "drop",   [FEED_MISS] = "miss",     [FEED_CLIENT] = "client",   [FEED_ADMIN] = "admin",
+	[FEED_NONE] = "none",         [FEED_SEQ_OPEN] = "open", [FEED_SEQ_CLOSE] = "close",
+	[FEED_PLAN] = "plan",         [FEED_READY] = "ready",   [FEED_ACK] = "ack",
+	[FEED_CANCEL] = "cancel",     [FEED_MOVE] = "move",     [FEED_DROP] = "drop",
+	[FEED_MISS] = "miss",         [FEED_CLIENT] = "client", [FEED_ADMIN] = "admin",
+	[FEED_PRESSURE] = "pressure",
 };
 
 static const char *type_name(const struct feed_event *e)
