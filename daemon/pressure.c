@@ -22,6 +22,7 @@
 #define STEP_NS UINT64_C(500000000)
 #define STEPS 8u
 #define ENOUGH_NS UINT64_C(1000000000) /* without pressure, then giving ends wherever it is */
+#define AHEAD (UINT64_C(256) << 20)
 #define LEAST (UINT64_C(2) << 20)      /* what the tier counts memory in */
 
 struct pressure {
@@ -133,13 +134,14 @@ static void shrink(struct core *c, uint64_t bytes, uint64_t now)
 		p->quiet_ns = MIN(p->quiet_ns * 2, QUIET_MOST_NS);
 	p->step_ns = 0;
 	p->last_ns = now;
+	/* Some more, so that who takes on is not met at every few pages. */
+	bytes += MIN(configured(c) / (2 * STEPS), AHEAD);
 	limit = MAX(least, has - MIN(has, ALIGN_UP(bytes, LEAST)));
 	if (limit < p->limit)
 		set_limit(c, limit);
 	if (!p->giving && has > MAX(p->limit, st.published))
 		begin(c, now, has);
-	if (p->giving)
-		watch(p);
+	watch(p); /* who takes fast is met soon */
 	mover_kick(c);
 }
 
@@ -234,10 +236,10 @@ static int on_watch(sd_event_source *src, uint64_t usec, void *arg)
 
 	if (on(c))
 		look(c, false);
-	if (c->pressure->giving) {
+	if (c->pressure->giving)
 		mover_kick(c);
+	if (c->pressure->giving || now_ns() - c->pressure->last_ns < QUIET_NS)
 		watch(c->pressure);
-	}
 	return 0;
 }
 

@@ -1,0 +1,230 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The host runs short of memory: DRAM is given back, before the OOM killer acts; what is left reads back byte for
+byte, what is dropped is said to be; afterwards the tier grows again."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from kvtier import Client
+
+from lib.big import POSITION, Big
+from lib.world import Skip, Tap, World, equal, expect, matches, until
+
+MIB = 1 << 20
+V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+BALLOON = """
+import mmap, sys, time
+m = mmap.mmap(-1, int(sys.argv[1]) << 20)
+for i in range(0, len(m), 4096):
+    m[i] = 1
+    if i % (2 << 20) == 0:
+        time.sleep(0.05)
+print("full", flush=True)
+sys.stdin.readline()
+"""
+
+
+class Group:
+    """A cgroup with a limit, of whichever version has the memory controller here."""
+
+    def __init__(self):
+        self.v2 = not V1.is_dir()
+        self.path = (V2 if self.v2 else V1) / f"kvt-pressure-{os.getpid()}"
+        try:
+            if self.v2 and "memory" not in (V2 / "cgroup.subtree_control").read_text():
+                raise Skip("the memory controller is not delegated here")
+            self.path.mkdir()
+        except OSError as e:
+            raise Skip(f"no cgroup of our own: {e}") from None
+
+    def put(self, name_v1, name_v2, v):
+        (self.path / (name_v2 if self.v2 else name_v1)).write_text(str(v))
+
+    def get(self, name_v1, name_v2):
+        return (self.path / (name_v2 if self.v2 else name_v1)).read_text()
+
+    def used(self):
+        return int(self.get("memory.usage_in_bytes", "memory.current"))
+
+    def killed(self):
+        text = self.get("memory.oom_control", "memory.events")
+        return int(next(x.split()[1] for x in text.splitlines() if x.startswith("oom_kill ")))
+
+    def limit(self, v):
+        self.put("memory.limit_in_bytes", "memory.max", v)
+
+    def add(self, pid):
+        (self.path / "cgroup.procs").write_text(str(pid))
+
+    @contextmanager
+    def inside(self):
+        """What is started here begins in the group."""
+        key = "0::" if self.v2 else ":memory:"
+        line = next(x for x in Path("/proc/self/cgroup").read_text().splitlines() if key in x)
+        home = (V2 if self.v2 else V1) / line.split(":", 2)[2].lstrip("/") / "cgroup.procs"
+        self.add(os.getpid())
+        try:
+            yield
+        finally:
+            home.write_text(str(os.getpid()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            try:
+                return self.path.rmdir()
+            except OSError:
+                time.sleep(0.05)
+
+
+class Within(World):
+    """A daemon that begins in the group."""
+
+    def __init__(self, group, sections):
+        super().__init__(**sections)
+        self.group = group
+
+    def __enter__(self):
+        with self.group.inside():
+            return super().__enter__()
+
+
+class Balloon:
+    def __init__(self, group, mib):
+        self.p = subprocess.Popen([sys.executable, "-c", BALLOON, str(mib)], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, text=True, preexec_fn=lambda: group.add(os.getpid()))
+
+    def full(self):
+        equal(self.p.stdout.readline().strip(), "full", "the balloon")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.p.kill()
+        self.p.wait()
+        self.p.stdin.close()
+        self.p.stdout.close()
+
+
+def pressure(d):
+    return d.status()["pressure"]
+
+
+def available():
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise Skip("no MemAvailable")
+
+
+def memfds(d):
+    """Bytes that the kernel holds for the segments of the tier."""
+    n = 0
+    for fd in os.listdir(f"/proc/{d.pid}/fd"):
+        try:
+            if "memfd:kvtier-dram" in os.readlink(f"/proc/{d.pid}/fd/{fd}"):
+                n += os.stat(f"/proc/{d.pid}/fd/{fd}").st_blocks * 512
+        except FileNotFoundError:
+            pass
+    return n
+
+
+SECTIONS = {"dram": {"size": "192M", "segment": "64M"}, "nvme": {"size": "256M", "segment": "4M", "preallocate": "no"},
+            "policy": {"default": "random", "protect_last": 16}}
+
+
+def squeezed_in_a_cgroup(nvme):
+    """Another process of the same cgroup wants what the tier holds."""
+    sections = {k: dict(v) for k, v in SECTIONS.items()}
+    sections["pressure"] = {"floor": "8M", "psi": "no", "deadline": 2000}
+    if not nvme:
+        sections["nvme"] = {"enabled": "no"}
+        sections["pressure"]["deadline"] = 0
+    with Group() as g, Within(g, sections) as d:
+        with Client(d.socket) as c:
+            a, b = Big(c, 1), Big(c, 2)
+            for s in (a, b):
+                s.fill(4096)
+            before = pressure(d)
+            expect(before["dram_resident_bytes"] >= 120 * MIB, f"128 MiB are in DRAM: {before}")
+            equal(before["squeezed"], False, "squeezed before anything happened")
+            g.limit(g.used() + 48 * MIB)
+            with Balloon(g, 100) as balloon:
+                balloon.full()
+                equal(g.killed(), 0, "processes that the OOM killer took")
+                expect(d.alive(), "the daemon was killed")
+                until(lambda: f"{pressure(d)}", lambda: not pressure(d)["missing_bytes"], 10)
+                p = pressure(d)
+                expect(p["squeezed"] and p["squeezes"] >= 1, f"the daemon saw no pressure: {p}")
+                expect(memfds(d) <= 90 * MIB, f"{memfds(d) >> 20} MiB are still held: {p}")
+                if nvme:
+                    expect(p["demoted_bytes"] > 0, f"nothing moved to nvme: {p}")
+            g.limit(1024 * MIB)
+            dropped = pressure(d)["dropped_rows"]
+            equal(dropped > 0, not nvme, f"rows were dropped ({pressure(d)})")
+            until(lambda: f"{pressure(d)}", lambda: not pressure(d)["squeezed"], 30)
+            missing = a.read_back() + b.read_back()
+            equal(missing, pressure(d)["dropped_rows"], "rows that cannot be had, against those said to be dropped")
+            equal(sum(s["rows_dropped"] for s in d.seqs()), missing, "rows that ls says are dropped")
+            expect(d.alive(), "the daemon died")
+
+
+def host_runs_short():
+    """The reserve is set above what the host has left, and back again: no cgroup, no danger."""
+    reserve = {"shrink": "yes", "psi": "no", "floor": "16M"}
+    with World(**SECTIONS, pressure=reserve | {"reserve": "0"}) as d:
+        with Client(d.socket) as c:
+            a = Big(c, 3)
+            a.fill(6144)
+            held = memfds(d)
+            expect(held >= 88 * MIB, f"{held >> 20} MiB are in DRAM")
+            d.configure(**SECTIONS, pressure=reserve | {"reserve": str(available() + 4096 * MIB)})
+            os.kill(d.pid, signal.SIGHUP)
+            until(lambda: f"{memfds(d) >> 20} MiB held, {pressure(d)}", lambda: memfds(d) <= 20 * MIB, 20)
+            p = pressure(d)
+            equal(p["dram_limit_bytes"], 16 * MIB, "the floor")
+            matches("\n".join(d.log_lines()), r"memory pressure: \d+ MiB are missing", "the log")
+            d.configure(**SECTIONS, pressure=reserve | {"reserve": "0"})
+            os.kill(d.pid, signal.SIGHUP)
+            until(lambda: f"{pressure(d)}", lambda: not pressure(d)["squeezed"], 30)
+            missing = a.read_back()
+            equal(missing, pressure(d)["dropped_rows"], "rows that cannot be had, against those said to be dropped")
+            squeezes = pressure(d)["squeezes"]
+            a.plan(64, 2**32 - 1, 2**32 - 1)
+            equal(pressure(d)["squeezes"], squeezes, "squeezes after it is over")
+            equal(pressure(d)["dram_limit_bytes"], 192 * MIB, "the tier's size")
+
+
+def watched():
+    """PSI is listened to where the kernel has it, and bad specifications are refused."""
+    with World(**SECTIONS) as d:
+        psi = pressure(d)["psi"]
+        expect(psi.startswith(("some 150ms/2s of", "off: ")), psi)
+        d.stop()
+        d.configure(pressure={"psi": "some 150ms/3s"})
+        d.refuses_to_start(r'psi: "some 150ms/3s", the window must be a multiple of 2 s')
+        if psi.startswith("off: "):
+            raise Skip(f"psi is {psi}")
+
+
+def main():
+    tap = Tap()
+    expect(POSITION == 16384, "rows of another size")
+    tap.case("a squeezed cgroup gets memory back before anybody is killed; nothing is lost", squeezed_in_a_cgroup, True)
+    tap.case("without nvme the lowest scores are dropped, counted and said to be", squeezed_in_a_cgroup, False)
+    tap.case("short of its reserve the host gets all but the floor, and the tier recovers", host_runs_short)
+    tap.case("psi", watched)
+    tap.done()
+
+
+if __name__ == "__main__":
+    main()
