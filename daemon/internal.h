@@ -74,7 +74,7 @@ struct core {
 	LIST_HEAD(, direct_owner) owners;
 	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
 
-	struct probes *probes; /* NULL until the first tick */
+	struct probes *probes;     /* NULL until the first tick */
 	struct pressure *pressure; /* NULL: no dram tier, or a simulation's */
 	struct verify *verify;
 	struct core_stat stat;

@@ -172,9 +172,9 @@ def squeezed_in_a_cgroup(nvme):
             dropped = pressure(d)["dropped_rows"]
             equal(dropped > 0, not nvme, f"rows were dropped ({pressure(d)})")
             until(lambda: f"{pressure(d)}", lambda: not pressure(d)["squeezed"], 30)
+            equal(sum(s["rows_dropped"] for s in d.seqs()), dropped, "rows that ls says are dropped")
             missing = a.read_back() + b.read_back()
-            equal(missing, pressure(d)["dropped_rows"], "rows that cannot be had, against those said to be dropped")
-            equal(sum(s["rows_dropped"] for s in d.seqs()), missing, "rows that ls says are dropped")
+            expect(missing == 0 if nvme else missing >= dropped, f"{missing} rows cannot be had, {dropped} were dropped")
             expect(d.alive(), "the daemon died")
 
 
