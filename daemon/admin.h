@@ -26,5 +26,10 @@ int admin_dispatch(struct core *c, const struct admin_peer *peer, int argc, char
 		   struct admin_result *ret, char *err, size_t errsize);
 /* main registers what drain and reload do. */
 void admin_set_hooks(void (*drain)(void *), int (*reload)(void *, char *, size_t), void *arg);
+/* What the reload under way changes, a line each, for the answer to who asked; what was said before is
+ * forgotten.
+ */
+void admin_no_changes(void);
+void admin_add_change(const char *line);
 /* The live configuration (tenant names), kept by the caller. Needed before a tenant's call is dispatched. */
 void admin_set_config(const struct config *cfg);

@@ -238,6 +238,19 @@ int verb_drain(struct admin_call *a)
 	return 0;
 }
 
+static json_t *changes;
+
+void admin_no_changes(void)
+{
+	json_decref(changes);
+	changes = json_array();
+}
+
+void admin_add_change(const char *line)
+{
+	json_array_append_new(changes, admin_text(line));
+}
+
 int verb_reload(struct admin_call *a)
 {
 	int r;
@@ -245,7 +258,10 @@ int verb_reload(struct admin_call *a)
 	if (!admin_hook_reload)
 		return admin_refuse(a, KVT_E_INTERNAL, "reload: not available");
 	r = admin_hook_reload(admin_hook_arg, a->err, a->errsize);
-	if (!r)
-		a->result->reload = true;
-	return r;
+	if (r)
+		return r;
+	a->result->reload = true;
+	a->json = json_pack("{s:o}", "changed", changes ?: json_array());
+	changes = NULL;
+	return 0;
 }

@@ -107,6 +107,14 @@ static void begin_tenant(struct parse *p, const char *name)
 	tenant_defaults(&c->tenant[p->tenant], name);
 }
 
+static void refuse_unknown_section(struct parse *p, const char *name)
+{
+	const char *near = config_section_near(name);
+
+	config_refuse(p, p->line, "section [%.40s]: unknown%s%s%s", name, near ? "; did you mean [" : "",
+		      near ?: "", near ? "]?" : "");
+}
+
 static void begin_section(struct parse *p, const char *name)
 {
 	p->tenant = -1;
@@ -115,7 +123,7 @@ static void begin_section(struct parse *p, const char *name)
 	else if (!strcmp(name, "tenant"))
 		config_refuse(p, p->line, "[tenant]: must be [tenant NAME]");
 	else if (!config_section_known(name))
-		config_refuse(p, p->line, "section [%.40s]: unknown", name);
+		refuse_unknown_section(p, name);
 }
 
 /* A line that begins with a bracket; libinih would not call back for a section without keys. */
@@ -162,6 +170,14 @@ static char *read_line(char *str, int num, void *arg)
 
 /* ---- keys --------------------------------------------------------------------- */
 
+static void refuse_unknown_key(struct parse *p, const char *section, const char *name)
+{
+	const char *near = config_key_near(p->tenant >= 0 ? "tenant" : section, name);
+
+	config_refuse(p, p->line, "key \"%.40s\" in [%.40s]: unknown%s%s%s", name, section,
+		      near ? "; did you mean \"" : "", near ?: "", near ? "\"?" : "");
+}
+
 static int handle(void *arg, const char *section, const char *name, const char *value)
 {
 	struct parse *p = arg;
@@ -174,7 +190,7 @@ static int handle(void *arg, const char *section, const char *name, const char *
 		return 0;
 	if (!k) {
 		if (*section)
-			config_refuse(p, p->line, "key \"%.40s\" in [%.40s]: unknown", name, section);
+			refuse_unknown_key(p, section, name);
 		else
 			config_refuse(p, p->line, "key \"%.40s\": stands before the first [section]", name);
 		return 0;
@@ -185,6 +201,8 @@ static int handle(void *arg, const char *section, const char *name, const char *
 		return 0;
 	}
 	*seen = p->line;
+	(p->tenant >= 0 ? c->tenant[p->tenant].line : c->line)[k - config_keys] =
+		(uint16_t)MIN(p->line, UINT16_MAX);
 	if (config_value_parse(k, p->tenant >= 0 ? (void *)&c->tenant[p->tenant] : (void *)c, value, why,
 			       sizeof(why))) {
 		config_refuse(p, p->line, "%s: %s", name, why);

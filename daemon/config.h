@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define CONFIG_MAX_KEYS 64u
 #define CONFIG_MAX_TENANTS 64
 #define CONFIG_PATH 256
 
@@ -21,6 +22,7 @@ struct config_tenant { /* [tenant NAME] */
 	uint32_t max_clients_per_uid, max_seqs; /* sequences in the tenant */
 	uint64_t region_bytes;                  /* exchange memory of all its clients */
 	uint64_t dram_bytes, nvme_bytes;        /* quota per lower tier; UINT64_MAX: none */
+	uint16_t line[CONFIG_MAX_KEYS];         /* of the file, by config_keys[]; 0: not given there */
 	bool direct;                            /* its clients may map the DRAM pages of their sequences */
 };
 
@@ -35,7 +37,8 @@ struct config_watermarks {
 }; /* permille of capacity that must be free */
 
 struct config {
-	char file[CONFIG_PATH]; /* where it came from; empty: built-in defaults */
+	char file[CONFIG_PATH];         /* where it came from; empty: built-in defaults */
+	uint16_t line[CONFIG_MAX_KEYS]; /* where each key of no tenant stands; 0: not given */
 	/* [kvtierd] */
 	char run_dir[CONFIG_PATH], admin_socket[108], admin_group[32];
 	char bpf_socket[108];  /* of kvtierd-bpf; empty: do not ask it */
@@ -91,6 +94,9 @@ int config_check(const struct config *c, char *err, size_t errsize);
 int config_socket_path(const struct config *c, int tenant, char *ret, size_t size);
 /* What SIGHUP may not change: returns 0, or -EINVAL with the reason (field, old, new). */
 int config_reloadable(const struct config *old, const struct config *new_, char *err, size_t errsize);
+/* "[section] key: old -> new" for each key that differs; of configurations that are reloadable. */
+void config_changes(const struct config *old, const struct config *new_,
+		    void (*each)(void *arg, const char *line), void *arg);
 /* Print every key with its value and one comment line, in config syntax. */
 void config_print(const struct config *c, int fd);
 /* Log through the journal's level prefixes on stderr (the only logging in the house). */

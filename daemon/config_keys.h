@@ -38,7 +38,6 @@ struct config_key {
 	const char *doc;  /* one line */
 };
 
-#define CONFIG_MAX_KEYS 64
 extern const struct config_key config_keys[];
 extern const unsigned config_n_keys;
 
@@ -51,6 +50,9 @@ static inline void *config_field(void *base, const struct config_key *k)
 const struct config_key *config_key_find(const char *section, const char *name);
 /* True when a section of this name exists ("tenant" included). */
 bool config_section_known(const char *section);
+/* The name in the table that a mistyped one is nearest to; NULL: none is near. */
+const char *config_key_near(const char *section, const char *name);
+const char *config_section_near(const char *name);
 /* Parse `text` into the field of base. 0, or -EINVAL with `"value", limit` in err. */
 int config_value_parse(const struct config_key *k, void *base, const char *text, char *err, size_t errsize);
 /* The value as it would stand in the file. */

@@ -63,6 +63,19 @@ static int load_config(const struct app *app, struct config *ret, char *err, siz
 	return config_check(ret, err, errsize);
 }
 
+static void tell_change(void *arg, const char *line)
+{
+	log_line(LOG_NOTICE, "configuration: %s", line);
+	admin_add_change(line);
+}
+
+/* To the log and to who asked. */
+static void tell_changes(const struct config *old, const struct config *new_)
+{
+	admin_no_changes();
+	config_changes(old, new_, tell_change, NULL);
+}
+
 static int reload(void *arg, char *err, size_t errsize)
 {
 	struct app *app = arg;
@@ -83,6 +96,7 @@ static int reload(void *arg, char *err, size_t errsize)
 	if (!r)
 		r = core_reload(app->core, cfg, err, errsize);
 	if (!r) {
+		tell_changes(&app->cfg, cfg);
 		app->cfg = *cfg;
 		log_set_level(cfg->log_level);
 		log_line(LOG_INFO, "configuration reloaded from %s",

@@ -51,3 +51,4 @@ void show_seq(const json_t *j);
 void show_policies(const json_t *j);
 void show_verify(const json_t *j);
 void show_version(const json_t *j);
+void show_changes(const json_t *j);

@@ -435,3 +435,13 @@ void show_version(const json_t *j)
 	printf("kvtierd %s, protocol %llu, ABI %llu\n", text(j, "version"),
 	       (unsigned long long)num(j, "protocol"), (unsigned long long)num(j, "abi"));
 }
+
+void show_changes(const json_t *j)
+{
+	const json_t *list = json_object_get(j, "changed"), *line;
+	size_t i;
+
+	json_array_foreach(list, i, line) puts(json_string_value(line) ?: "-");
+	if (!json_array_size(list))
+		puts("nothing changed");
+}

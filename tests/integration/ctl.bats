@@ -516,7 +516,7 @@ until_json() { # JQ-CONDITION VERB...: asks again until it holds
 		[[ $status -eq 2 && -z $output && $stderr == "$dir/bad.conf:"* ]]
 	}
 	bad 'bad.conf:2: key "colour" in \[dram\]: unknown$' '[dram]\ncolour = red\n'
-	bad 'bad.conf:1: section \[drams\]: unknown$' '[drams]\n'
+	bad 'bad.conf:1: section \[drams\]: unknown; did you mean \[dram\]\?$' '[drams]\n'
 	bad 'bad.conf:2: size: "lots", must be bytes \(K, M, G, T\), 4M to 64T$' '[dram]\nsize = lots\n'
 	bad 'bad.conf:3: free_min: 20.0, must be at most free_low' '[dram]\n\nfree_min = 20\n'
 	bad 'bad.conf:2: neither \[section\] nor key = value$' '[dram]\nsize\n'
@@ -563,6 +563,12 @@ until_json() { # JQ-CONDITION VERB...: asks again until it holds
 	[ "$status" -eq 0 ]
 	mine --json status
 	echo "$output" | jq -e '.mode == "observe"'
+	mine reload
+	[[ $status -eq 0 && $output == "nothing changed" ]]
+	printf '[kvtierd]\nmode = observe\n[policy]\nslack = 20\n' > "$dir/c.conf"
+	mine reload
+	[[ $status -eq 0 && $output == "[policy] slack: 64 -> 20" ]]
+	grep -qF 'configuration: [policy] slack: 64 -> 20' "$dir/log"
 	printf '[dram]\nsize = 1G\n' > "$dir/c.conf"
 	mine reload
 	[[ $status -eq 1 && $stderr == *'[dram] size: "4G" cannot become "1G" without a restart'* ]]

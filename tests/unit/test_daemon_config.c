@@ -125,6 +125,12 @@ static void printed_defaults_read_back(void **state)
 	config_defaults(&c);
 	assert_int_equal(load(f, print(&c)), 0);
 	strcpy(c.file, f->file);
+	/* Every key knows where it stands; otherwise nothing differs. */
+	for (unsigned i = 0; i < config_n_keys; i++)
+		assert_true(strcmp(config_keys[i].section, "tenant") ? f->cfg.line[i]
+								     : f->cfg.tenant[0].line[i]);
+	memcpy(c.line, f->cfg.line, sizeof(c.line));
+	memcpy(c.tenant[0].line, f->cfg.tenant[0].line, sizeof(c.tenant[0].line));
 	assert_memory_equal(&c, &f->cfg, sizeof(c));
 }
 
@@ -293,8 +299,13 @@ static void unknown_is_refused(void **state)
 
 	refused(f, "[dram]\n\ncolour = 1\n", ":3: key \"colour\" in [dram]: unknown");
 	refused(f, "[tenant a]\nsize = 1\n", ":2: key \"size\" in [tenant a]: unknown");
-	refused(f, "[dramm]\nsize = 1G\n", ":1: section [dramm]: unknown");
-	refused(f, "[dramm]\n", ":1: section [dramm]: unknown");
+	refused(f, "[dram]\nsiez = 1G\n", ":2: key \"siez\" in [dram]: unknown; did you mean \"size\"?");
+	refused(f, "[policy]\nslak = 1\n", ":2: key \"slak\" in [policy]: unknown; did you mean \"slack\"?");
+	refused(f, "[tenant a]\nmaxseqs = 1\n",
+		":2: key \"maxseqs\" in [tenant a]: unknown; did you mean \"max_seqs\"?");
+	refused(f, "[zzzz]\n", ":1: section [zzzz]: unknown");
+	refused(f, "[dramm]\nsize = 1G\n", ":1: section [dramm]: unknown; did you mean [dram]?");
+	refused(f, "[dramm]\n", ":1: section [dramm]: unknown; did you mean [dram]?");
 	refused(f, "[tenant]\nmax_seqs = 1\n", ":1: [tenant]: must be [tenant NAME]");
 	refused(f, "size = 1G\n", ":1: key \"size\": stands before the first [section]");
 }
@@ -434,14 +445,55 @@ static void tenants_stay_over_a_reload(void **state)
 	a = f->cfg;
 	assert_int_equal(load(f, "[tenant a]\n"), 0);
 	assert_int_equal(config_reloadable(&a, &f->cfg, f->err, sizeof(f->err)), -EINVAL);
-	assert_string_equal(f->err, "tenants: 2 cannot become 1 without a restart");
+	assert_string_equal(f->err,
+			    "tenants: 2 cannot become 1 without a restart: their sockets are bound at the "
+			    "start, and sequences count against them");
 	assert_int_equal(load(f, "[tenant b]\n[tenant a]\n"), 0);
 	assert_int_equal(config_reloadable(&a, &f->cfg, f->err, sizeof(f->err)), -EINVAL);
 	assert_int_equal(load(f, "[tenant a]\nmax_seqs = 5\n[tenant b]\n[budget]\ndevice = 10\n"), 0);
 	assert_int_equal(config_reloadable(&a, &f->cfg, f->err, sizeof(f->err)), 0);
 	assert_int_equal(load(f, "[tenant a]\n[tenant b]\n[dram]\nsize = 5G\n"), 0);
 	assert_int_equal(config_reloadable(&a, &f->cfg, f->err, sizeof(f->err)), -EINVAL);
-	assert_string_equal(f->err, "[dram] size: \"4G\" cannot become \"5G\" without a restart");
+	assert_string_equal(f->err,
+			    "[dram] size: \"4G\" cannot become \"5G\" without a restart: the tier lays its "
+			    "memory out when it opens, and rows are in it");
+}
+
+static void note_line(void *arg, const char *line)
+{
+	strcat(strcat(arg, line), "\n");
+}
+
+static void changes_are_named_with_old_and_new(void **state)
+{
+	struct fixture *f = *state;
+	char lines[4096] = "";
+	struct config a;
+
+	assert_int_equal(load(f, "[tenant a]\n[tenant b]\nmax_dram = 1G\n"), 0);
+	a = f->cfg;
+	config_changes(&a, &f->cfg, note_line, lines);
+	assert_string_equal(lines, "");
+	assert_int_equal(load(f, "[kvtierd]\nlog_level = debug\n[policy]\nslack = 10\n[tenant a]\n"
+				 "[tenant b]\nmax_dram = none\n"),
+			 0);
+	config_changes(&a, &f->cfg, note_line, lines);
+	assert_string_equal(lines, "[kvtierd] log_level: info -> debug\n[policy] slack: 64 -> 10\n"
+				   "[tenant b] max_dram: 1G -> none\n");
+}
+
+static void a_print_says_default_and_source(void **state)
+{
+	struct fixture *f = *state;
+	char line[512];
+
+	assert_int_equal(load(f, "[policy]\nslack = 10\n[tenant t]\nmax_seqs = 7\n"), 0);
+	snprintf(line, sizeof(line), "# default: 64; set at %s:2; follows a reload\nslack = 10\n", f->file);
+	assert_non_null(strstr(print(&f->cfg), line));
+	snprintf(line, sizeof(line), "# default: 16384; set at %s:4; follows a reload\nmax_seqs = 7\n",
+		 f->file);
+	assert_non_null(strstr(print(&f->cfg), line));
+	assert_non_null(strstr(print(&f->cfg), "# default: 4G; not set\nsize = 4G\n"));
 }
 
 /* stderr of fn, in a static buffer. */
@@ -507,6 +559,8 @@ int main(void)
 		cmocka_unit_test(segments_follow_sizes),
 		cmocka_unit_test(a_tenant_needs_no_keys),
 		cmocka_unit_test(unknown_is_refused),
+		cmocka_unit_test(changes_are_named_with_old_and_new),
+		cmocka_unit_test(a_print_says_default_and_source),
 		cmocka_unit_test(malformed_lines_are_refused),
 		cmocka_unit_test(bad_values_name_value_and_limit),
 		cmocka_unit_test(relations_are_checked),
