@@ -238,7 +238,7 @@ static void show_probes(const json_t *probes)
 	size_t i;
 
 	if (!flag(probes, "on")) {
-		printf("probes     off: %s\n", clean(text(probes, "why_off")));
+		printf("probes     off\n           %.69s\n", clean(text(probes, "why_off")));
 		return;
 	}
 	printf("probes    ");
