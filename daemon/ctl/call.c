@@ -12,10 +12,25 @@
 #include "ipc/sock.h"
 #include "shm/util.h"
 
+static char *fail_line;
+static size_t fail_size;
+
+void ctl_fail_into(char *buf, size_t size)
+{
+	fail_line = buf;
+	fail_size = size;
+}
+
 int ctl_fail(int status, const char *fmt, ...)
 {
 	va_list ap;
 
+	if (fail_line) {
+		va_start(ap, fmt);
+		vsnprintf(fail_line, fail_size, fmt, ap);
+		va_end(ap);
+		return status;
+	}
 	fflush(stdout);
 	fputs("kvtierctl: ", stderr);
 	va_start(ap, fmt);

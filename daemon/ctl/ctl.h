@@ -5,6 +5,9 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include "shm/feed.h"
+
+struct seg;
 
 enum ctl_exit {
 	CTL_OK = 0,
@@ -19,9 +22,11 @@ struct ctl {
 	const char *socket;
 	uint32_t timeout_ms; /* of each exchange with the daemon */
 	bool json;
-	bool past;      /* watch: begin with what the feed still holds */
-	uint64_t count; /* watch: end after so many events; 0: never */
-	int fd;         /* the connection, -1: none yet */
+	bool past;       /* watch: begin with what the feed still holds */
+	bool once;       /* top: one frame, as text */
+	double interval; /* top: seconds between two looks at the daemon */
+	uint64_t count;  /* watch: end after so many events; 0: never */
+	int fd;          /* the connection, -1: none yet */
 	uint32_t cookie;
 };
 
@@ -33,15 +38,27 @@ struct ctl {
 int ctl_call(struct ctl *c, unsigned argc, const char *const argv[], json_t **ret, int *ret_fd);
 /* The same, the answer as it came: free() it. */
 int ctl_call_text(struct ctl *c, unsigned argc, const char *const argv[], char **ret, int *ret_fd);
+/* Keep the lines of ctl_fail() here, the last one only, instead of printing them; NULL: print again. */
+void ctl_fail_into(char *buf, size_t size);
 /* A line on stderr, then `status`. */
 int __attribute__((format(printf, 2, 3))) ctl_fail(int status, const char *fmt, ...);
 /* Print JSON, one line. */
 void ctl_print_json(const json_t *j);
 
+/*
+ * Ask for the feed and map it: *ret is the caller's to close. past: begin with what the
+ * feed still holds. An enum ctl_exit, as of ctl_call().
+ */
+int ctl_feed_open(struct ctl *c, bool past, struct seg *ret, struct feed_reader *ret_reader);
+/* An event as one line, in ASCII; as JSON (the caller's). */
+void event_text(const struct feed_event *e, char *buf, size_t size);
+json_t *event_json(const struct feed_event *e);
+
 /* One per verb that does more than ask and print. */
 int ctl_trace(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_ls(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[]);
+int ctl_top(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_verify(struct ctl *c, unsigned argc, const char *const argv[]);
 
 /* What the daemon's JSON looks like to people. */

@@ -21,6 +21,8 @@ static const struct verb verbs[] = {
 #define CTL_ROW(name, args, least, most, flags, doc) {#name, args, doc, least, most},
 	ADMIN_VERBS(CTL_ROW)
 #undef CTL_ROW
+	/* These are made of the daemon's verbs here. */
+	{"top", "", "a live view of everything, for a terminal", 0, 0},
 };
 
 /* Verbs whose answer is more than yes; the others ask and are silent. */
@@ -34,6 +36,7 @@ static const struct {
 	{"policy", NULL, show_policies}, {"watch", ctl_watch, NULL},
 	{"verify", ctl_verify, NULL},    {"version", NULL, show_version},
 	{"reload", NULL, show_changes},
+	{"top", ctl_top, NULL},
 };
 
 static void print_answer(const struct ctl *c, const json_t *j, void (*show)(const json_t *))
@@ -198,6 +201,8 @@ static void usage(void)
 	       "      --timeout SECONDS give up when the daemon is silent this long (default 5)\n"
 	       "      --count N         watch: end after N events\n"
 	       "      --past            watch: begin with events that are already over\n"
+	       "      --once            top: print one frame as text and end\n"
+	       "      --interval S      top: seconds between two looks (default 1)\n"
 	       "      --version         print the version, exit\n"
 	       "  -h, --help            print this, exit\n\n"
 	       "Verbs:\n");
@@ -230,18 +235,29 @@ static double number(const char *option, const char *s, double min, double max)
 
 int main(int argc, char *argv[])
 {
-	enum { OPT_SOCKET = 256, OPT_JSON, OPT_TIMEOUT, OPT_COUNT, OPT_PAST, OPT_VERSION };
+	enum {
+		OPT_SOCKET = 256,
+		OPT_JSON,
+		OPT_TIMEOUT,
+		OPT_COUNT,
+		OPT_PAST,
+		OPT_ONCE,
+		OPT_INTERVAL,
+		OPT_VERSION
+	};
 	static const struct option options[] = {
 		{"socket", required_argument, NULL, OPT_SOCKET},
 		{"json", no_argument, NULL, OPT_JSON},
 		{"timeout", required_argument, NULL, OPT_TIMEOUT},
 		{"count", required_argument, NULL, OPT_COUNT},
 		{"past", no_argument, NULL, OPT_PAST},
+		{"once", no_argument, NULL, OPT_ONCE},
+		{"interval", required_argument, NULL, OPT_INTERVAL},
 		{"version", no_argument, NULL, OPT_VERSION},
 		{"help", no_argument, NULL, 'h'},
 		{},
 	};
-	struct ctl c = {.fd = -1, .timeout_ms = DEFAULT_TIMEOUT_MS};
+	struct ctl c = {.fd = -1, .timeout_ms = DEFAULT_TIMEOUT_MS, .interval = 1};
 	double v;
 	int o, r;
 
@@ -259,6 +275,14 @@ int main(int argc, char *argv[])
 			break;
 		case OPT_PAST:
 			c.past = true;
+			break;
+		case OPT_ONCE:
+			c.once = true;
+			break;
+		case OPT_INTERVAL:
+			c.interval = number("interval", optarg, 0.1, 3600);
+			if (c.interval < 0)
+				return CTL_USAGE;
 			break;
 		case OPT_TIMEOUT:
 			v = number("timeout", optarg, 0.001, 86400);

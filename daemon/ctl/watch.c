@@ -34,66 +34,79 @@ static const char *tier_name(unsigned t)
 	return t < ARRAY_SIZE(names) ? names[t] : "-";
 }
 
-static void print_event_json(const struct feed_event *e)
+json_t *event_json(const struct feed_event *e)
 {
 	char handle[24];
-	json_t *j;
 
 	snprintf(handle, sizeof(handle), "0x%" PRIx64, e->seq);
-	j = json_pack("{s:I,s:s,s:s,s:I,s:I,s:[i,i,i,i],s:s,s:s,s:i,s:I}", "time_ns", (json_int_t)e->time_ns,
-		      "type", type_name(e), "seq", handle, "plan", (json_int_t)e->plan, "bytes",
-		      (json_int_t)e->bytes, "rows", (int)e->rows[0], (int)e->rows[1], (int)e->rows[2],
-		      (int)e->rows[3], "from", tier_name(e->from), "to", tier_name(e->to), "lane_low",
-		      (int)e->lane_lo, "client", (json_int_t)e->client);
-	ctl_print_json(j);
-	json_decref(j);
+	return json_pack("{s:I,s:s,s:s,s:I,s:I,s:[i,i,i,i],s:s,s:s,s:i,s:I}", "time_ns", (json_int_t)e->time_ns,
+			 "type", type_name(e), "seq", handle, "plan", (json_int_t)e->plan, "bytes",
+			 (json_int_t)e->bytes, "rows", (int)e->rows[0], (int)e->rows[1], (int)e->rows[2],
+			 (int)e->rows[3], "from", tier_name(e->from), "to", tier_name(e->to), "lane_low",
+			 (int)e->lane_lo, "client", (json_int_t)e->client);
 }
 
-static void print_detail(const struct feed_event *e)
+static void detail(const struct feed_event *e, char *buf, size_t size)
 {
+	*buf = 0;
 	switch (e->type) {
 	case FEED_PLAN:
-		printf("#%" PRIu64 " keep %u, out %u, in %u, drop %u rows", e->plan, e->rows[0], e->rows[1],
-		       e->rows[2], e->rows[3]);
+		snprintf(buf, size, "#%" PRIu64 " keep %u, out %u, in %u, drop %u rows", e->plan, e->rows[0],
+			 e->rows[1], e->rows[2], e->rows[3]);
 		break;
 	case FEED_READY:
 	case FEED_ACK:
 	case FEED_CANCEL:
-		printf("#%" PRIu64, e->plan);
+		snprintf(buf, size, "#%" PRIu64, e->plan);
 		break;
 	case FEED_MOVE:
-		printf("%s to %s, %u rows, %s", tier_name(e->from), tier_name(e->to), e->rows[0],
-		       fmt_bytes(e->bytes));
+		snprintf(buf, size, "%s to %s, %u rows, %s", tier_name(e->from), tier_name(e->to), e->rows[0],
+			 fmt_bytes(e->bytes));
 		break;
 	case FEED_DROP:
-		printf("%u rows", e->rows[0]);
+		snprintf(buf, size, "%u rows", e->rows[0]);
 		break;
 	case FEED_MISS:
-		printf("%s, %u rows", e->plan == EBADMSG ? "checksum mismatch" : strerror((int)e->plan),
-		       e->rows[0]);
+		snprintf(buf, size, "%s, %u rows",
+			 e->plan == EBADMSG ? "checksum mismatch" : strerror((int)e->plan), e->rows[0]);
 		break;
 	case FEED_CLIENT:
-		printf("client %" PRIu64 " %s", e->plan, e->bytes ? "connected" : "left");
+		snprintf(buf, size, "client %" PRIu64 " %s", e->plan, e->bytes ? "connected" : "left");
 		break;
 	default:
 		if (e->client)
-			printf("client %u", e->client);
+			snprintf(buf, size, "client %u", e->client);
 	}
 }
 
-static void print_event(const struct feed_event *e)
+void event_text(const struct feed_event *e, char *buf, size_t size)
 {
 	time_t s = (time_t)(e->time_ns / 1000000000u);
-	char clock[16], handle[24] = "-";
+	char clock[16], handle[24] = "-", what[80];
 	struct tm tm;
 
 	localtime_r(&s, &tm);
 	strftime(clock, sizeof(clock), "%H:%M:%S", &tm);
 	if (e->seq)
 		snprintf(handle, sizeof(handle), "0x%" PRIx64, e->seq);
-	printf("%s.%03u %-6s %-18s ", clock, (unsigned)(e->time_ns / 1000000u % 1000u), type_name(e), handle);
-	print_detail(e);
-	putchar('\n');
+	detail(e, what, sizeof(what));
+	snprintf(buf, size, "%s.%03u %-6s %-18s %s", clock, (unsigned)(e->time_ns / 1000000u % 1000u),
+		 type_name(e), handle, what);
+}
+
+static void print_event(const struct ctl *c, const struct feed_event *e)
+{
+	char line[160];
+
+	if (c->json) {
+		json_t *j = event_json(e);
+
+		ctl_print_json(j);
+		json_decref(j);
+		return;
+	}
+	event_text(e, line, sizeof(line));
+	puts(line);
 }
 
 static void print_lost(const struct ctl *c, uint64_t lost)
@@ -116,10 +129,7 @@ static int follow(struct ctl *c, struct feed_reader *r)
 		if (lost)
 			print_lost(c, lost);
 		if (got) {
-			if (c->json)
-				print_event_json(&e);
-			else
-				print_event(&e);
+			print_event(c, &e);
 			if (c->count && ++seen == c->count)
 				return CTL_OK;
 			continue;
@@ -130,12 +140,12 @@ static int follow(struct ctl *c, struct feed_reader *r)
 	}
 }
 
-int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[])
+int ctl_feed_open(struct ctl *c, bool past, struct seg *ret, struct feed_reader *ret_reader)
 {
+	static const char *const argv[] = {"watch"};
 	struct seg seg = SEG_INIT;
-	struct feed_reader reader;
 	json_t *j = NULL;
-	int fd = -1, r = ctl_call(c, argc, argv, &j, &fd);
+	int fd = -1, r = ctl_call(c, 1, argv, &j, &fd);
 	size_t bytes = (size_t)json_integer_value(json_object_get(j, "feed_bytes"));
 
 	json_decref(j);
@@ -146,8 +156,26 @@ int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[])
 		close_fdp(&fd);
 		return ctl_fail(CTL_UNREACHABLE, "feed: %s", strerror(-r));
 	}
-	r = feed_reader_init(&reader, seg.addr, seg.size, c->past);
-	r = r < 0 ? ctl_fail(CTL_UNREACHABLE, "feed: not a kvtierd's feed") : follow(c, &reader);
+	if (feed_reader_init(ret_reader, seg.addr, seg.size, past) < 0) {
+		seg_close(&seg);
+		return ctl_fail(CTL_UNREACHABLE, "feed: not a kvtierd's feed");
+	}
+	*ret = seg;
+	return CTL_OK;
+}
+
+int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[])
+{
+	struct feed_reader reader;
+	struct seg seg;
+	int r;
+
+	(void)argc;
+	(void)argv;
+	r = ctl_feed_open(c, c->past, &seg, &reader);
+	if (r)
+		return r;
+	r = follow(c, &reader);
 	seg_close(&seg);
 	return r;
 }
