@@ -13,10 +13,10 @@ static const struct {
 	int from;      /* shown on screens at least this wide */
 	size_t offset; /* in struct top_seq: of a text (left) or of a uint64_t */
 } columns[TOP_COLUMNS] = {
-	[COL_HANDLE] = {"HANDLE", 12, true, 0, offsetof(struct top_seq, handle)},
+	[COL_HANDLE] = {"HANDLE", 18, true, 0, offsetof(struct top_seq, handle)},
 	[COL_KEY] = {"KEY", 8, true, 100, offsetof(struct top_seq, key)},
-	[COL_TENANT] = {"TENANT", 7, true, 0, offsetof(struct top_seq, tenant)},
-	[COL_CLIENT] = {"CLIENT", 8, true, 80, offsetof(struct top_seq, client)},
+	[COL_TENANT] = {"TENANT", 8, true, 100, offsetof(struct top_seq, tenant)},
+	[COL_CLIENT] = {"CLIENT", 10, true, 80, offsetof(struct top_seq, client)},
 	[COL_MODEL] = {"MODEL", 16, true, 140, offsetof(struct top_seq, model)},
 	[COL_POLICY] = {"POLICY", 12, true, 140, offsetof(struct top_seq, policy)},
 	[COL_ROWS] = {"ROWS", 5, false, 0, offsetof(struct top_seq, rows)},

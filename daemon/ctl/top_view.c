@@ -47,7 +47,7 @@ static void draw_latencies(struct canvas *c, const struct top_status *s)
 
 	for (unsigned i = 0; i < s->tiers; i++)
 		if (s->tier[i].sized)
-			x = canvas_put(c, 2, x, ATTR_NONE, "  %s read %s write %s", s->tier[i].name,
+			x = canvas_put(c, 2, x, ATTR_NONE, "  %s r %s w %s", s->tier[i].name,
 				       fmt_ns(s->tier[i].read_p99), fmt_ns(s->tier[i].write_p99));
 	canvas_put(c, 2, x, ATTR_NONE, "  loop max %s", fmt_ns(s->loop_max));
 	if (!s->probed)
@@ -65,12 +65,12 @@ static void draw_plans(struct canvas *c, const struct top_status *s)
 {
 	int x = canvas_put(c, 1, 0, ATTR_NONE, "plans %s/s", per_s(s->plans_s));
 
+	if (!s->own && c->w >= 100)
+		x = canvas_put(c, 1, x, ATTR_NONE, " p50 %s", fmt_ns(s->plan_p50));
 	if (!s->own)
-		x = canvas_put(c, 1, x, ATTR_NONE, " last %s p50 %s p99 %s max %s", fmt_ns(s->plan_last),
-			       fmt_ns(s->plan_p50), fmt_ns(s->plan_p99), fmt_ns(s->plan_max));
-	x = canvas_put(c, 1, x, ATTR_NONE, "  drops %s/s miss %s/s", per_s(s->dropped_s), per_s(s->misses_s));
-	if (!s->own)
-		canvas_put(c, 1, x, ATTR_NONE, " refaults %s/s", per_s(s->refaults_s));
+		x = canvas_put(c, 1, x, ATTR_NONE, " p99 %s last %s max %s  refaults %s/s", fmt_ns(s->plan_p99),
+			       fmt_ns(s->plan_last), fmt_ns(s->plan_max), per_s(s->refaults_s));
+	canvas_put(c, 1, x, ATTR_NONE, " drops %s/s miss %s/s", per_s(s->dropped_s), per_s(s->misses_s));
 }
 
 /* ---- tiers and tenants ------------------------------------------------------------------ */
