@@ -35,8 +35,7 @@ static const struct {
 	{"trace", ctl_trace, NULL},      {"show", NULL, show_seq},
 	{"policy", NULL, show_policies}, {"watch", ctl_watch, NULL},
 	{"verify", ctl_verify, NULL},    {"version", NULL, show_version},
-	{"reload", NULL, show_changes},
-	{"top", ctl_top, NULL},
+	{"reload", NULL, show_changes},  {"top", ctl_top, NULL},
 };
 
 static void print_answer(const struct ctl *c, const json_t *j, void (*show)(const json_t *))

@@ -116,6 +116,7 @@ static void show(const struct canvas *c)
 				      [ATTR_BAR] = A_REVERSE,
 				      [ATTR_SELECTED] = A_STANDOUT};
 
+	erase(); /* also the corner, which is not written below */
 	for (int y = 0; y < c->h; y++) {
 		move(y, 0);
 		for (int x = 0; x < c->w; x++) {
