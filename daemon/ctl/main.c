@@ -201,7 +201,7 @@ static void usage(void)
 	       "      --count N         watch: end after N events\n"
 	       "      --past            watch: begin with events that are already over\n"
 	       "      --once            top: print one frame as text and end\n"
-	       "      --interval S      top: seconds between two looks (default 1)\n"
+	       "      --interval SECONDS top: between two looks at the daemon (default 1)\n"
 	       "      --version         print the version, exit\n"
 	       "  -h, --help            print this, exit\n\n"
 	       "Verbs:\n");

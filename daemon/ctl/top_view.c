@@ -181,8 +181,7 @@ static void draw_foot(struct canvas *c, int y, const struct top_ui *ui)
 			canvas_put(c, y, 0, ATTR_BAR, "%s", ui->said);
 		else
 			canvas_put(c, y, 0, ATTR_BAR,
-				   "s sort  / filter  p pin  d demote  P promote  D drop  space pause  h help  "
-				   "q quit");
+				   "s sort / filter p pin d demote P promote D drop space pause h help q quit");
 	}
 }
 

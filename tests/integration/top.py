@@ -141,6 +141,7 @@ def stands_there(d):
         equal(table(s)[0][2], "300", "rows")
         t.shows(r"^\d\d:\d\d:\d\d\.\d{3} ack ")
         expect(all(len(x) <= 80 for x in s), "wider than 80")
+        matches(s[23], "^s sort .* q quit$", "the line of keys")
         print("# a frame of 80x24:", *(f"# |{x}" for x in t.screen()), sep="\n")
         t.size(200, 50)
         s = t.shows("HANDLE .*MODEL .*POLICY")
