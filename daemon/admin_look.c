@@ -106,6 +106,18 @@ static json_t *status_head(const struct core_stat *s)
 	return o;
 }
 
+static json_t *throttle_json(const struct core_stat *s)
+{
+	json_t *o = json_object();
+
+	set_bool(o, "on", s->throttle_on);
+	set_num(o, "window_bytes", s->throttle_window_bytes);
+	set_num(o, "cuts", s->throttle_cuts);
+	set_num(o, "waits", s->throttle_waits);
+	set_num(o, "delayed_bytes", s->throttle_delayed_bytes);
+	return o;
+}
+
 static json_t *pressure_json(const struct core_stat *s)
 {
 	json_t *o = json_object();
@@ -157,6 +169,7 @@ static json_t *status_all(const struct core_stat *s)
 	set_num(misses, "nospace", s->miss_nospace);
 	json_object_set_new(o, "misses", misses);
 	json_object_set_new(o, "pressure", pressure_json(s));
+	json_object_set_new(o, "throttle", throttle_json(s));
 	set_num(o, "rows_dropped", s->rows_dropped);
 	set_num(o, "recalls", s->recalls);
 	set_num(o, "rows_recalled", s->rows_recalled);

@@ -59,7 +59,8 @@ struct config {
 	struct config_watermarks
 		nvme_marks; /* only min is configured: the tier's cleaner has its own reserve */
 	uint32_t nvme_depth, nvme_deadline_ms;
-	bool nvme_io_uring, nvme_prealloc;
+	bool nvme_io_uring, nvme_prealloc, nvme_throttle;
+	uint32_t nvme_throttle_ms;
 	char nvme_fault[128];
 	/* [pressure] */
 	bool pressure_shrink;

@@ -80,6 +80,10 @@ const struct config_key config_keys[] = {
 	       "use io_uring; no, or where it is refused: a thread pool with the same results"),
 	GLOBAL("nvme", "preallocate", KEY_BOOL, false, nvme_prealloc, 0, 1, "yes", NULL,
 	       "write new container files over once, so that later writes are steady"),
+	GLOBAL("nvme", "throttle", KEY_BOOL, true, nvme_throttle, 0, 1, "yes", NULL,
+	       "writes back off when reads that somebody waits for become slow"),
+	GLOBAL("nvme", "throttle_target", KEY_COUNT, true, nvme_throttle_ms, 1, 60000, "20", "ms",
+	       "a read that takes longer halves what writes may have in flight"),
 	TEXT("nvme", "fault", KEY_TEXT, false, true, nvme_fault, "", "inject faults, for tests; empty: none"),
 
 	GLOBAL("pressure", "shrink", KEY_BOOL, true, pressure_shrink, 0, 1, "yes", NULL,

@@ -109,6 +109,7 @@ static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
 			c->pages.tier[t]->ops->tick(c->pages.tier[t], on_moved, c);
 	probes_tick(c);
 	pressure_tick(c);
+	throttle_tick(c);
 	settle_watermarks(c);
 	seq_expire(c, c->loop_seen_ns);
 	for (s = STAILQ_FIRST(&c->recounts); s; s = next) {
@@ -335,6 +336,7 @@ int core_new_with(struct core **ret, const struct config *cfg, const struct core
 	STAILQ_INIT(&c->repack_wait);
 	STAILQ_INIT(&c->recounts);
 	set_limits(c);
+	throttle_init(c);
 	r = core_open(c, err, errsize);
 	if (r < 0) {
 		core_free(c);

@@ -75,10 +75,14 @@ struct core_stat {
 	struct histogram refault_rows[KVT_TIERS];
 	uint64_t
 		returned[KVT_TIERS]; /* bytes of pages that an earlier life left there and the start believed */
-	bool pressure_on, squeezed;  /* the shrinker may act; it holds the tier below its size */
-	char psi[64];                /* the kernel's events come from there, or why they do not */
-	uint64_t dram_limit;         /* bytes that the DRAM tier may hold now */
-	uint64_t memory_missing;     /* bytes on the host or in a cgroup, as last seen */
+	bool throttle_on;
+	uint64_t throttle_window_bytes; /* of writes to nvme in flight, now */
+	uint64_t throttle_waits, throttle_cuts,
+		throttle_delayed_bytes; /* delayed: written below the full window */
+	bool pressure_on, squeezed;     /* the shrinker may act; it holds the tier below its size */
+	char psi[64];                   /* the kernel's events come from there, or why they do not */
+	uint64_t dram_limit;            /* bytes that the DRAM tier may hold now */
+	uint64_t memory_missing;        /* bytes on the host or in a cgroup, as last seen */
 	uint64_t squeezes, psi_events, squeeze_ns_last, squeeze_ns_max; /* from trigger to memory returned */
 	uint64_t squeeze_returned_bytes; /* in pieces of 2 MiB, beside whole segments */
 	uint64_t squeeze_copied_bytes, squeeze_demoted_bytes, squeeze_dropped_bytes, squeeze_dropped_rows;

@@ -16,6 +16,7 @@
 #include "daemon/plan.h"
 #include "daemon/policies.h"
 #include "daemon/seq.h"
+#include "daemon/throttle.h"
 #include "daemon/workers.h"
 #include "shm/ctl.h"
 #include "shm/feed.h"
@@ -74,7 +75,8 @@ struct core {
 	LIST_HEAD(, direct_owner) owners;
 	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
 
-	struct probes *probes;     /* NULL until the first tick */
+	struct probes *probes; /* NULL until the first tick */
+	struct throttle throttle;
 	struct pressure *pressure; /* NULL: no dram tier, or a simulation's */
 	struct verify *verify;
 	struct core_stat stat;

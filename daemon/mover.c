@@ -20,7 +20,7 @@
 #define PUMP_NS UINT64_C(500000) /* of one slice */
 
 struct mover {
-	struct pio_list waiting[KVT_TIERS]; /* for a buffer */
+	struct pio_list waiting[KVT_TIERS], behind[KVT_TIERS]; /* for a buffer */
 	struct tier_io *batch[KVT_TIERS][BATCH];
 	unsigned n_batch[KVT_TIERS];
 	TAILQ_HEAD(plans, plan) plans;
@@ -71,6 +71,10 @@ void pio_free(struct pio *io)
 	pio_release(io);
 	if (io->io.res >= 0 || !planted("quota-leak"))
 		c->pages.used[io->tier][io->page->origin->charge] -= io->reserved;
+	if (io->throttled) {
+		throttle_end(c, io->io.bytes, io->background);
+		mover_kick(c);
+	}
 	page_unpin(&c->pages, io->page);
 	c->pios--;
 	free(io->sum);
@@ -130,7 +134,8 @@ void pio_read(struct pio *io)
 	struct mover *m = io->core->mover;
 
 	io->io.op = TIER_READ;
-	STAILQ_INSERT_TAIL(&m->waiting[io->tier], io, link);
+	/* What somebody waits for goes before what is moved behind everything else. */
+	STAILQ_INSERT_TAIL(io->background ? &m->behind[io->tier] : &m->waiting[io->tier], io, link);
 	mover_kick(io->core);
 }
 
@@ -162,6 +167,9 @@ int pio_prepare(struct pio *io, struct seq *s)
 
 	if (!t || !room_for(io, s))
 		return -ENOSPC;
+	if (io->tier == KVT_TIER_NVME && p->lane != PAGE_NOTE_LANE &&
+	    !throttle_may(c, p->bytes, io->background))
+		return -EAGAIN;
 	memcpy(io->words, p->pos, p->span * sizeof(uint64_t));
 	page_ident(p, &io->io.meta.id);
 	io->io.op = TIER_WRITE;
@@ -181,6 +189,10 @@ int pio_prepare(struct pio *io, struct seq *s)
 	r = t->ops->prepare(t, &io->io);
 	if (!r)
 		s->reach = MAX(s->reach, page_reach(p));
+	if (!r && io->tier == KVT_TIER_NVME) {
+		io->throttled = true;
+		throttle_begin(c, p->bytes, io->background);
+	}
 	if (!r) {
 		io->reserved = page_room(p->bytes);
 		c->pages.used[io->tier][p->origin->charge] += io->reserved;
@@ -242,6 +254,8 @@ static bool reap(struct core *c, int tier)
 
 		histogram_add(io->reading ? &c->stat.read_ns[tier] : &c->stat.write_ns[tier],
 			      now - io->submitted_ns);
+		if (io->reading && tier == KVT_TIER_NVME && !io->background)
+			throttle_saw(c, now - io->submitted_ns);
 		if (io->reading)
 			USDT(tier_read, tier, io->io.bytes, now - io->submitted_ns, io->io.res);
 		else
@@ -274,10 +288,15 @@ static void start_reads(struct core *c, int tier)
 	struct mover *m = c->mover;
 	struct pio *io;
 
-	while ((io = STAILQ_FIRST(&m->waiting[tier])) && may_read(c, tier)) {
-		STAILQ_REMOVE_HEAD(&m->waiting[tier], link);
+	for (;;) {
+		struct pio_list *from = STAILQ_EMPTY(&m->waiting[tier]) ? &m->behind[tier] : &m->waiting[tier];
+
+		io = STAILQ_FIRST(from);
+		if (!io || !may_read(c, tier))
+			break;
+		STAILQ_REMOVE_HEAD(from, link);
 		if (!try_read(io)) {
-			STAILQ_INSERT_HEAD(&m->waiting[tier], io, link);
+			STAILQ_INSERT_HEAD(from, io, link);
 			m->full = m->reading > 0;
 			break;
 		}
@@ -417,6 +436,8 @@ int mover_open(struct core *c)
 	TAILQ_INIT(&m->plans);
 	for (int t = 0; t < KVT_TIERS; t++)
 		STAILQ_INIT(&m->waiting[t]);
+	for (int t = 0; t < KVT_TIERS; t++)
+		STAILQ_INIT(&m->behind[t]);
 	r = sd_event_add_defer(c->ev, &m->pump, on_pump, c);
 	if (r < 0)
 		return r;

@@ -18,6 +18,8 @@ struct pio { /* one page on its way between a tier and us */
 	struct core *core;
 	struct page *page; /* pinned */
 	bool reading;
+	bool background;             /* nobody waits for it; set before anything is asked of it */
+	bool throttled;              /* its bytes are in the window of writes */
 	uint64_t submitted_ns;       /* to the tier */
 	uint64_t reserved;           /* quota held until the page has its copy */
 	int tier, error;             /* error: the worker's verdict, -errno */

@@ -23,7 +23,7 @@
 #define STEPS 8u
 #define ENOUGH_NS UINT64_C(1000000000) /* without pressure, then giving ends wherever it is */
 #define AHEAD (UINT64_C(256) << 20)
-#define LEAST (UINT64_C(2) << 20)      /* what the tier counts memory in */
+#define LEAST (UINT64_C(2) << 20) /* what the tier counts memory in */
 
 struct pressure {
 	struct host *host;
@@ -327,6 +327,11 @@ void pressure_reload(struct core *c)
 		p->giving = false;
 		set_limit(c, UINT64_MAX);
 	}
+}
+
+bool pressure_gives(const struct core *c)
+{
+	return c->pressure && c->pressure->giving && c->pressure->missing;
 }
 
 void pressure_stat(const struct core *c, struct core_stat *ret)

@@ -25,6 +25,8 @@ void pressure_reload(struct core *c);
 void pressure_tick(struct core *c);
 /* One slice of giving back; from the mover's pump. */
 void pressure_pump(struct core *c);
+/* Memory is missing, and DRAM is being moved to nvme for it. */
+bool pressure_gives(const struct core *c);
 void pressure_stat(const struct core *c, struct core_stat *ret);
 
 /* ---- pressure_host.c ---------------------------------------------------------------------- */

@@ -256,6 +256,8 @@ static bool try_write(struct repack *r)
 		return true;
 	}
 	io = pio_new(r->core, r->dst, r->to, write_end, r);
+	if (io)
+		io->background = true;
 	e = io ? pio_prepare(io, r->seq) : -ENOMEM;
 	if (e < 0) {
 		if (io) {
@@ -332,6 +334,7 @@ int repack_start(struct seq *s, struct page *const *src, unsigned n, int from, i
 		r->read[made] = pio_new(c, src[made], from, read_end, r);
 		if (!r->read[made])
 			break;
+		r->read[made]->background = true;
 	}
 	if (made < n) {
 		while (made--)

@@ -180,6 +180,14 @@ static void show_tier_notes(const json_t *tiers)
 	}
 }
 
+static void show_throttle(const json_t *t)
+{
+	if (flag(t, "on"))
+		printf("throttle   nvme writes have %s in flight at most, %s cuts, %s waits, %s delayed\n",
+		       fmt_bytes(num(t, "window_bytes")), fmt_count(num(t, "cuts")), fmt_count(num(t, "waits")),
+		       fmt_bytes(num(t, "delayed_bytes")));
+}
+
 static void show_pressure(const json_t *p)
 {
 	printf("pressure   %s, dram holds %s of %s, psi %s\n",
@@ -280,6 +288,7 @@ void show_status(const json_t *j)
 	putchar('\n');
 	show_tier_notes(tiers);
 	show_pressure(json_object_get(j, "pressure"));
+	show_throttle(json_object_get(j, "throttle"));
 	show_counters(j);
 	if (json_object_get(j, "probes"))
 		show_probes(json_object_get(j, "probes"));
