@@ -255,7 +255,9 @@ static bool reap(struct core *c, int tier)
 		histogram_add(io->reading ? &c->stat.read_ns[tier] : &c->stat.write_ns[tier],
 			      now - io->submitted_ns);
 		if (io->reading && tier == KVT_TIER_NVME && !io->background)
-			throttle_saw(c, now - io->submitted_ns);
+			throttle_saw_read(c, now - io->submitted_ns);
+		if (io->throttled)
+			throttle_saw_write(c, now - io->submitted_ns);
 		if (io->reading)
 			USDT(tier_read, tier, io->io.bytes, now - io->submitted_ns, io->io.res);
 		else

@@ -6,8 +6,8 @@
 
 #define LEAST (UINT64_C(256) << 10) /* of the window, and of what clients wait for */
 #define STEP (UINT64_C(512) << 10)
-#define EPOCH_NS UINT64_C(50000000)   /* one change of the window in so long */
-#define ALONE_NS UINT64_C(2000000000) /* nobody has read for so long */
+#define EPOCH_NS UINT64_C(50000000) /* one change of the window in so long */
+#define BEGIN (UINT64_C(4) << 20)
 
 static uint64_t most(const struct core *c)
 {
@@ -16,7 +16,7 @@ static uint64_t most(const struct core *c)
 
 void throttle_init(struct core *c)
 {
-	c->throttle.window = most(c);
+	c->throttle.window = MIN(BEGIN, most(c));
 }
 
 bool throttle_may(struct core *c, uint32_t bytes, bool background)
@@ -44,37 +44,33 @@ void throttle_end(struct core *c, uint32_t bytes, bool background)
 	c->throttle.inflight[!background] -= bytes;
 }
 
-static void step(struct core *c, uint64_t now)
-{
-	struct throttle *t = &c->throttle;
-
-	if (now - t->epoch_ns < EPOCH_NS)
-		return;
-	t->epoch_ns = now;
-	if (t->slow)
-		t->window = MAX(t->window / 2, LEAST);
-	else
-		t->window = MIN(t->window + STEP, most(c));
-	c->stat.throttle_cuts += t->slow;
-	t->slow = false;
-}
-
-void throttle_saw(struct core *c, uint64_t ns)
-{
-	struct throttle *t = &c->throttle;
-
-	t->read_ns = now_ns();
-	t->slow |= ns > c->cfg.nvme_throttle_ms * UINT64_C(1000000);
-	step(c, t->read_ns);
-}
-
-void throttle_tick(struct core *c)
+static void saw(struct core *c, uint64_t ns, uint64_t target_ns)
 {
 	struct throttle *t = &c->throttle;
 	uint64_t now = now_ns();
 
-	if (!c->cfg.nvme_throttle || now - t->read_ns > ALONE_NS)
-		t->window = MIN(t->window * 2, most(c));
+	t->slow |= ns > target_ns;
+	/* What is on its way was sent under the old window: it says nothing of the new one. */
+	if (now - t->epoch_ns < t->wait_ns)
+		return;
+	t->epoch_ns = now;
+	t->wait_ns = MAX(EPOCH_NS, ns);
+	c->stat.throttle_cuts += t->slow;
+	if (t->slow)
+		t->window = MAX(t->window / 2, LEAST);
+	else
+		t->window = MIN(t->window + t->window / 8 + STEP, most(c));
+	t->slow = false;
+}
+
+void throttle_saw_read(struct core *c, uint64_t ns)
+{
+	saw(c, ns, c->cfg.nvme_throttle_ms * UINT64_C(1000000));
+}
+
+void throttle_saw_write(struct core *c, uint64_t ns)
+{
+	saw(c, ns, c->cfg.nvme_throttle_ms * 2 * UINT64_C(1000000));
 }
 
 void throttle_stat(const struct core *c, struct core_stat *ret)

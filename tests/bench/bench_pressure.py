@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Memory given back, and steps of a runtime beside a demotion on a slow disk. JSON lines; --quick: smaller sizes."""
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "integration"),
+                str(Path(__file__).resolve().parents[2] / "ipc" / "python")]
+
+from kvtier import ROWS_ALL, Client  # noqa: E402
+from lib.big import Big  # noqa: E402
+from lib.slow_disk import compare  # noqa: E402
+from lib.world import World  # noqa: E402
+
+MIB = 1 << 20
+
+
+def say(name, value, unit, target, ok, **more):
+    print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, **more, "target": target, "pass": ok}),
+          flush=True)
+
+
+def memfds(d):
+    """Bytes that the kernel holds for the tier's segments."""
+    n = 0
+    for fd in os.listdir(f"/proc/{d.pid}/fd"):
+        try:
+            if "memfd:kvtier-dram" in os.readlink(f"/proc/{d.pid}/fd/{fd}"):
+                n += os.stat(f"/proc/{d.pid}/fd/{fd}").st_blocks * 512
+        except FileNotFoundError:
+            pass
+    return n
+
+
+def returned(mib):
+    """Private DRAM: from the reload that raises the reserve until the kernel holds `mib` less."""
+    def sections(reserve):
+        return {"dram": {"size": f"{mib + mib // 4}M"}, "nvme": {"size": f"{2 * mib}M", "segment": "64M", "staging": "32M"},
+                "pressure": {"psi": "no", "floor": "8M", "reserve": reserve}}
+
+    with World(**sections("0")) as d, Client(d.socket) as c:
+        seqs = [Big(c, i) for i in range(mib // 128)]
+        for s in seqs:
+            s.fill(128 * 64, dram=ROWS_ALL)
+        before = memfds(d)
+        d.configure(**sections("16T"))
+        t = time.monotonic()
+        os.kill(d.pid, signal.SIGHUP)
+        while memfds(d) > 0.02 * before + 8 * MIB and time.monotonic() - t < 30:
+            time.sleep(0.005)
+        took = time.monotonic() - t
+        p = d.status()["pressure"]
+        say("pressure.private_returned", took, "s", f"<=1 for {mib} MiB", took <= 1 and memfds(d) < 0.1 * before,
+            bytes=before - memfds(d), demoted_bytes=p["demoted_bytes"], dropped_rows=p["dropped_rows"],
+            daemon_s=round(p["ns_max"] / 1e9, 4))
+
+
+def main():
+    quick = "--quick" in sys.argv
+    returned(256 if quick else 1024)
+    off, on, off_s, on_s, _ = compare(128 if quick else 2048, 200, 120,
+                                      lambda text: print(text, file=sys.stderr, flush=True))
+    say("throttle.p99_step", on * 1e3, "ms", "<=0.50", on / off <= 0.5, rival="the same without the throttle",
+        rival_value=round(off * 1e3, 4), ratio=round(on / off, 4), demoted_s=round(on_s, 2), rival_demoted_s=round(off_s, 2))
+
+
+if __name__ == "__main__":
+    main()
