@@ -38,7 +38,6 @@ struct config_key {
 	const char *doc;  /* one line */
 };
 
-#define CONFIG_MAX_KEYS 80
 extern const struct config_key config_keys[];
 extern const unsigned config_n_keys;
 
