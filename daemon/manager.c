@@ -444,7 +444,10 @@ void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
 	if (p->win)
 		s->look_twice = nack && p->win->direct;
 	c->stat.plans_acked += p->id != 0;
-	journal_over(p, p->saving ? JOURNAL_SAVED : p->id ? JOURNAL_ACKED : JOURNAL_NOTHING,
+	journal_over(p,
+		     p->saving ? JOURNAL_SAVED
+		     : p->id   ? JOURNAL_ACKED
+			       : JOURNAL_NOTHING,
 		     nack ? bits_rank(nack, ix->lanes) : 0);
 	USDT(plan_acked, s->handle, p->id, now_ns() - p->started_ns);
 	if (p->id)

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
-/* Where the counters may be read, and the socket there. Knows nothing of the core: the configuration asks, too. */
+/* Where the counters may be read, and the socket there. Knows nothing of the core: the configuration asks, too.
+ */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <stdio.h>

@@ -79,8 +79,8 @@ struct seq {
 
 	struct plan *plan;
 	struct journal *journal; /* of its last plans, or NULL */
-	uint64_t plan_id;   /* of the newest plan published to this client */
-	uint64_t requested; /* a plan with this id or a later one is wanted; 0 none */
+	uint64_t plan_id;        /* of the newest plan published to this client */
+	uint64_t requested;      /* a plan with this id or a later one is wanted; 0 none */
 	uint64_t acked;
 	uint64_t nonce;
 	uint32_t retries, saves;

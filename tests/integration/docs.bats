@@ -57,8 +57,8 @@ man_options() {
 	same helpwords manwords
 }
 
-@test "every verb of --help is known to the daemon's dispatcher" {
-	"$build/kvtierctl" --help | sed -n '/^Verbs:/,/^SEQ is/p' | grep -oE '^  [a-z]+' | tr -d ' ' > "$BATS_TEST_TMPDIR/help"
+@test "every verb of --help but kvtierctl's own is known to the daemon's dispatcher" {
+	"$build/kvtierctl" --help | sed -n '/^Verbs:/,/^SEQ is/p' | grep -oE '^  [a-z]+' | tr -d ' ' | grep -vx top > "$BATS_TEST_TMPDIR/help"
 	sed -nE 's/^\tV\(([a-z]+), .*/\1/p' "$root/daemon/verbs.h" > "$BATS_TEST_TMPDIR/list"
 	same help list
 	while read -r verb; do

@@ -193,7 +193,8 @@ def come_back(d, n=6, rows=700):
             except Error as e:
                 equal(e.code, E_NOENT, f"code ({e})")
                 continue
-            for _ in range(8 if r.rows else 0):  # nothing to decide without rows; a plan that misses is made again without what it missed
+            # Without rows there is nothing to decide; a plan that misses is made again without what it missed.
+            for _ in range(8 if r.rows else 0):
                 r.plan(ROWS_ALL, 0, ROWS_ALL)
                 info = r.seq.info()
                 if info["tier_rows"]["nvme"] == 0:
