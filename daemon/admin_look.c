@@ -185,6 +185,30 @@ static json_t *status_all(const struct core_stat *s)
 	return o;
 }
 
+/* Exact, where what ls says of sequences is as of their last count. Limits of 2^63 and more: none. */
+static json_t *tenants_json(struct core *c)
+{
+	json_t *list = json_array();
+	struct core_tenant_stat t;
+	uint32_t cursor = 0;
+
+	while (core_tenant_next(c, &cursor, &t)) {
+		json_t *o = json_object();
+
+		set_text(o, "name", t.name);
+		set_num(o, "sequences", t.seqs);
+		set_num(o, "region_bytes", t.region_bytes);
+		set_num(o, "dram_bytes", t.bytes[KVT_TIER_DRAM]);
+		set_num(o, "nvme_bytes", t.bytes[KVT_TIER_NVME]);
+		set_num(o, "max_sequences", t.limit.max_seqs);
+		set_num(o, "max_region_bytes", t.limit.region_bytes);
+		set_num(o, "max_dram_bytes", t.limit.dram_bytes);
+		set_num(o, "max_nvme_bytes", t.limit.nvme_bytes);
+		json_array_append_new(list, o);
+	}
+	return list;
+}
+
 /* A tenant's share: nothing that another tenant could have caused. */
 static json_t *status_own(struct admin_call *a, const struct core_stat *s)
 {
@@ -239,6 +263,8 @@ int verb_status(struct admin_call *a)
 	a->json = admin_tenant(a) ? status_own(a, &s) : status_all(&s);
 	if (!admin_tenant(a))
 		json_object_set_new(a->json, "probes", admin_probes(a->core));
+	if (!admin_tenant(a))
+		json_object_set_new(a->json, "tenants", tenants_json(a->core));
 	return 0;
 }
 

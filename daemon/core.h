@@ -92,6 +92,15 @@ struct core_stat {
 };
 void core_stat(struct core *c, struct core_stat *ret);
 
+/* What a configured tenant is charged with at this moment, and its limits. */
+struct core_tenant_stat {
+	const char *name;
+	uint64_t seqs, region_bytes, bytes[KVT_TIERS]; /* bytes: [0] unused */
+	struct config_tenant limit;
+};
+/* *cursor starts at 0. false at the end. */
+bool core_tenant_next(struct core *c, uint32_t *cursor, struct core_tenant_stat *ret);
+
 struct core_seq_stat {
 	uint64_t handle;
 	uint64_t owner; /* tenant and UID, hashed: the unit of isolation */

@@ -46,6 +46,21 @@ void core_stat(struct core *c, struct core_stat *ret)
 	memcpy(ret->policy, c->policy, sizeof(ret->policy));
 }
 
+bool core_tenant_next(struct core *c, uint32_t *cursor, struct core_tenant_stat *ret)
+{
+	const struct tenant *t = &c->tenant[*cursor];
+
+	if (*cursor >= c->tenants)
+		return false;
+	*ret = (struct core_tenant_stat){
+		.name = t->name, .seqs = t->seqs, .region_bytes = t->region_bytes, .limit = t->limit};
+	for (int tier = KVT_TIER_DRAM; tier < KVT_TIERS; tier++)
+		if (c->pages.tier[tier])
+			ret->bytes[tier] = c->pages.used[tier][*cursor];
+	(*cursor)++;
+	return true;
+}
+
 static const char *plan_state(const struct plan *p)
 {
 	static const char *const names[] = {"scoring", "deciding", "moving", "ready"};

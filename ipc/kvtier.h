@@ -244,7 +244,10 @@ struct kvtier_seq_opts {
 	const struct kvtier_budget *budget;  /* NULL: the daemon's default for the tenant */
 };
 
-/* Errors: INVAL, EXISTS, LIMIT, MODEL, STALE (a region of an earlier connection). */
+/*
+ * Errors: INVAL, EXISTS, LIMIT, MODEL, STALE (a region of an earlier connection). After DAEMON or TIMEOUT a
+ * leased sequence may have been opened: resume it, and open it when there is none (NOENT).
+ */
 KVT_PUBLIC int kvtier_seq_open(struct kvtier *c, struct kvtier_model *m, const struct kvtier_seq_opts *o,
 			       struct kvtier_seq **ret);
 /*

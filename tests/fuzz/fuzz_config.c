@@ -33,7 +33,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	config_print(&a, out);
 	if (load(&b, out, err, sizeof(err)) < 0)
 		abort();
+	/* Where a value came from is not printed. */
 	strcpy(b.file, a.file);
+	memcpy(b.line, a.line, sizeof(b.line));
+	for (uint32_t i = 0; i < CONFIG_MAX_TENANTS; i++)
+		memcpy(b.tenant[i].line, a.tenant[i].line, sizeof(b.tenant[i].line));
 	if (memcmp(&a, &b, sizeof(a)))
 		abort();
 	return 0;

@@ -20,13 +20,14 @@ static size_t status_size; /* members of a whole status, counted before memory r
 
 /* ---- an operator ---------------------------------------------------------------------------- */
 
+/* Without the buckets of histograms, of which there are as many as there is to count. */
 static size_t members(const json_t *j)
 {
 	const char *key;
 	size_t n = 0, i;
 	json_t *v;
 
-	json_object_foreach((json_t *)j, key, v) n += 1 + members(v);
+	json_object_foreach((json_t *)j, key, v) n += 1 + (strcmp(key, "bucket") ? members(v) : 0);
 	json_array_foreach((json_t *)j, i, v) n += 1 + members(v);
 	return n;
 }

@@ -183,7 +183,8 @@ static int open_new(struct rt_seq *q)
 	res = kvtier_seq_open(rt.c, rt.m, &o, &q->s);
 	if (res == KVT_E_EXISTS && before == UNUSED)
 		wrong(q, "it was dropped, and is back");
-	r->life = res ? before : OPEN;
+	/* It was not heard whether it was opened. */
+	r->life = !res ? OPEN : leased && (res == KVT_E_DAEMON || res == KVT_E_TIMEOUT) ? UNSURE : before;
 	q->rows = 0;
 	q->salt = r->salt;
 	return res;

@@ -91,17 +91,13 @@ class Trial:
 
     def look(self):
         """What a tenant's rows take, padding of their pages aside; and all tenants together with it."""
-        now = {t: {"dram": 0, "nvme": 0, "sequences": 0} for t in TENANTS}
-        for q in self.d.seqs():
-            t = now[q["tenant"]]
-            t["sequences"] += 1
-            for name in ("dram", "nvme"):
-                t[name] += q["tiers"][name]["bytes"]
+        s = self.d.status()
+        now = {t["name"]: {"dram": t["dram_bytes"], "nvme": t["nvme_bytes"], "sequences": t["sequences"]}
+               for t in s["tenants"]}
         for t in TENANTS:
             for name, limit in (("dram", DRAM), ("nvme", NVME), ("sequences", SEQS)):
                 self.most[t][name] = max(self.most[t][name], now[t][name])
                 expect(now[t][name] <= limit, f"{t}: {name} {now[t][name]}, limit {limit}")
-        s = self.d.status()
         used = {x["name"]: x.get("used_bytes", 0) for x in s["tiers"]}
         expect(used["dram"] <= len(TENANTS) * DRAM, f"dram: {used['dram']} used, quotas are {len(TENANTS) * DRAM}")
 

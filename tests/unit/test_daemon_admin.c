@@ -113,6 +113,15 @@ int core_seq_lanes(struct core *c, uint64_t handle, struct core_lane_stat *ret, 
 	return (int)cap;
 }
 
+bool core_tenant_next(struct core *c, uint32_t *cursor, struct core_tenant_stat *ret)
+{
+	if (*cursor)
+		return false;
+	*ret = (struct core_tenant_stat){.name = "default", .seqs = n_seqs, .bytes = {0, 12345}};
+	(*cursor)++;
+	return true;
+}
+
 void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, uint64_t *ret_held)
 {
 	*ret_bytes = owner == 7 ? 4 << 20 : 0;
