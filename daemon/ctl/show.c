@@ -79,6 +79,16 @@ static void show_tier_table(const json_t *tiers)
 	table_free(&t);
 }
 
+/* After an empty line, when there is something; frees it. */
+static void print_below(struct table *t)
+{
+	if (t->rows) {
+		putchar('\n');
+		table_print(t);
+	}
+	table_free(t);
+}
+
 static void show_io_table(const json_t *tiers)
 {
 	char spec[] = "lTIER rREADS rREAD rWRITES rWRITTEN rTO-DEVICE rERRORS rIN-FLIGHT rLEAKED";
@@ -101,11 +111,7 @@ static void show_io_table(const json_t *tiers)
 		table_add(&t, "%s", fmt_count(num(o, "inflight")));
 		table_add(&t, "%s", fmt_bytes(num(o, "leaked_bytes")));
 	}
-	if (t.rows) {
-		putchar('\n');
-		table_print(&t);
-	}
-	table_free(&t);
+	print_below(&t);
 }
 
 static void show_latency_table(const json_t *tiers)
@@ -128,11 +134,7 @@ static void show_latency_table(const json_t *tiers)
 		table_add(&t, "%s rows", fmt_count(quantile(o, "refault_rows", "p50")));
 		table_add(&t, "%s", fmt_count(quantile(o, "refault_rows", "p99")));
 	}
-	if (t.rows) {
-		putchar('\n');
-		table_print(&t);
-	}
-	table_free(&t);
+	print_below(&t);
 }
 
 static const char *came_back(uint64_t bytes)

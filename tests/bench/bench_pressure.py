@@ -24,18 +24,6 @@ def say(name, value, unit, target, ok, **more):
           flush=True)
 
 
-def memfds(d):
-    """Bytes that the kernel holds for the tier's segments."""
-    n = 0
-    for fd in os.listdir(f"/proc/{d.pid}/fd"):
-        try:
-            if "memfd:kvtier-dram" in os.readlink(f"/proc/{d.pid}/fd/{fd}"):
-                n += os.stat(f"/proc/{d.pid}/fd/{fd}").st_blocks * 512
-        except FileNotFoundError:
-            pass
-    return n
-
-
 def returned(mib):
     """Private DRAM: from the reload that raises the reserve until the kernel holds `mib` less."""
     def sections(reserve):
@@ -46,16 +34,16 @@ def returned(mib):
         seqs = [Big(c, i) for i in range(mib // 128)]
         for s in seqs:
             s.fill(128 * 64, dram=ROWS_ALL)
-        before = memfds(d)
+        before = d.dram_held()
         d.configure(**sections("16T"))
         t = time.monotonic()
         os.kill(d.pid, signal.SIGHUP)
-        while memfds(d) > 0.02 * before + 8 * MIB and time.monotonic() - t < 30:
+        while d.dram_held() > 0.02 * before + 8 * MIB and time.monotonic() - t < 30:
             time.sleep(0.005)
         took = time.monotonic() - t
         p = d.status()["pressure"]
-        say("pressure.private_returned", took, "s", f"<=1 for {mib} MiB", took <= 1 and memfds(d) < 0.1 * before,
-            bytes=before - memfds(d), demoted_bytes=p["demoted_bytes"], dropped_rows=p["dropped_rows"],
+        say("pressure.private_returned", took, "s", f"<=1 for {mib} MiB", took <= 1 and d.dram_held() < 0.1 * before,
+            bytes=before - d.dram_held(), demoted_bytes=p["demoted_bytes"], dropped_rows=p["dropped_rows"],
             daemon_s=round(p["ns_max"] / 1e9, 4))
 
 

@@ -126,18 +126,6 @@ def available():
     raise Skip("no MemAvailable")
 
 
-def memfds(d):
-    """Bytes that the kernel holds for the segments of the tier."""
-    n = 0
-    for fd in os.listdir(f"/proc/{d.pid}/fd"):
-        try:
-            if "memfd:kvtier-dram" in os.readlink(f"/proc/{d.pid}/fd/{fd}"):
-                n += os.stat(f"/proc/{d.pid}/fd/{fd}").st_blocks * 512
-        except FileNotFoundError:
-            pass
-    return n
-
-
 SECTIONS = {"dram": {"size": "192M", "segment": "64M"}, "nvme": {"size": "256M", "segment": "4M", "preallocate": "no"},
             "policy": {"default": "random", "protect_last": 16}}
 
@@ -165,7 +153,7 @@ def squeezed_in_a_cgroup(nvme):
                 until(lambda: f"{pressure(d)}", lambda: not pressure(d)["missing_bytes"], 10)
                 p = pressure(d)
                 expect(p["squeezed"] and p["squeezes"] >= 1, f"the daemon saw no pressure: {p}")
-                expect(memfds(d) <= 90 * MIB, f"{memfds(d) >> 20} MiB are still held: {p}")
+                expect(d.dram_held() <= 90 * MIB, f"{d.dram_held() >> 20} MiB are still held: {p}")
                 if nvme:
                     expect(p["demoted_bytes"] > 0, f"nothing moved to nvme: {p}")
             g.limit(1024 * MIB)
@@ -185,11 +173,11 @@ def host_runs_short():
         with Client(d.socket) as c:
             a = Big(c, 3)
             a.fill(6144)
-            held = memfds(d)
+            held = d.dram_held()
             expect(held >= 88 * MIB, f"{held >> 20} MiB are in DRAM")
             d.configure(**SECTIONS, pressure=reserve | {"reserve": str(available() + 4096 * MIB)})
             os.kill(d.pid, signal.SIGHUP)
-            until(lambda: f"{memfds(d) >> 20} MiB held, {pressure(d)}", lambda: memfds(d) <= 20 * MIB, 20)
+            until(lambda: f"{d.dram_held() >> 20} MiB held, {pressure(d)}", lambda: d.dram_held() <= 20 * MIB, 20)
             p = pressure(d)
             equal(p["dram_limit_bytes"], 16 * MIB, "the floor")
             matches("\n".join(d.log_lines()), r"memory pressure: \d+ MiB are missing", "the log")

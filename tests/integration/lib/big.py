@@ -3,6 +3,7 @@
 from kvtier import ROWS_ALL, Model, Region, Sequence, budget
 from kvtier._lib import lib
 
+from .rows import place
 from .world import Failed
 
 LAYERS, HEADS, DIM = 2, 2, 512
@@ -27,10 +28,7 @@ class Big:
         self.seq = Sequence(client, self.model, self.region, self.layouts, max_rows, **seq_args)
 
     def place(self, lane, plane, slot):
-        lay = self.layouts[lane // HEADS]
-        off, head, stride = ((lay.k_off, lay.k_head_stride, lay.k_row_stride) if plane == 0 else
-                             (lay.v_off, lay.v_head_stride, lay.v_row_stride))
-        return off + (lane % HEADS) * head + slot * stride
+        return place(self.layouts, HEADS, lane, plane, slot)
 
     def append(self, n):
         first = self.seq.rows

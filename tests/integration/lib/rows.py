@@ -21,6 +21,14 @@ def row(tag, gen, lane, plane, pos):
     return bytes(b)
 
 
+def place(layouts, heads, lane, plane, slot):
+    """Where in the region a slot of a lane's K (0) or V (1) plane begins."""
+    lay = layouts[lane // heads]
+    off, head, stride = ((lay.k_off, lay.k_head_stride, lay.k_row_stride) if plane == 0 else
+                         (lay.v_off, lay.v_head_stride, lay.v_row_stride))
+    return off + (lane % heads) * head + slot * stride
+
+
 class Rows:
     """One sequence of patterned rows. `gen` counts truncates, so that a stale row never looks right."""
 
@@ -39,10 +47,7 @@ class Rows:
         return len(self.gens)
 
     def place(self, lane, plane, slot):
-        lay = self.layouts[lane // HEADS]
-        off, head, stride = ((lay.k_off, lay.k_head_stride, lay.k_row_stride) if plane == 0 else
-                             (lay.v_off, lay.v_head_stride, lay.v_row_stride))
-        return off + (lane % HEADS) * head + slot * stride
+        return place(self.layouts, HEADS, lane, plane, slot)
 
     def held(self, lane):
         n = lib.seq_resident(self.seq.ptr, lane, None, 0)

@@ -135,6 +135,17 @@ class World(PrivateDaemon):
     def alive(self):
         return self.proc is not None and self.proc.poll() is None
 
+    def dram_held(self):
+        """Bytes that the kernel holds for the segments of its DRAM tier."""
+        n = 0
+        for fd in os.listdir(f"/proc/{self.pid}/fd"):
+            try:
+                if "memfd:kvtier-dram" in os.readlink(f"/proc/{self.pid}/fd/{fd}"):
+                    n += os.stat(f"/proc/{self.pid}/fd/{fd}").st_blocks * 512
+            except FileNotFoundError:
+                pass
+        return n
+
     def fds(self):
         """Descriptors the daemon holds, but for the segments of its DRAM tier: an empty one may stay warm."""
         n = 0
