@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* The core as a whole: opening, timers, draining, reloading, closing. */
+/* The core as a whole: opening, reloading, closing. */
 #include <stdio.h>
 #include <string.h>
 #include <syslog.h>
@@ -11,11 +11,7 @@
 #include "shm/util.h"
 
 #define FEED_ENTRIES 16384u
-#define TICK_US 250000u
-#define POLL_US 10000u /* each look covers a tenth of the sequences: a lost hint waits 100 ms at most */
-#define POLL_SLICES 10u
-#define DRAIN_NS (UINT64_C(20) * 1000000000u)
-#define STUCK_NS (UINT64_C(30) * 1000000000u)
+#define CLOSE_NS (UINT64_C(20) * 1000000000u)
 
 /* ---- feed -------------------------------------------------------------------------- */
 
@@ -58,132 +54,6 @@ void feed_move(const struct seq *s, int from, int to, uint32_t lane, uint32_t ro
 	else
 		USDT(promote, s->handle, from, to, lane, rows, bytes);
 	feed_put(s->core, s, &e);
-}
-
-/* ---- timers -------------------------------------------------------------------------- */
-
-static void rearm(sd_event_source *s, uint64_t us)
-{
-	sd_event_source_set_time_relative(s, us);
-	sd_event_source_set_enabled(s, SD_EVENT_ONESHOT);
-}
-
-/* The cleaner of a tier moved a page. */
-static bool on_moved(void *arg, const struct page_meta *m, tier_addr from, tier_addr to)
-{
-	struct core *c = arg;
-	struct page *p = page_find(&c->pages, m->id.page);
-
-	if (!p || p->addr[KVT_TIER_NVME - 1] != from)
-		return false;
-	page_move_copy(p, KVT_TIER_NVME, to);
-	return true;
-}
-
-bool core_may_audit(struct core *c, int tenant)
-{
-	return log_may(&c->tenant[tenant].audited);
-}
-
-static void tell_left_out(struct core *c)
-{
-	char whom[80];
-
-	log_left_out(&c->said, "policies, scorers, admin socket");
-	for (uint32_t i = 0; i < c->tenants; i++) {
-		snprintf(whom, sizeof(whom), "tenant %s: its clients", c->tenant[i].name);
-		log_left_out(&c->tenant[i].said, whom);
-		snprintf(whom, sizeof(whom), "tenant %s: audit, refused for their number", c->tenant[i].name);
-		log_left_out(&c->tenant[i].audited, whom);
-	}
-}
-
-static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
-{
-	struct core *c = arg;
-	struct seq *s, *next;
-
-	c->loop_seen_ns = now_ns();
-	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
-		if (c->pages.tier[t])
-			c->pages.tier[t]->ops->tick(c->pages.tier[t], on_moved, c);
-	probes_tick(c);
-	pressure_tick(c);
-	settle_watermarks(c);
-	seq_expire(c, c->loop_seen_ns);
-	for (s = STAILQ_FIRST(&c->recounts); s; s = next) {
-		next = STAILQ_NEXT(s, recounts);
-		STAILQ_REMOVE_HEAD(&c->recounts, recounts);
-		s->recount = false;
-		if (!s->dead)
-			seq_recount(s);
-		seq_unref(s);
-	}
-	tell_left_out(c);
-	mover_kick(c);
-	session_listen_again(c);
-	drain_check(c);
-	rearm(src, TICK_US);
-	return 0;
-}
-
-/* The net under the hints: look at the slots themselves, a tenth of them each time. */
-static int on_poll(sd_event_source *src, uint64_t usec, void *arg)
-{
-	struct core *c = arg;
-	uint32_t n = DIV_UP(handle_count(c->seqs), POLL_SLICES);
-
-	for (uint32_t i = 0; i < n; i++) {
-		struct seq *s = handle_next(c->seqs, &c->poll_cursor, NULL);
-
-		if (!s) {
-			c->poll_cursor = 0;
-			break;
-		}
-		if (s->state == SEQ_LIVE)
-			seq_poll(s);
-		else if (s->not_before_ns)
-			seq_step(s);
-	}
-	fair_tick(c);
-	rearm(src, POLL_US);
-	return 0;
-}
-
-static int turn(struct core *c)
-{
-	int r = sd_event_prepare(c->ev);
-	uint64_t begin, end;
-
-	if (!r)
-		r = sd_event_wait(c->ev, UINT64_MAX);
-	if (r <= 0)
-		return r;
-	begin = now_ns();
-	r = sd_event_dispatch(c->ev);
-	end = now_ns();
-	if (end - c->loop_since_ns > UINT64_C(1000000000)) {
-		c->loop_before_ns = c->loop_now_ns;
-		c->loop_now_ns = 0;
-		c->loop_since_ns = end;
-	}
-	c->loop_now_ns = MAX(c->loop_now_ns, end - begin);
-	c->stat.loop_max_ns = MAX(c->stat.loop_max_ns, end - begin);
-	return r;
-}
-
-int core_turn(struct core *c)
-{
-	const struct timespec nap = {.tv_nsec = 10000000};
-	int r = turn(c);
-
-	/* sd-event may want memory in any of its steps, and each can be taken again. */
-	if (r == -ENOMEM && !c->short_of_memory)
-		log_line(LOG_ERR, "event loop: out of memory, trying again");
-	c->short_of_memory = r == -ENOMEM;
-	if (r == -ENOMEM)
-		nanosleep(&nap, NULL);
-	return r < 0 && r != -ENOMEM ? r : 0;
 }
 
 /* ---- opening --------------------------------------------------------------------------- */
@@ -242,11 +112,6 @@ static void set_limits(struct core *c)
 	}
 }
 
-static int add_timer(struct core *c, sd_event_source **ret, uint64_t us, sd_event_time_handler_t fn)
-{
-	return sd_event_add_time_relative(c->ev, ret, CLOCK_MONOTONIC, us, us / 10, fn, c);
-}
-
 static unsigned worker_threads(const struct core *c)
 {
 	long n = sysconf(_SC_NPROCESSORS_ONLN);
@@ -291,9 +156,7 @@ static int core_open(struct core *c, char *err, size_t errsize)
 	if (r >= 0)
 		r = pressure_open(c);
 	if (r >= 0)
-		r = add_timer(c, &c->tick, TICK_US, on_tick);
-	if (r >= 0)
-		r = add_timer(c, &c->poll, POLL_US, on_poll);
+		r = loop_open(c);
 	if (r < 0 && !*err)
 		snprintf(err, errsize, "core: %s", strerror(-r));
 	return r;
@@ -350,7 +213,7 @@ int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *er
 	return core_new_with(ret, cfg, &(struct core_seams){0}, ev, err, errsize);
 }
 
-/* ---- draining and closing ----------------------------------------------------------------- */
+/* ---- closing and reloading ----------------------------------------------------------------- */
 
 /* Runs done() of what the tenants' writers have written. True: some are still at it. */
 static bool writers_busy(struct core *c)
@@ -368,7 +231,7 @@ static bool writers_busy(struct core *c)
 /* What is under way ends, without the event loop: it may have ended before us. */
 static void settle_down(struct core *c)
 {
-	uint64_t end = now_ns() + DRAIN_NS;
+	uint64_t end = now_ns() + CLOSE_NS;
 
 	while (c->n_seqs || writers_busy(c) || mover_busy(c) || workers_busy(c->workers)) {
 		if (now_ns() > end) {
@@ -421,8 +284,7 @@ void core_free(struct core *c)
 		STAILQ_REMOVE_HEAD(&c->recounts, recounts);
 		seq_unref(s);
 	}
-	sd_event_source_disable_unref(c->tick);
-	sd_event_source_disable_unref(c->poll);
+	loop_close(c);
 	pressure_close(c);
 	workers_free(c->workers);
 	quiet = writers_free(c);
@@ -446,82 +308,6 @@ void core_free(struct core *c)
 	free(c);
 }
 
-/* Rows of s that would not survive us. */
-static bool only_in_dram(const struct seq *s)
-{
-	for (uint32_t l = 0; l < s->ix.lanes; l++)
-		for (uint32_t w = 0; w < BITS_WORDS(s->ix.rows); w++)
-			if (index_bits(&s->ix, KVT_TIER_DRAM, l)[w] & ~index_bits(&s->ix, KVT_TIER_NVME, l)[w])
-				return true;
-	return false;
-}
-
-/* Is this one on nvme as far as it can be? Moves that are still due are started. */
-static bool drained(struct seq *s)
-{
-	if (s->lifetime != KVT_LEASED)
-		return true;
-	if (s->state != SEQ_DETACHED || s->noting || s->settle)
-		return false;
-	if (!s->core->pages.tier[KVT_TIER_NVME] || !only_in_dram(s) || s->flushes++ > 3)
-		return true;
-	seq_recount(s);
-	settle_flush(s);
-	return false;
-}
-
-void drain_check(struct core *c)
-{
-	void (*done)(void *) = c->drain_done;
-	struct tier *nvme = c->pages.tier[KVT_TIER_NVME];
-	bool late = now_ns() > c->drain_deadline_ns, all = true;
-	struct seq *s;
-
-	if (!done || c->freeing || (!late && (mover_busy(c) || c->background_bytes)))
-		return;
-	TAILQ_FOREACH(s, &c->lru, lru)
-		if (!drained(s))
-			all = false;
-	if (!all && !late)
-		return;
-	if (!all)
-		log_line(LOG_WARNING, "drain: deadline passed, what is not on nvme yet is %s",
-			 c->seams.keep ? "lost if this is no restart" : "lost");
-	c->drain_done = NULL;
-	if (nvme && nvme->ops->sync && nvme->ops->sync(nvme) < 0)
-		log_line(LOG_ERR, "drain: the nvme tier could not be flushed");
-	ledger_sync(c->ledger);
-	done(c->drain_arg);
-}
-
-void core_drain(struct core *c, void (*done)(void *arg), void *arg)
-{
-	struct seq *s, *next;
-
-	if (c->draining)
-		return;
-	c->draining = true;
-	c->drain_done = done;
-	c->drain_arg = arg;
-	c->drain_deadline_ns = now_ns() + DRAIN_NS;
-	session_stop_listening(c);
-	for (s = TAILQ_FIRST(&c->lru); s; s = next) {
-		next = TAILQ_NEXT(s, lru);
-		if (s->lifetime != KVT_LEASED)
-			continue;
-		s->refs++;
-		seq_last_words(s);
-		if (s->state == SEQ_LIVE) {
-			client_notify(s->client, Q_GONE, s->handle, (uint64_t)-KVT_E_DAEMON, 0);
-			seq_leave(s, false);
-		} else if (s->state == SEQ_DETACHED) {
-			restart_note(s);
-		}
-		seq_unref(s);
-	}
-	mover_kick(c); /* done() is called from the loop, never from here */
-}
-
 int core_reload(struct core *c, const struct config *cfg, char *err, size_t errsize)
 {
 	int r = config_reloadable(&c->cfg, cfg, err, errsize);
@@ -535,13 +321,4 @@ int core_reload(struct core *c, const struct config *cfg, char *err, size_t errs
 	pressure_reload(c);
 	policies_drop(c, NULL);
 	return 0;
-}
-
-bool core_healthy(struct core *c)
-{
-	uint64_t now = now_ns();
-
-	if (now - c->loop_seen_ns > STUCK_NS)
-		return false;
-	return workers_stuck_ns(c->workers) < STUCK_NS;
 }

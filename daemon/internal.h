@@ -104,5 +104,9 @@ void verify_free(struct core *c);
 void core_feed(struct core *c, uint8_t type, const struct seq *s, uint64_t plan, uint64_t bytes,
 	       const uint32_t rows[4]);
 void feed_move(const struct seq *s, int from, int to, uint32_t lane, uint32_t rows, uint64_t bytes);
-/* Drain: called when a sequence is saved or work ends. */
+
+/* ---- loop.c, drain.c -------------------------------------------------------------------------- */
+int loop_open(struct core *c);
+void loop_close(struct core *c);
+/* Called when a sequence is saved or work ends. */
 void drain_check(struct core *c);
