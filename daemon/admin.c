@@ -132,6 +132,18 @@ int admin_number_arg(struct admin_call *a, int i, const char *what, uint32_t min
 	return 0;
 }
 
+int admin_lanes_arg(struct admin_call *a, int i, uint32_t *ret_lane, uint32_t *ret_n)
+{
+	const char *s = a->argv[i];
+	size_t n = strspn(s, "0123456789");
+
+	*ret_n = s[n] == '+' ? UINT32_MAX : 1;
+	if (!n || n > 6 || strcmp(s + n, *ret_n > 1 ? "+" : ""))
+		return admin_refuse(a, KVT_E_INVAL, "LANE: \"%.40s\", must be a lane, or one and a plus", s);
+	*ret_lane = (uint32_t)strtoul(s, NULL, 10);
+	return 0;
+}
+
 json_t *admin_text(const char *s)
 {
 	json_t *j = json_string(s);

@@ -33,6 +33,8 @@ int admin_usage(struct admin_call *a);
 int admin_seq_arg(struct admin_call *a, int i, uint64_t *ret);
 /* argv[i] as a decimal number in [min, max]; `what` names it in the error line. */
 int admin_number_arg(struct admin_call *a, int i, const char *what, uint32_t min, uint32_t max, uint32_t *ret);
+/* argv[i] as lanes: "7", that one; "7+", and those after it. */
+int admin_lanes_arg(struct admin_call *a, int i, uint32_t *ret_lane, uint32_t *ret_n);
 /* True when this peer may see the sequence: on a tenant's socket every user is alone. */
 bool admin_sees(const struct admin_call *a, const struct core_seq_stat *s);
 

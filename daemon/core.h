@@ -148,6 +148,19 @@ int core_seq_trace(struct core *c, uint64_t handle, struct json_text *out);
  */
 int core_row_trace(struct core *c, uint64_t handle, uint32_t pos, uint32_t lane, uint32_t lanes,
 		   struct json_text *out, char *err, size_t errsize);
+/*
+ * Which tiers hold each row, lane after lane, and what rows are worth, as JSON into `out`: as much as a slice
+ * of the loop allows, and where to go on, or null. Codes of runs are sums of enum map_code (verbs.h).
+ * KVT_E_STALE (with a line in err: it was cut since rows and epoch were told), KVT_E_INVAL, KVT_E_BUSY (a
+ * worker has the index).
+ */
+struct core_map_ask {
+	uint32_t lane, lanes;      /* lanes from this one on */
+	uint32_t columns;          /* that scores are summed up in, over all rows; 0: no scores */
+	uint32_t pos, rows, epoch; /* to go on: as the last answer said; 0: begin */
+};
+int core_seq_map(struct core *c, uint64_t handle, const struct core_map_ask *ask, struct json_text *out,
+		 char *err, size_t errsize);
 /* Read-only fd of the feed for `watch` (owned by the core). */
 int core_feed_fd(struct core *c, size_t *ret_bytes);
 

@@ -76,4 +76,9 @@ uint32_t journal_count(const struct journal *j);
 const struct journal_entry *journal_at(const struct journal *j, uint32_t i);
 /* Room for one more record and its place; *jp may move. NULL: no memory, nothing changed. */
 struct journal_entry *journal_add(struct journal **jp);
+/* Budgets of the lane, as the last plan of s had them. */
+void seq_budgets(const struct seq *s, uint32_t lane, uint32_t ret[KVT_TIERS]);
+/* Rows by tier as JSON, null where there is no limit. */
+struct json_text;
+void json_text_budget(struct json_text *o, const char *key, const uint32_t rows[KVT_TIERS]);
 uint64_t journal_bytes(const struct journal *j); /* of heap; NULL is fine */

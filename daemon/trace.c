@@ -29,7 +29,7 @@ static void put_limits(struct json_text *o, unsigned limits)
 	json_text_close(o, ']');
 }
 
-static void put_budget(struct json_text *o, const char *key, const uint32_t rows[KVT_TIERS])
+void json_text_budget(struct json_text *o, const char *key, const uint32_t rows[KVT_TIERS])
 {
 	json_text_open(o, key, '{');
 	for (int t = 0; t < KVT_TIERS; t++)
@@ -83,8 +83,8 @@ static void put_entry(struct json_text *o, const struct seq *s, uint32_t i, uint
 	json_text_bool(o, "fallback", e->fallback);
 	if (e->fallback && s->keys_use && s->keys_use->reason[0])
 		json_text_str(o, "reason", s->keys_use->reason);
-	put_budget(o, "asked", e->asked);
-	put_budget(o, "budget", e->budget);
+	json_text_budget(o, "asked", e->asked);
+	json_text_budget(o, "budget", e->budget);
 	json_text_num(o, "device_most", e->most);
 	json_text_bool(o, "adaptive", e->adaptive);
 	put_limits(o, e->limits);
@@ -152,8 +152,7 @@ static unsigned class_of(const struct seq *s, uint32_t pos)
 	return s->wanted && bits_test(s->wanted, pos) ? 3 : 4;
 }
 
-/* Budgets of the lane, as its last plan had them. */
-static void budgets(const struct seq *s, uint32_t lane, uint32_t ret[KVT_TIERS])
+void seq_budgets(const struct seq *s, uint32_t lane, uint32_t ret[KVT_TIERS])
 {
 	uint32_t n = journal_count(s->journal);
 
@@ -253,7 +252,7 @@ static void put_row(struct json_text *o, const struct seq *s, const struct row *
 	else
 		json_text_num(o, "rank", r->rank + 1);
 	json_text_num(o, "of", r->alive);
-	put_budget(o, "budget", r->budget);
+	json_text_budget(o, "budget", r->budget);
 	json_text_open(o, "tiers", '[');
 	for (int t = 0; t < KVT_TIERS; t++)
 		if (r->in[t])
@@ -269,7 +268,7 @@ static void look_at(const struct seq *s, uint16_t *scratch, struct row *r)
 {
 	const uint16_t *key = s->ix.key + (size_t)r->lane * s->ix.cap;
 
-	budgets(s, r->lane, r->budget);
+	seq_budgets(s, r->lane, r->budget);
 	r->fresh = r->pos >= s->ix.rows;
 	if (r->fresh) {
 		r->in[0] = true;

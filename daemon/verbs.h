@@ -18,6 +18,7 @@
 	V(ls, "[FROM]", 0, 1, 0, "list sequences, all or from this cursor on")                                \
 	V(show, "SEQ [lanes]", 1, 2, 0, "one sequence, with its lanes if asked")                              \
 	V(trace, "SEQ [POS [LANE]]", 1, 3, 0, "its last plans, or why a row is where it is")                      \
+	V(map, "SEQ [LANE [COLUMNS [FROM]]]", 1, 4, 0, "which tiers hold each row, and what rows are worth")      \
 	V(budget, "SEQ TIER=ROWS...", 2, 4, VERB_AUDIT, "rows per lane: device=, dram=, nvme=N or all")       \
 	V(pin, "SEQ POS ROWS", 3, 3, VERB_AUDIT, "keep rows [POS, POS + ROWS) on the device")                 \
 	V(unpin, "SEQ POS ROWS", 3, 3, VERB_AUDIT, "undo pin")                                                \
@@ -32,3 +33,7 @@
 	V(reload, "", 0, 0, VERB_ADMIN | VERB_AUDIT, "read the configuration file again")                     \
 	V(version, "", 0, 0, 0, "version of daemon, protocol and ABI")
 /* clang-format on */
+
+/* What map says of a run of rows is a sum of these; 0: dropped. */
+enum map_code { MAP_DEVICE = 1, MAP_DRAM = 2, MAP_NVME = 4, MAP_MOVING = 8, MAP_CODES = 16 };
+#define MAP_COLUMNS 4096u /* that scores are summed up in, at most */

@@ -135,6 +135,7 @@ static int take_reply(struct ctl *c, const void *buf, size_t len, int *fds, unsi
 		return ctl_fail(CTL_UNREACHABLE, "%s: another kvtierd's protocol: %s", c->socket, why);
 	if (r || m->r.hdr.type != (W_ADMIN | W_REPLY) || m->r.hdr.cookie != c->cookie)
 		return ctl_fail(CTL_UNREACHABLE, "%s: not a kvtierd's answer", c->socket);
+	c->refusal = m->r.status;
 	if (m->r.status)
 		return ctl_fail(CTL_REFUSED, "%s", m->r.text);
 	json_fds = m->json_bytes ? 1 : 0;

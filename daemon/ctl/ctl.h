@@ -28,6 +28,7 @@ struct ctl {
 	uint64_t count;  /* watch: end after so many events; 0: never */
 	int fd;          /* the connection, -1: none yet */
 	uint32_t cookie;
+	int refusal; /* KVT_E_* of the last answer that was one */
 };
 
 /*
@@ -56,6 +57,7 @@ json_t *event_json(const struct feed_event *e);
 
 /* One per verb that does more than ask and print. */
 int ctl_trace(struct ctl *c, unsigned argc, const char *const argv[]);
+int ctl_map(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_ls(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_top(struct ctl *c, unsigned argc, const char *const argv[]);

@@ -31,11 +31,10 @@ static const struct {
 	int (*run)(struct ctl *c, unsigned argc, const char *const argv[]);
 	void (*show)(const json_t *j);
 } special[] = {
-	{"status", NULL, show_status},   {"ls", ctl_ls, NULL},
-	{"trace", ctl_trace, NULL},      {"show", NULL, show_seq},
-	{"policy", NULL, show_policies}, {"watch", ctl_watch, NULL},
-	{"verify", ctl_verify, NULL},    {"version", NULL, show_version},
-	{"reload", NULL, show_changes},  {"top", ctl_top, NULL},
+	{"status", NULL, show_status},  {"ls", ctl_ls, NULL},         {"trace", ctl_trace, NULL},
+	{"map", ctl_map, NULL},         {"show", NULL, show_seq},     {"policy", NULL, show_policies},
+	{"watch", ctl_watch, NULL},     {"verify", ctl_verify, NULL}, {"version", NULL, show_version},
+	{"reload", NULL, show_changes}, {"top", ctl_top, NULL},
 };
 
 static void print_answer(const struct ctl *c, const json_t *j, void (*show)(const json_t *))

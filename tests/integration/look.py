@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from lib.rows import LANES, Neighbour, Rows
 from lib.world import Tap, World, build_dir, equal, expect, matches, until
 
-from kvtier import ROWS_ALL, Client
+from kvtier import ROWS_ALL, Client, budget
 
 
 def handle(d, r):
@@ -111,6 +111,66 @@ def rows_agree_with_lanes():
         r.close()
 
 
+def codes(lane):
+    """The code of each row, from a lane's runs."""
+    return [code for n, code in zip(lane["runs"][0::2], lane["runs"][1::2]) for _ in range(n)]
+
+
+CODE = {"device": 1, "dram": 2, "nvme": 4}
+
+
+def map_agrees_with_trace():
+    with World() as d, Client(d.socket) as c:
+        r = Rows(c, "map")
+        r.append(300)
+        r.plan(device=80, dram=120, nvme=70)
+        r.plan(device=120, dram=80, nvme=70)  # some come back, and keep their copies below
+        r.append(3)
+        h = handle(d, r)
+        m = d.ctl("map", h, "0+", "303")
+        equal((m["rows"], m["watermark"], m["lanes"], m["columns"], m["changed"]), (303, 300, LANES, 303, False), "head")
+        equal([(x["lane"], x["layer"], x["head"]) for x in m["lane"]], [(i, i // 2, i % 2) for i in range(LANES)], "lanes")
+        equal(m["lane"][0]["budget"], {"device": 120, "dram": 80, "nvme": 70}, "budgets")
+        tiers = [codes(x) for x in m["lane"]]
+        expect(all(a != b for x in m["lane"] for a, b in zip(x["runs"][1::2], x["runs"][3::2])), "runs that are one")
+        seen = set()
+        for pos in range(303):
+            for lane, x in enumerate(d.ctl("trace", h, str(pos))["lanes"]):
+                want = sum(CODE[t] for t in x["tiers"])
+                equal(tiers[lane][pos], want, f"row {pos} of lane {lane}")
+                seen.add(want)
+                n, least, most, mean = m["lane"][lane]["scores"][4 * pos:4 * pos + 4]
+                equal(n, int(bool(want) and pos < 300), f"scores of row {pos}")
+                if n:
+                    equal((least, most, mean), (x["score"],) * 3, f"score of row {pos}")
+        expect({0, 1, 2, 4} <= seen and seen & {3, 5}, f"tiers that were seen: {seen}")
+        few = d.ctl("map", h, "2", "7")["lane"]
+        equal(([x["lane"] for x in few], sum(few[0]["scores"][0::4])), ([2], sum(map(bool, tiers[2][:300]))), "seven columns")
+        scores = m["lane"][2]["scores"]
+        part = [scores[4 * i + 3] for i in range(303) if scores[4 * i] and i * 7 // 303 == 3]
+        equal(few[0]["scores"][12], len(part), "rows of a column")
+        expect(abs(few[0]["scores"][15] - sum(part) / len(part)) <= 1e-3 * max(map(abs, part)), "its mean")
+        equal(d.ctl("map", h, "3+", socket=d.socket)["lane"][0]["runs"], m["lane"][3]["runs"], "a tenant's own")
+        for argv, line in ((("4",), "LANE: 4, the sequence has 4 lanes"), (("x",), 'LANE: "x"'), (("0", "5000"), "COLUMNS"),
+                           (("0", "0", "7"), "FROM"), (("0", "0", "0.1.303.0"), "FROM: position 1"),
+                           (("0", "0", "0.512.303.0"), "FROM: position 512"), (("0", "0", "0.0.400.0"), "was cut")):
+            matches(refused(d, "map", h, *argv), line, "the line")
+        r.close()
+
+
+def map_tells_what_moves():
+    with World() as d, Client(d.socket) as c:
+        r = Rows(c, "moves")
+        r.append(100)
+        r.plan(device=100)
+        plan = r.wait(r.seq.request(budget(60, 40, 0, manual=True)))
+        runs = [codes(x) for x in d.ctl("map", handle(d, r))["lane"]]
+        equal([sum(x & 9 == 9 for x in lane) for lane in runs], [40] * LANES, "rows on the device, on their way")
+        r.seq.apply(plan)
+        until("applied", lambda: all(sorted(set(codes(x))) == [1, 2] for x in d.ctl("map", handle(d, r))["lane"]), 5)
+        r.close()
+
+
 def own_only():
     with tempfile.TemporaryDirectory(prefix="kvt.") as t, contextlib.ExitStack() as stack:
         other = os.path.join(t, "other.sock")
@@ -121,7 +181,7 @@ def own_only():
         r.plan(device=50, dram=50)
         h = handle(d, r)
         equal(len(d.ctl("trace", h, socket=d.socket)["plans"]), 1, "own plans")
-        for argv in (("trace", h), ("trace", h, "1")):
+        for argv in (("trace", h), ("trace", h, "1"), ("map", h)):
             matches(refused(d, *argv, socket=other), "no such sequence", "the line")
         matches(refused(d, "trace", "0x123"), "no such", "the line")
         r.close()
@@ -160,6 +220,8 @@ t = Tap()
 for name, fn in (("trace tells what plans did", true_counts),
                  ("trace tells of demotion by hand and of a cancelled plan", demoted_and_cancelled),
                  ("trace of a row agrees with show lanes and the runtime", rows_agree_with_lanes),
+                 ("map of every row agrees with trace", map_agrees_with_trace),
+                 ("map tells what is on its way", map_tells_what_moves),
                  ("trace is for one's own sequences", own_only),
                  ("trace prints the last 64 plans, newest last", table),
                  ("a listing while plans are made is complete", listing_while_planning)):

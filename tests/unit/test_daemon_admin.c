@@ -143,6 +143,14 @@ int core_row_trace(struct core *c, uint64_t handle, uint32_t pos, uint32_t lane,
 	return core_seq_trace(c, handle, out);
 }
 
+int core_seq_map(struct core *c, uint64_t handle, const struct core_map_ask *ask, struct json_text *out,
+		 char *err, size_t errsize)
+{
+	snprintf(call, sizeof(call), "map of lanes %u + %u, %u columns, at %u of %u in %u", ask->lane,
+		 ask->lanes, ask->columns, ask->pos, ask->rows, ask->epoch);
+	return core_seq_trace(c, handle, out);
+}
+
 int core_feed_fd(struct core *c, size_t *ret_bytes)
 {
 	*ret_bytes = 4096;
