@@ -125,7 +125,7 @@ $(BUILD)/kvtierd: $(call obj,daemon/main.c) $(BUILD)/libdaemon.a $(BUILD)/libroo
 
 $(BUILD)/kvtierctl: $(call obj,$(CTL)) $(BUILD)/librooms.a
 	$(say) LD $@
-	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -lncursesw -ltinfo $(LIBS)
+	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -lncursesw -ltinfo -lpng $(LIBS)
 
 # One object for every kernel: what it reads of the kernel's structures is in daemon/bpf/kernel.h.
 $(BUILD)/bpf/probes.bpf.o: daemon/bpf/probes.bpf.c daemon/bpf/kernel.h shm/probe.h shm/histogram.h Makefile

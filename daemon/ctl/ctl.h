@@ -26,7 +26,11 @@ struct ctl {
 	bool once;       /* top: one frame, as text */
 	double interval; /* top: seconds between two looks at the daemon */
 	uint64_t count;  /* watch: end after so many events; 0: never */
-	int fd;          /* the connection, -1: none yet */
+	struct {
+		const char *out, *lane, *policy; /* NULL: not given */
+		uint32_t width, rows;            /* 0: not given */
+	} plot;
+	int fd; /* the connection, -1: none yet */
 	uint32_t cookie;
 	int refusal; /* KVT_E_* of the last answer that was one */
 };
@@ -58,6 +62,7 @@ json_t *event_json(const struct feed_event *e);
 /* One per verb that does more than ask and print. */
 int ctl_trace(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_map(struct ctl *c, unsigned argc, const char *const argv[]);
+int ctl_plot(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_ls(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_top(struct ctl *c, unsigned argc, const char *const argv[]);

@@ -23,6 +23,7 @@ static const struct verb verbs[] = {
 #undef CTL_ROW
 	/* These are made of the daemon's verbs here. */
 	{"top", "", "a live view of everything, for a terminal", 0, 0},
+	{"plot", "[SEQ]", "a picture of where rows are and what they are worth", 0, 1},
 };
 
 /* Verbs whose answer is more than yes; the others ask and are silent. */
@@ -31,10 +32,10 @@ static const struct {
 	int (*run)(struct ctl *c, unsigned argc, const char *const argv[]);
 	void (*show)(const json_t *j);
 } special[] = {
-	{"status", NULL, show_status},  {"ls", ctl_ls, NULL},         {"trace", ctl_trace, NULL},
-	{"map", ctl_map, NULL},         {"show", NULL, show_seq},     {"policy", NULL, show_policies},
-	{"watch", ctl_watch, NULL},     {"verify", ctl_verify, NULL}, {"version", NULL, show_version},
-	{"reload", NULL, show_changes}, {"top", ctl_top, NULL},
+	{"status", NULL, show_status},   {"ls", ctl_ls, NULL},           {"trace", ctl_trace, NULL},
+	{"map", ctl_map, NULL},          {"plot", ctl_plot, NULL},       {"show", NULL, show_seq},
+	{"policy", NULL, show_policies}, {"watch", ctl_watch, NULL},     {"verify", ctl_verify, NULL},
+	{"version", NULL, show_version}, {"reload", NULL, show_changes}, {"top", ctl_top, NULL},
 };
 
 static void print_answer(const struct ctl *c, const json_t *j, void (*show)(const json_t *))
@@ -201,6 +202,11 @@ static void usage(void)
 	       "      --past            watch: begin with events that are already over\n"
 	       "      --once            top: print one frame as text and end\n"
 	       "      --interval SECONDS top: between two looks at the daemon (default 1)\n"
+	       "      --out FILE        plot: into FILE, .png or .svg, instead of the terminal\n"
+	       "      --width N         plot: pixels of the file, or columns of text\n"
+	       "      --lane LANE       plot: this lane only, or LANE+: it and those after it\n"
+	       "      --policy NAME     plot: what a policy or a weight file prefers, no SEQ\n"
+	       "      --rows N          plot: what it prefers among N rows\n"
 	       "      --version         print the version, exit\n"
 	       "  -h, --help            print this, exit\n\n"
 	       "Verbs:\n");
@@ -241,6 +247,11 @@ int main(int argc, char *argv[])
 		OPT_PAST,
 		OPT_ONCE,
 		OPT_INTERVAL,
+		OPT_OUT,
+		OPT_WIDTH,
+		OPT_LANE,
+		OPT_POLICY,
+		OPT_ROWS,
 		OPT_VERSION
 	};
 	static const struct option options[] = {
@@ -251,6 +262,11 @@ int main(int argc, char *argv[])
 		{"past", no_argument, NULL, OPT_PAST},
 		{"once", no_argument, NULL, OPT_ONCE},
 		{"interval", required_argument, NULL, OPT_INTERVAL},
+		{"out", required_argument, NULL, OPT_OUT},
+		{"width", required_argument, NULL, OPT_WIDTH},
+		{"lane", required_argument, NULL, OPT_LANE},
+		{"policy", required_argument, NULL, OPT_POLICY},
+		{"rows", required_argument, NULL, OPT_ROWS},
 		{"version", no_argument, NULL, OPT_VERSION},
 		{"help", no_argument, NULL, 'h'},
 		{},
@@ -293,6 +309,23 @@ int main(int argc, char *argv[])
 			if (v < 0)
 				return CTL_USAGE;
 			c.count = (uint64_t)v;
+			break;
+		case OPT_OUT:
+			c.plot.out = optarg;
+			break;
+		case OPT_LANE:
+			c.plot.lane = optarg;
+			break;
+		case OPT_POLICY:
+			c.plot.policy = optarg;
+			break;
+		case OPT_WIDTH:
+		case OPT_ROWS:
+			v = number(o == OPT_ROWS ? "rows" : "width", optarg, o == OPT_ROWS ? 2 : 40,
+				   o == OPT_ROWS ? 16777216 : 4096);
+			if (v < 0)
+				return CTL_USAGE;
+			*(o == OPT_ROWS ? &c.plot.rows : &c.plot.width) = (uint32_t)v;
 			break;
 		case OPT_VERSION:
 			puts("kvtierctl " KVT_VERSION);
