@@ -13,7 +13,7 @@ int verb_trace(struct admin_call *a)
 
 	r = admin_seq_arg(a, 1, &handle);
 	if (!r && a->argc == 2)
-		r = core_seq_trace(a->core, handle, &a->text);
+		r = core_seq_trace(a->core, handle, !admin_tenant(a), &a->text);
 	if (!r && a->argc > 2) {
 		r = admin_number_arg(a, 2, "POS", 0, UINT32_MAX - 1, &pos);
 		if (!r && a->argc > 3)

@@ -138,9 +138,10 @@ struct core_lane_stat {
 	uint32_t device, dram, nvme, dropped;
 };
 int core_seq_lanes(struct core *c, uint64_t handle, struct core_lane_stat *ret, uint32_t cap);
-/* The journal of its last plans, oldest first, as JSON into `out`; see journal.h. KVT_E_STALE. */
+/* The journal of its last plans, oldest first, as JSON into `out`; see journal.h, and what the kernel's
+ * probes say of its client, and of the host if the caller may know. KVT_E_STALE. */
 struct json_text;
-int core_seq_trace(struct core *c, uint64_t handle, struct json_text *out);
+int core_seq_trace(struct core *c, uint64_t handle, bool host, struct json_text *out);
 /*
  * Where row pos of lanes [lane, lane + lanes) is, its rank, and why so: as JSON into `out`, as many lanes as a
  * slice of the loop allows, with the lane that is next or null. KVT_E_STALE, KVT_E_INVAL, KVT_E_BUSY (a worker

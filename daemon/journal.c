@@ -111,6 +111,7 @@ void journal_decided(struct plan *p, uint64_t now)
 	e->at_ns = now;
 	e->refaults = s->refaults;
 	e->misses = s->misses;
+	e->stalls_known = s->client && probes_process(s->core, s->client->pid, &e->stall);
 	seq_account(s);
 }
 

@@ -6,6 +6,7 @@
  */
 #include <stdbool.h>
 #include <stdint.h>
+#include "daemon/probes.h"
 #include "ipc/kvtier.h"
 
 struct plan;
@@ -54,6 +55,8 @@ struct journal_entry {
 	uint32_t nacked;                    /* lanes */
 	uint64_t score_ns, decide_ns, move_ns, ack_ns, at_ns; /* phases; when the last one ended (monotonic) */
 	uint64_t refaults, misses;                            /* of the sequence, before this plan's moves */
+	bool stalls_known;
+	struct probes_process stall; /* of its client's process, when this was decided */
 };
 
 struct journal {

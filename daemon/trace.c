@@ -69,7 +69,73 @@ static const char *outcome_of(const struct seq *s, const struct journal_entry *e
 	return names[e->outcome];
 }
 
-static void put_entry(struct json_text *o, const struct seq *s, uint32_t i, uint32_t n)
+static void put_stall(struct json_text *o, const char *key, const struct probes_process *p)
+{
+	if (!p) {
+		json_text_null(o, key);
+		return;
+	}
+	json_text_open(o, key, '{');
+	json_text_num(o, "sched_ns", p->sched_ns);
+	json_text_num(o, "fault_ns", p->fault_ns);
+	json_text_num(o, "reclaim_ns", p->reclaim_ns);
+	json_text_num(o, "faults", p->faults);
+	json_text_close(o, '}');
+}
+
+/* Between two looks at one process: another one begins anew, and what it waited is not this one's. */
+static bool stalled(const struct probes_process *a, const struct probes_process *b, struct probes_process *ret)
+{
+	*ret = (struct probes_process){b->sched_ns - a->sched_ns, b->fault_ns - a->fault_ns,
+				       b->reclaim_ns - a->reclaim_ns, b->faults - a->faults};
+	return a->sched_ns <= b->sched_ns && a->fault_ns <= b->fault_ns && a->reclaim_ns <= b->reclaim_ns &&
+	       a->faults <= b->faults;
+}
+
+/* now: of the client, or NULL. */
+static void put_entry_stall(struct json_text *o, const struct journal_entry *e,
+			    const struct journal_entry *next, const struct probes_process *now)
+{
+	const struct probes_process *end = !next ? now : next->stalls_known ? &next->stall : NULL;
+	struct probes_process d;
+
+	put_stall(o, "stall", e->stalls_known && end && stalled(&e->stall, end, &d) ? &d : NULL);
+}
+
+static void put_p99(struct json_text *o, const char *key, const struct histogram *h)
+{
+	if (histogram_count(h))
+		json_text_num(o, key, histogram_quantile(h, 0.99));
+	else
+		json_text_null(o, key);
+}
+
+/* What the kernel's probes say of its client, and of the host to those who may know; or why they say nothing.
+ */
+static void put_probes(struct json_text *o, const struct seq *s, const struct probes_process *now, bool host)
+{
+	struct probes_stat p;
+	const char *why = "its client's process has no place among those that are watched";
+
+	probes_stat(s->core, &p);
+	json_text_open(o, "probes", '{');
+	json_text_bool(o, "on", p.on);
+	put_stall(o, "client", now);
+	for (uint32_t i = 0; i < p.programs; i++)
+		if (!strcmp(p.program[i].name, "sched") && !p.program[i].on)
+			why = p.program[i].why_off;
+	if (!now)
+		json_text_str(o, "why_off", !p.on ? p.why_off : !s->client ? "it has no client" : why);
+	if (p.on && host) {
+		put_p99(o, "disk_read_ns_p99", &p.disk_read);
+		put_p99(o, "disk_write_ns_p99", &p.disk_write);
+		put_p99(o, "uring_ns_p99", &p.uring);
+	}
+	json_text_close(o, '}');
+}
+
+static void put_entry(struct json_text *o, const struct seq *s, uint32_t i, uint32_t n,
+		      const struct probes_process *now)
 {
 	const struct journal_entry *e = journal_at(s->journal, i),
 				   *next = i + 1 < n ? journal_at(s->journal, i + 1) : NULL;
@@ -102,18 +168,22 @@ static void put_entry(struct json_text *o, const struct seq *s, uint32_t i, uint
 	json_text_num(o, "ack_ns", e->ack_ns);
 	json_text_num(o, "refaults", (next ? next->refaults : s->refaults) - e->refaults);
 	json_text_num(o, "misses", (next ? next->misses : s->misses) - e->misses);
+	put_entry_stall(o, e, next, now);
 	json_text_num(o, "nacked", e->nacked);
 	json_text_str(o, "outcome", outcome_of(s, e, !next));
 	json_text_close(o, '}');
 }
 
-int core_seq_trace(struct core *c, uint64_t handle, struct json_text *o)
+int core_seq_trace(struct core *c, uint64_t handle, bool host, struct json_text *o)
 {
 	const struct seq *s = handle_get(c->seqs, handle, NULL);
+	struct probes_process stall, *now = NULL;
 	uint32_t n;
 
 	if (!s)
 		return KVT_E_STALE;
+	if (s->client && probes_process(c, s->client->pid, &stall))
+		now = &stall;
 	n = journal_count(s->journal);
 	json_text_open(o, NULL, '{');
 	json_text_num(o, "rows", s->rows);
@@ -121,8 +191,9 @@ int core_seq_trace(struct core *c, uint64_t handle, struct json_text *o)
 	json_text_num(o, "made", s->journal ? s->journal->made : 0);
 	json_text_open(o, "plans", '[');
 	for (uint32_t i = 0; i < n; i++)
-		put_entry(o, s, i, n);
+		put_entry(o, s, i, n, now);
 	json_text_close(o, ']');
+	put_probes(o, s, now, host);
 	json_text_close(o, '}');
 	return 0;
 }

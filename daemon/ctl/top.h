@@ -49,6 +49,8 @@ struct top_seq {
 	uint64_t rows, tier_rows[TOP_TIERS], tier_bytes[TOP_TIERS];
 	uint64_t budget; /* device rows a lane, UINT64_MAX: all */
 	uint64_t dropped, pinned, refaults, plans, misses;
+	uint64_t
+		stall; /* ns that its client's process waited for processor and memory; UINT64_MAX: not known */
 };
 
 struct top_tenant {
@@ -126,6 +128,7 @@ enum top_column {
 	COL_PINNED,
 	COL_REFAULTS,
 	COL_PLANS,
+	COL_STALL,
 	COL_STATE,
 	TOP_COLUMNS
 };

@@ -131,7 +131,7 @@ void top_read_status(struct top_status *ret, const json_t *j, const struct top_s
 void top_read_seq(struct top_seq *s, const json_t *j)
 {
 	const json_t *tiers = json_object_get(j, "tiers"),
-		     *budget = json_object_get(json_object_get(j, "budget"), "device");
+		     *budget = json_object_get(json_object_get(j, "budget"), "device"), *stall;
 
 	memset(s, 0, sizeof(*s));
 	text(s->handle, sizeof(s->handle), j, "handle");
@@ -154,6 +154,8 @@ void top_read_seq(struct top_seq *s, const json_t *j)
 	s->refaults = num(j, "refaults");
 	s->plans = num(j, "plans");
 	s->misses = num(j, "misses");
+	stall = json_object_get(j, "stall");
+	s->stall = num(stall, "sched_ns") + num(stall, "fault_ns") + num(stall, "reclaim_ns");
 }
 
 static struct top_tenant *find_tenant(struct top_model *m, const char *name)

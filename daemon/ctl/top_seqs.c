@@ -28,6 +28,7 @@ static const struct {
 	[COL_PINNED] = {"PIN", 5, false, 120, offsetof(struct top_seq, pinned)},
 	[COL_REFAULTS] = {"REFLT", 5, false, 0, offsetof(struct top_seq, refaults)},
 	[COL_PLANS] = {"PLANS", 5, false, 80, offsetof(struct top_seq, plans)},
+	[COL_STALL] = {"STALL", 7, false, 120, offsetof(struct top_seq, stall)},
 	[COL_STATE] = {"STATE", 8, true, 80, offsetof(struct top_seq, state)},
 };
 
@@ -121,6 +122,8 @@ static void draw_cells(struct canvas *c, int y, const struct top_seq *s, const s
 			cell = text_of(s, k);
 		else if (k == COL_BUDGET && s->budget == UINT64_MAX)
 			cell = "all";
+		else if (k == COL_STALL)
+			cell = !s->stall ? "-" : fmt_ns(s->stall);
 		else
 			cell = fmt_count(number_of(s, k));
 		canvas_put(c, y, x, !s && k == ui->sort ? ATTR_BAR : a, columns[k].left ? "%-*.*s" : "%*.*s", w,

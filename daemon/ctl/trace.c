@@ -40,14 +40,47 @@ static void end_text(char *buf, size_t size, const json_t *o)
 	}
 }
 
+/* All that a process waited for, ns. */
+static uint64_t waited(const json_t *stall)
+{
+	return num(stall, "sched_ns") + num(stall, "fault_ns") + num(stall, "reclaim_ns");
+}
+
+static void show_disk(const json_t *probes, const char *key, const char *what)
+{
+	if (json_is_integer(json_object_get(probes, key)))
+		printf("; %s p99 %s", what, fmt_ns(num(probes, key)));
+}
+
+/* What the kernel's probes say, below the plans. */
+static void show_stalls(const json_t *probes)
+{
+	const json_t *o = json_object_get(probes, "client");
+
+	if (!probes)
+		return;
+	if (json_is_object(o))
+		printf("stalls  its client: %s for a processor, %s in %llu major faults, %s in reclaim",
+		       fmt_ns(num(o, "sched_ns")), fmt_ns(num(o, "fault_ns")),
+		       (unsigned long long)num(o, "faults"), fmt_ns(num(o, "reclaim_ns")));
+	else
+		printf("stalls  off: %s", text(probes, "why_off"));
+	show_disk(probes, "disk_read_ns_p99", "disk reads");
+	show_disk(probes, "disk_write_ns_p99", "writes");
+	show_disk(probes, "uring_ns_p99", "io_uring");
+	putchar('\n');
+}
+
 static void show_plans(const json_t *j)
 {
-	char spec[] = "rPLAN LTIME rROWS rKEPT rOUT rIN rDROP rSCORE rDECIDE rMOVE rACK lEND";
+	bool stalls = json_is_object(json_object_get(json_object_get(j, "probes"), "client"));
+	char spec[] = "rPLAN LTIME rROWS rKEPT rOUT rIN rDROP rSCORE rDECIDE rMOVE rACK lEND",
+	     with_stalls[] = "rPLAN LTIME rROWS rKEPT rOUT rIN rDROP rDECIDE rMOVE rACK rSTALL lEND";
 	const json_t *o;
 	struct table t;
 	size_t i;
 
-	table_init(&t, spec);
+	table_init(&t, stalls ? with_stalls : spec);
 	json_array_foreach(json_object_get(j, "plans"), i, o)
 	{
 		static const char *const rows[] = {"watermark", "kept", "out", "in", "dropped"};
@@ -59,13 +92,19 @@ static void show_plans(const json_t *j)
 		table_add(&t, "%s", buf);
 		for (size_t k = 0; k < ARRAY_SIZE(rows); k++)
 			table_add(&t, "%s", fmt_count(num(o, rows[k])));
-		for (size_t k = 0; k < ARRAY_SIZE(phases); k++)
+		for (size_t k = stalls; k < ARRAY_SIZE(phases); k++)
 			table_add(&t, "%s", fmt_ns(num(o, phases[k])));
+		if (stalls)
+			table_add(&t, "%s",
+				  json_is_object(json_object_get(o, "stall"))
+					  ? fmt_ns(waited(json_object_get(o, "stall")))
+					  : "-");
 		end_text(buf, sizeof(buf), o);
 		table_add(&t, "%s", buf);
 	}
 	table_print(&t);
 	table_free(&t);
+	show_stalls(json_object_get(j, "probes"));
 }
 
 static void show_row(const json_t *lanes)

@@ -189,9 +189,25 @@ def stalls():
         expect(own > 50e6, f"two burners on one processor held this one up for {own} ns only")
         expect(own * 0.7 < got < own * 1.3 + 50e6, f"{got} ns, the kernel's own count says {own}")
         expect(probes(d)["sched"]["count"] > first["sched"]["count"], "the histogram of all clients")
+        traced(d, r, stall)
         if "fault" in on:
             major_faults(d, t)
         r.close()
+
+
+def traced(d, r, before):
+    """trace tells the same, in all and between plans."""
+    for n in (4, 6, 4):
+        r.plan(device=n, dram=8)
+    t = d.ctl("trace", d.seqs()[0]["handle"])
+    equal((t["probes"]["on"], "why_off" in t["probes"]), (True, False), "probes")
+    expect(t["probes"]["client"]["sched_ns"] >= before["sched_ns"] + 50e6, f"{t['probes']} after {before}")
+    expect(all(0 <= p["stall"]["sched_ns"] <= t["probes"]["client"]["sched_ns"] for p in t["plans"]), f"{t['plans']}")
+    own = d.ctl("trace", d.seqs()[0]["handle"], socket=d.socket)["probes"]
+    expect("uring_ns_p99" in t["probes"] and "uring_ns_p99" not in own, "the host's latencies are the operator's")
+    text = subprocess.run([str(build_dir() / "kvtierctl"), "--socket", str(d.admin), "trace", d.seqs()[0]["handle"]],
+                          capture_output=True, text=True, check=True).stdout
+    matches(text, r"ACK +STALL +END\n(.*\n){3}stalls  its client: [0-9.]+ ms for a processor, .* major faults, .* in reclaim", "text")
 
 
 def major_faults(d, t):

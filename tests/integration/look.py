@@ -196,8 +196,12 @@ def table():
         p = subprocess.run([str(build_dir() / "kvtierctl"), "--socket", d.admin, "trace", handle(d, r)],
                            capture_output=True, text=True, timeout=20, check=True)
         lines = p.stdout.splitlines()
-        equal(len(lines), 65, "lines of the table: 64 plans and a heading")
-        equal([x.split()[0] for x in lines[1:]], [str(i) for i in range(7, 71)], "plans")
+        equal(len(lines), 66, "lines of the table: 64 plans, a heading, and what the kernel's probes say")
+        matches(lines[65], r"^stalls  off: .*(bpf|not asked yet)", "the last line")
+        probes = d.ctl("trace", handle(d, r))["probes"]
+        equal((probes["on"], probes["client"]), (False, None), "probes without a loader")
+        matches(probes["why_off"], "bpf|not asked yet", "why")
+        equal([x.split()[0] for x in lines[1:65]], [str(i) for i in range(7, 71)], "plans")
         r.close()
 
 

@@ -128,7 +128,7 @@ void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, u
 	*ret_held = owner == 7 ? 1 << 20 : 0;
 }
 
-int core_seq_trace(struct core *c, uint64_t handle, struct json_text *out)
+int core_seq_trace(struct core *c, uint64_t handle, bool host, struct json_text *out)
 {
 	json_text_open(out, NULL, '{');
 	json_text_num(out, "traced", handle);
@@ -140,7 +140,7 @@ int core_row_trace(struct core *c, uint64_t handle, uint32_t pos, uint32_t lane,
 		   struct json_text *out, char *err, size_t errsize)
 {
 	snprintf(call, sizeof(call), "row %u of lanes %u + %u", pos, lane, lanes);
-	return core_seq_trace(c, handle, out);
+	return core_seq_trace(c, handle, true, out);
 }
 
 int core_seq_map(struct core *c, uint64_t handle, const struct core_map_ask *ask, struct json_text *out,
@@ -148,7 +148,7 @@ int core_seq_map(struct core *c, uint64_t handle, const struct core_map_ask *ask
 {
 	snprintf(call, sizeof(call), "map of lanes %u + %u, %u columns, at %u of %u in %u", ask->lane,
 		 ask->lanes, ask->columns, ask->pos, ask->rows, ask->epoch);
-	return core_seq_trace(c, handle, out);
+	return core_seq_trace(c, handle, true, out);
 }
 
 int core_feed_fd(struct core *c, size_t *ret_bytes)
