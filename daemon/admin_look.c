@@ -140,6 +140,17 @@ static json_t *pressure_json(const struct core_stat *s)
 	return o;
 }
 
+static json_t *limbo_json(const struct core_stat *s)
+{
+	json_t *o = json_object();
+
+	set_num(o, "dram_bytes", s->limbo_bytes[KVT_TIER_DRAM]);
+	set_num(o, "nvme_bytes", s->limbo_bytes[KVT_TIER_NVME]);
+	set_num(o, "seals", s->limbo_seals);
+	set_num(o, "let_go_bytes", s->limbo_let_go_bytes);
+	return o;
+}
+
 /* The whole daemon, for the admin socket. */
 static json_t *status_all(const struct core_stat *s)
 {
@@ -170,6 +181,7 @@ static json_t *status_all(const struct core_stat *s)
 	json_object_set_new(o, "misses", misses);
 	json_object_set_new(o, "pressure", pressure_json(s));
 	json_object_set_new(o, "throttle", throttle_json(s));
+	json_object_set_new(o, "limbo", limbo_json(s));
 	set_num(o, "rows_dropped", s->rows_dropped);
 	set_num(o, "recalls", s->recalls);
 	set_num(o, "rows_recalled", s->rows_recalled);

@@ -2,6 +2,7 @@
 /* Budgets of a plan: what was asked for, what quota and space allow, what the stage slots can take. */
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/limbo.h"
 #include "shm/trial.h"
 #include "shm/util.h"
 
@@ -11,13 +12,16 @@ static uint64_t room_in(const struct seq *s, int tier)
 	const struct core *c = s->core;
 	const struct config_watermarks *m = tier == KVT_TIER_DRAM ? &c->cfg.dram_marks : &c->cfg.nvme_marks;
 	uint64_t limit = tier == KVT_TIER_DRAM ? s->tenant->limit.dram_bytes : s->tenant->limit.nvme_bytes;
-	uint64_t used = c->pages.used[tier][s->tenant->index], floor;
+	/* What waits for a seal comes back when it is wanted: pio_prepare() waits for it. */
+	uint64_t waits = limbo_bytes(&c->pages, tier, s->tenant->index);
+	uint64_t used = c->pages.used[tier][s->tenant->index] - waits, floor;
 	uint64_t quota;
 	struct tier_stat st;
 
 	if (!c->pages.tier[tier])
 		return 0;
 	c->pages.tier[tier]->ops->stat(c->pages.tier[tier], &st);
+	st.free += limbo_bytes(&c->pages, tier, LIMBO_ALL);
 	floor = st.capacity / 1000 * m->min;
 	quota = planted("quota-unchecked") ? UINT64_MAX : limit > used ? limit - used : 0;
 	if (tier == KVT_TIER_DRAM && !LIST_EMPTY(&c->owners))

@@ -83,8 +83,11 @@ static void compact_lane(struct seq *s, uint32_t lane, int tier)
 		uint32_t alive;
 		bool dead;
 
-		/* Shared pages are not ours to replace, and of two copies the other would be left behind. */
-		if (p->moving || p->refs != 1 || !page_in(p, tier) ||
+		/*
+		 * Shared pages are not ours to replace, of two copies the other would be left behind, and what
+		 * is not sealed has sources that wait for it.
+		 */
+		if (p->moving || p->limbo || p->refs != 1 || !page_in(p, tier) ||
 		    page_in(p, KVT_TIER_DRAM + KVT_TIER_NVME - tier))
 			continue;
 		alive = index_alive(&s->ix, p, tier, mask);

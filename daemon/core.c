@@ -5,6 +5,7 @@
 #include <syslog.h>
 #include "daemon/internal.h"
 #include "daemon/ledger.h"
+#include "daemon/limbo.h"
 #include "daemon/probes.h"
 #include "daemon/usdt.h"
 #include "daemon/pressure.h"
@@ -130,6 +131,8 @@ static int core_open(struct core *c, char *err, size_t errsize)
 		r = handle_table_new(&c->regions, CORE_MAX_SEQS);
 	if (r >= 0)
 		r = page_store_init(&c->pages, c->tenants);
+	if (r >= 0)
+		r = limbo_open(c);
 	if (r >= 0)
 		r = seg_create(&c->feed_seg, SEG_PUBLISHED, "kvtier-feed", feed_bytes(FEED_ENTRIES),
 			       SEG_F_POPULATE);
@@ -299,6 +302,7 @@ void core_free(struct core *c)
 	ledger_close(c->ledger);
 	if (!quiet)
 		return;
+	limbo_free(c);
 	page_store_free(&c->pages);
 	handle_table_free(c->seqs);
 	handle_table_free(c->regions);

@@ -86,7 +86,11 @@ struct core_stat {
 	uint64_t squeezes, psi_events, squeeze_ns_last, squeeze_ns_max; /* from trigger to memory returned */
 	uint64_t squeeze_returned_bytes; /* in pieces of 2 MiB, beside whole segments */
 	uint64_t squeeze_copied_bytes, squeeze_demoted_bytes, squeeze_dropped_bytes, squeeze_dropped_rows;
-	bool kept; /* DRAM outlives the process */
+	uint64_t limbo_bytes[KVT_TIERS]; /* of moves to nvme that no seal covers yet, by where their sources
+					    wait */
+	uint64_t limbo_seals;            /* asked for before a segment was full */
+	uint64_t limbo_let_go_bytes;     /* of sources that went before the seal */
+	bool kept;                       /* DRAM outlives the process */
 	bool observe, frozen, draining;
 	char policy[32];
 };

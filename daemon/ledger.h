@@ -9,7 +9,7 @@
  *
  * One entry is 512 bytes at a fixed place, written by one pwrite() that lies within a page of the page cache: a
  * daemon that is killed has written all of it or nothing. It is not flushed but by ledger_sync(): after a power
- * failure entries may be missing or old, then ledger_complete() is false and the notes of restart.c decide.
+ * failure entries may be missing or old, then ledger_complete() is false and the notes of note.c decide.
  *
  * Event-loop thread. Errors are -errno.
  */

@@ -96,6 +96,13 @@ const struct metric metrics_table[] = {
 	LOWER(HISTOGRAM, ONE, "refault_distance_rows", refault_rows,
 	      "Rows that a sequence grew by between a refaulting row's leaving and its return."),
 
+	LOWER(GAUGE, ONE, "tier_limbo_bytes", limbo_bytes,
+	      "Bytes moved to NVMe that no seal covers yet, by where their sources wait for it."),
+	ROW(COUNTER, ONE, "limbo_seals_total", limbo_seals,
+	    "Times that segments of NVMe were sealed before they were full, for what waited in limbo."),
+	ROW(COUNTER, ONE, "limbo_let_go_bytes_total", limbo_let_go_bytes,
+	    "Bytes moved to NVMe whose sources went before a seal covered them."),
+
 	ROW(COUNTER, ONE, "plans_total", plans, "Plans decided."),
 	ROW(COUNTER, ONE, "plans_acked_total", plans_acked, "Plans that clients applied."),
 	ROW(COUNTER, ONE, "plans_cancelled_total", plans_cancelled, "Plans taken back."),
@@ -198,6 +205,7 @@ const struct metric_left_out metrics_left_out[] = {
 	LEFT_OUT(marks[KVT_TIER_NVME].low, "equal to min"),
 	LEFT_OUT(marks[KVT_TIER_NVME].high, "equal to min"),
 	LEFT_OUT(returned[KVT_TIER_DEVICE], "nothing of the device outlives its client"),
+	LEFT_OUT(limbo_bytes[KVT_TIER_DEVICE], "sources on the device are the clients'"),
 	LEFT_OUT(read_ns[KVT_TIER_DEVICE], "no pages there"),
 	LEFT_OUT(write_ns[KVT_TIER_DEVICE], "no pages there"),
 	LEFT_OUT(refault_rows[KVT_TIER_DEVICE], "rows refault from below"),

@@ -9,6 +9,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/limbo.h"
 #include "daemon/usdt.h"
 #include "daemon/pressure.h"
 #include "shm/crc.h"
@@ -165,8 +166,10 @@ int pio_prepare(struct pio *io, struct seq *s)
 	struct page *p = io->page;
 	int r;
 
-	if (!t || !room_for(io, s))
+	if (!t)
 		return -ENOSPC;
+	if (!room_for(io, s))
+		return limbo_awaited(c, io->tier, p->origin->charge) ? -EAGAIN : -ENOSPC;
 	if (io->tier == KVT_TIER_NVME && p->lane != PAGE_NOTE_LANE &&
 	    !throttle_may(c, p->bytes, io->background))
 		return -EAGAIN;
@@ -187,6 +190,8 @@ int pio_prepare(struct pio *io, struct seq *s)
 	io->rec.born_hi = (uint32_t)(s->born >> 32);
 	io->rec.lifetime = s->lifetime;
 	r = t->ops->prepare(t, &io->io);
+	if (r == -ENOSPC && limbo_awaited(c, io->tier, LIMBO_ALL))
+		r = -EAGAIN;
 	if (!r)
 		s->reach = MAX(s->reach, page_reach(p));
 	if (!r && io->tier == KVT_TIER_NVME) {
@@ -349,6 +354,7 @@ void mover_run(struct core *c)
 		for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 			if (c->pages.tier[t])
 				start_reads(c, t);
+		limbo_pump(c);
 		repack_pump(c);
 		settle_pump(c);
 		pressure_pump(c);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include <string.h>
 #include "daemon/direct.h"
+#include "daemon/limbo.h"
 #include "daemon/pages.h"
 #include "policy/recall.h"
 #include "shm/util.h"
@@ -200,6 +201,8 @@ void page_free_copy(struct page_store *ps, struct page *p, int tier)
 		free(p->sum);
 		p->sum = NULL;
 	}
+	if (tier == KVT_TIER_NVME && p->limbo)
+		limbo_over(ps, p);
 	if (tier == KVT_TIER_NVME)
 		table_del(ps, p);
 	if (!ps->closing)
@@ -215,6 +218,8 @@ void page_move_copy(struct page *p, int tier, tier_addr addr)
 
 static void page_end(struct page_store *ps, struct page *p)
 {
+	if (!p->refs && p->limbo)
+		limbo_over(ps, p);
 	if (p->refs || p->pins)
 		return;
 	page_free_copy(ps, p, KVT_TIER_DRAM);

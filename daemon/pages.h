@@ -15,7 +15,7 @@
 
 #define PAGE_ROWS 128u         /* rows of a page at most */
 #define PAGE_SPAN 32u          /* words of its position bitmap at most: 2,048 positions */
-#define PAGE_NOTE_LANE 0xffffu /* of a page that holds no rows but what a restart must know: restart.c */
+#define PAGE_NOTE_LANE 0xffffu /* of a page that holds no rows but what a restart must know: note.c */
 
 /* Whose rows they are: the part of the identity that many pages share. */
 struct origin {
@@ -26,6 +26,7 @@ struct origin {
 };
 
 struct recall_sum;
+struct limbo;
 struct page {
 	uint64_t number;
 	tier_addr addr[2]; /* dram, nvme; TIER_ADDR_NONE */
@@ -38,6 +39,7 @@ struct page {
 	uint8_t rows, span;
 	bool moving;                     /* a mover works on it: leave it alone */
 	bool summing;                    /* its summary is being made */
+	uint32_t limbo;                  /* sources of its nvme copy wait for the seal: limbo.h; 0 none do */
 	struct recall_sum *sum;          /* of the keys of its checked dram copy, or NULL */
 	LIST_HEAD(, direct_link) listed; /* entries of its published dram copy in directories */
 	uint64_t pos[];                  /* bit i: position first + i is in the page */
@@ -51,7 +53,8 @@ struct page_store {
 	uint64_t count;
 	struct page **slot; /* pages with an nvme copy by number: open addressing, power of two */
 	uint32_t slots, filled;
-	bool closing; /* the index ends, what is on disk stays */
+	struct limbo *limbo; /* NULL: no page waits for a seal */
+	bool closing;        /* the index ends, what is on disk stays */
 };
 
 /* Heap bytes that an allocation of n really takes (glibc: 8 bytes of header, 16 byte granules). */

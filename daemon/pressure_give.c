@@ -13,6 +13,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/limbo.h"
 #include "daemon/pressure.h"
 #include "shm/util.h"
 
@@ -308,12 +309,14 @@ static void divide(struct core *c, struct give *g)
 bool give_some(struct core *c, struct give *g, uint64_t need, bool drop)
 {
 	struct tier *dram = c->pages.tier[KVT_TIER_DRAM], *nvme = c->pages.tier[KVT_TIER_NVME];
-	uint64_t end = now_ns() + SLICE_NS, gone;
+	uint64_t end = now_ns() + SLICE_NS, gone, waits = limbo_bytes(&c->pages, KVT_TIER_DRAM, LIMBO_ALL);
 
 	gone = dram->ops->trim(dram, MIN(need, TRIM));
 	c->stat.squeeze_returned_bytes += gone;
 	if (gone)
 		return true;
+	if (drop) /* better a row that a kill could lose than one that is lost */
+		limbo_let_go(c, KVT_TIER_DRAM);
 	if (drop && !g->drop) { /* what is on its way goes on */
 		g->drop = true;
 		enter(g, COUNT);
@@ -328,7 +331,7 @@ bool give_some(struct core *c, struct give *g, uint64_t need, bool drop)
 		return true;
 	case COUNT:
 		if (walk(c, g, end)) {
-			g->need = need;
+			g->need = need - MIN(need, waits);
 			g->took = false;
 			divide(c, g);
 			enter(g, g->drop || (nvme && !c->below_min[KVT_TIER_NVME]) ? TAKE : WAIT);
@@ -340,8 +343,10 @@ bool give_some(struct core *c, struct give *g, uint64_t need, bool drop)
 		enter(g, WAIT);
 		return g->took;
 	case WAIT:
-		if (!g->drop && !TAILQ_EMPTY(&c->settles))
-			return false; /* their ends kick the pump */
+		if (waits)
+			limbo_hurry(c, KVT_TIER_DRAM);
+		if (!g->drop && (!TAILQ_EMPTY(&c->settles) || waits))
+			return false; /* their ends kick the pump, and so do seals */
 		memset(g->worth, 0, g->tenants * sizeof(*g->worth));
 		enter(g, COUNT);
 		return g->took;

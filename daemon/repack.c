@@ -12,6 +12,7 @@
 #include <string.h>
 #include "daemon/direct.h"
 #include "daemon/internal.h"
+#include "daemon/limbo.h"
 #include "shm/crc.h"
 #include "shm/util.h"
 
@@ -29,8 +30,9 @@ struct repack {
 	struct page *dst; /* pinned; the source itself when whole */
 	uint8_t *buf;     /* its payload */
 	struct recall_shape keys;
-	struct recall_sum *sum; /* of its keys, when they stay in dram */
-	tier_addr addr;         /* where it was written */
+	struct recall_sum *sum;   /* of its keys, when they stay in dram */
+	tier_addr addr;           /* where it was written */
+	struct limbo_move *limbo; /* keeps the sources until that is durable, or NULL */
 	STAILQ_ENTRY(repack) link;
 };
 
@@ -45,6 +47,7 @@ static void finish(struct repack *r)
 		page_unpin(&c->pages, r->src[i]);
 	}
 	page_unpin(&c->pages, r->dst);
+	limbo_cancel(c, r->limbo);
 	seq_unref(r->seq);
 	free(r->buf);
 	free(r->sum);
@@ -184,6 +187,8 @@ static void commit(struct repack *r)
 			feed_move(s, r->from, r->to, p->lane, p->rows, p->bytes);
 		}
 	}
+	if (!e)
+		limbo_enter(c, TAKE_PTR(r->limbo), p);
 	page_unref(&c->pages, p);
 	if (r->to < r->from && e == -ENOSPC)
 		recall_pull_stop(s);
@@ -336,7 +341,7 @@ int repack_start(struct seq *s, struct page *const *src, unsigned n, int from, i
 			break;
 		r->read[made]->background = true;
 	}
-	if (made < n) {
+	if (made < n || (to == KVT_TIER_NVME && limbo_begin(s, src, n, from, &r->limbo) < 0)) {
 		while (made--)
 			pio_free(r->read[made]);
 		if (r->dst && !whole) {

@@ -106,7 +106,7 @@ struct seq {
 	uint32_t compact_lane;
 	TAILQ_ENTRY(seq) compacts;
 	uint32_t repacks;             /* on their way */
-	struct page *note[KVT_TIERS]; /* see restart.c */
+	struct page *note[KVT_TIERS]; /* see note.c */
 	uint32_t noting;              /* on their way */
 	bool note_busy, note_again;   /* one to nvme is, and another is due */
 	uint32_t place;               /* in the ledger, or LEDGER_NONE */
@@ -181,6 +181,8 @@ void seq_unbind(struct seq *s);
 
 /* ---- restart.c ---------------------------------------------------------------------------- */
 int restart_scan(struct core *c);
+
+/* ---- note.c ------------------------------------------------------------------------------- */
 /* Write the sequence's epochs beside its pages so that a restart can cut them. */
 void restart_note(struct seq *s);
 /* Its rows from `cut` on are over: a life that begins this moment must know. DRAM only, at once. */

@@ -7,6 +7,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/limbo.h"
 #include "shm/util.h"
 
 #define IN_FLIGHT (UINT64_C(16) << 20) /* bytes of background moves */
@@ -328,8 +329,8 @@ void settle_watermarks(struct core *c)
 	const struct config_watermarks *marks[KVT_TIERS] = {NULL, &c->cfg.dram_marks, &c->cfg.nvme_marks};
 
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+		uint64_t unit, waits = limbo_bytes(&c->pages, t, LIMBO_ALL);
 		struct tier_stat st;
-		uint64_t unit;
 
 		if (!c->pages.tier[t])
 			continue;
@@ -340,8 +341,11 @@ void settle_watermarks(struct core *c)
 			c->below_low[t] = true;
 		if (st.free >= unit * marks[t]->high)
 			c->below_low[t] = false;
+		if (c->below_low[t] && waits)
+			limbo_hurry(c, t);
 		if (t == KVT_TIER_DRAM && c->below_low[t] && c->pages.tier[KVT_TIER_NVME] &&
-		    !c->below_min[KVT_TIER_NVME] && TAILQ_EMPTY(&c->settles))
-			demote_cold(c, unit * marks[t]->high - st.free);
+		    st.free + waits < unit * marks[t]->high && !c->below_min[KVT_TIER_NVME] &&
+		    TAILQ_EMPTY(&c->settles))
+			demote_cold(c, unit * marks[t]->high - st.free - waits);
 	}
 }

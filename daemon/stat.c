@@ -5,6 +5,7 @@
 #include <strings.h>
 #include "daemon/direct.h"
 #include "daemon/internal.h"
+#include "daemon/limbo.h"
 #include "daemon/pressure.h"
 #include "shm/util.h"
 
@@ -35,6 +36,7 @@ void core_stat(struct core *c, struct core_stat *ret)
 	ret->bytes[KVT_TIER_DRAM] += ret->tier[KVT_TIER_DRAM].held;
 	pressure_stat(c, ret);
 	throttle_stat(c, ret);
+	limbo_stat(c, ret);
 	ret->marks[KVT_TIER_DRAM] = c->cfg.dram_marks;
 	ret->marks[KVT_TIER_NVME] = c->cfg.nvme_marks;
 	ret->index_bytes = c->seq_index_bytes + c->pages.bytes;

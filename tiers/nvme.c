@@ -257,6 +257,42 @@ static int nvme_sync(struct tier *tier)
 	return 0;
 }
 
+static struct nvme_stream *stream_of(struct nvme *t, const struct nvme_seg *s)
+{
+	for (unsigned i = 0; i < 2 * t->streams; i++)
+		if (t->stream[i % 2][i / 2].seg == s)
+			return &t->stream[i % 2][i / 2];
+	return t->cold.seg == s ? &t->cold : NULL;
+}
+
+static int nvme_durable(struct tier *tier, tier_addr addr, bool soon)
+{
+	struct nvme *t = nvme(tier);
+	uint32_t unit;
+	struct nvme_seg *s = nvme_resolve(t, addr, &unit);
+	struct nvme_stream *st;
+
+	if (!s)
+		return -ESTALE;
+	if (s->state == NVME_SEALED)
+		return s->unsealed ? -EIO : 1;
+	if (t->offline)
+		return -EIO;
+	if (soon && s->state == NVME_OPEN && (st = stream_of(t, s))) {
+		nvme_stream_close(t, st);
+		nvme_seal_pump(t);
+		nvme_kick(t);
+	}
+	return 0;
+}
+
+static uint64_t nvme_seals(struct tier *tier)
+{
+	const struct nvme *t = nvme(tier);
+
+	return t->seals + t->offline;
+}
+
 static int nvme_event_fd(struct tier *tier)
 {
 	return nvme(tier)->event_fd;
@@ -335,6 +371,8 @@ const struct tier_ops tier_nvme_ops = {
 	.release = nvme_release,
 	.free = nvme_free,
 	.sync = nvme_sync,
+	.durable = nvme_durable,
+	.seals = nvme_seals,
 	.event_fd = nvme_event_fd,
 	.stat = nvme_stat,
 	.tick = nvme_tick,

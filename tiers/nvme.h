@@ -199,6 +199,7 @@ struct nvme {
 	uint64_t *pos; /* scratch: NVME_MAX_POS_WORDS */
 	struct tier_stat stat;
 	uint32_t bad_tables, seal_errors;
+	uint64_t seals; /* ended, well or not */
 	uint64_t failed_requests;
 	int last_error; /* of the last of them, -errno, and its enum io_op */
 	uint8_t last_op;

@@ -321,6 +321,7 @@ static void seal_ended(struct nvme *t)
 	if (!s)
 		return;
 	crash_point("nvme.foot.synced");
+	t->seals++;
 	if (error)
 		seal_failed(t, s);
 	s->state = NVME_SEALED;

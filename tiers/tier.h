@@ -183,6 +183,14 @@ struct tier_ops {
 	void (*forget)(struct tier *t, tier_addr addr);
 	/* Flush what is buffered so that it survives a restart. May block. NULL for volatile tiers. */
 	int (*sync)(struct tier *t);
+	/*
+	 * Would a restart find the page that was written to addr? 1 yes, 0 not yet, -EIO it never will, -ESTALE
+	 * no page lives there. soon: what is missing is begun now, at the price of a segment that is not full.
+	 * seals: rises when an answer may have changed. Both NULL where pages are found as soon as they are
+	 * written, or never.
+	 */
+	int (*durable)(struct tier *t, tier_addr addr, bool soon);
+	uint64_t (*seals)(struct tier *t);
 	int (*event_fd)(struct tier *t); /* -1 when everything completes in submit */
 	void (*stat)(struct tier *t, struct tier_stat *ret);
 	/*

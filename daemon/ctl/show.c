@@ -190,6 +190,13 @@ static void show_throttle(const json_t *t)
 		       fmt_bytes(num(t, "delayed_bytes")));
 }
 
+static void show_limbo(const json_t *l)
+{
+	if (num(l, "dram_bytes") || num(l, "nvme_bytes"))
+		printf("limbo      moved to nvme and not sealed yet: %s from dram, %s rewritten\n",
+		       fmt_bytes(num(l, "dram_bytes")), fmt_bytes(num(l, "nvme_bytes")));
+}
+
 static void show_pressure(const json_t *p)
 {
 	printf("pressure   %s, dram holds %s of %s, psi %s\n",
@@ -291,6 +298,7 @@ void show_status(const json_t *j)
 	show_tier_notes(tiers);
 	show_pressure(json_object_get(j, "pressure"));
 	show_throttle(json_object_get(j, "throttle"));
+	show_limbo(json_object_get(j, "limbo"));
 	show_counters(j);
 	if (json_object_get(j, "probes"))
 		show_probes(json_object_get(j, "probes"));

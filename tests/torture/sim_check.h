@@ -2,6 +2,7 @@
 #pragma once
 /* What must hold at any time: bytes charged, rows counted, the index against the client, no faults but those
  * made. */
+#include "daemon/limbo.h"
 #include "tests/torture/sim_daemon.h"
 
 static int by_address(const void *a, const void *b)
@@ -32,6 +33,8 @@ static void check_bytes(const struct core *c)
 		for (int t = 0; t < KVT_TIERS; t++)
 			rows[t] += s->tier_rows[t];
 	}
+	for (uint64_t at = 0; n < ARRAY_SIZE(list) && (list[n] = limbo_next(&c->pages, &at));)
+		n++;
 	qsort(list, n, sizeof(*list), by_address);
 	for (size_t i = 0; i < n; i++)
 		if (!i || list[i] != list[i - 1])

@@ -6,6 +6,7 @@
 #include "shm/crc.h"
 #include "tests/torture/sim_disk.h"
 #include "tests/torture/sim_plans.h"
+#include "tests/torture/sim_loss.h"
 
 struct scene {
 	struct config cfg;
@@ -15,7 +16,7 @@ struct scene {
 	struct feed_reader feed;
 	char dir[64];
 	uint32_t steps, power_cuts, kills, restarts;
-	bool cuts, kills_on, faults, flips, quiet; /* quiet: the end, nothing goes wrong any more */
+	bool keeps, cuts, kills_on, faults, flips, quiet; /* quiet: the end, nothing goes wrong any more */
 	bool drained, over;
 	uint32_t restful;
 };
@@ -58,6 +59,7 @@ static bool turn(void)
 	if (r) {
 		read_feed();
 		check_quotas(side.core);
+		loss_look(side.core);
 	}
 	return r > 0;
 }
@@ -133,9 +135,11 @@ static int store_file(unsigned i)
 static void core_on(void)
 {
 	char err[256];
-	int r = core_new_with(&side.core, &scene.cfg, &scene.seams, scene.ev, err, sizeof(err));
+	int r;
 	const void *mem;
 
+	scene.seams.keep = scene.keeps ? store_offer() : NULL;
+	r = core_new_with(&side.core, &scene.cfg, &scene.seams, scene.ev, err, sizeof(err));
 	must(!r, "core_new: %s", err);
 	mem = side.core->feed_seg.addr;
 	feed_reader_init(&scene.feed, mem, side.core->feed_seg.size, 1);
@@ -255,11 +259,14 @@ static void killed(void)
 {
 	record("killed", 0, 0, 0, 0);
 	scene.kills++;
+	loss_look(side.core);
 	disk_killed();
 	core_off();
 	all_lost();
 	disk.dead = false;
 	core_again(false);
+	loss_check(side.core);
+	loss_check_twice(side.core);
 }
 
 static void power_cut(void)
@@ -270,6 +277,7 @@ static void power_cut(void)
 	core_off();
 	all_lost();
 	disk_cut(store_file);
+	store_empty();
 	ledger_torn();
 	core_again(true);
 	ledger_remember();
