@@ -221,49 +221,32 @@ static json_t *tenants_json(struct core *c)
 	return list;
 }
 
-/* A tenant's share: nothing that another tenant could have caused. */
+/* A tenant's share: nothing that another tenant, or another user of this one, could have caused. */
 static json_t *status_own(struct admin_call *a, const struct core_stat *s)
 {
-	uint64_t seqs = 0, orphans = 0, plans = 0, misses = 0, dropped = 0, rows[KVT_TIERS] = {},
-		 bytes[KVT_TIERS] = {}, published, held;
 	json_t *o = status_head(s), *tiers = json_array();
-	struct core_seq_stat q;
-	uint32_t cursor = 0;
+	struct core_owner_stat own;
 
-	while (core_seq_next(a->core, &cursor, &q)) {
-		if (!admin_sees(a, &q))
-			continue;
-		seqs++;
-		orphans += !strcmp(q.client, "-");
-		plans += q.plans;
-		misses += q.misses;
-		dropped += q.dropped_rows;
-		for (unsigned t = 0; t < KVT_TIERS; t++) {
-			rows[t] += q.tier_rows[t];
-			bytes[t] += q.tier_bytes[t];
-		}
-	}
-	core_owner_published(a->core, a->peer->owner, &published, &held);
-	bytes[KVT_TIER_DRAM] += held;
+	core_owner_stat(a->core, a->peer->owner, &own);
 	set_text(o, "tenant", admin_tenant(a));
-	set_num(o, "sequences", seqs);
-	set_num(o, "orphans", orphans);
+	set_num(o, "sequences", own.seqs);
+	set_num(o, "orphans", own.orphans);
 	for (unsigned t = 0; t < KVT_TIERS; t++) {
 		json_t *tier = json_object();
 
 		set_text(tier, "name", tier_names[t]);
-		set_num(tier, "rows", rows[t]);
-		set_num(tier, "bytes", bytes[t]);
+		set_num(tier, "rows", own.rows[t]);
+		set_num(tier, "bytes", own.bytes[t] + (t == KVT_TIER_DRAM ? own.published_held : 0));
 		if (t == KVT_TIER_DRAM) {
-			set_num(tier, "published_bytes", published);
-			set_num(tier, "published_held_bytes", held);
+			set_num(tier, "published_bytes", own.published);
+			set_num(tier, "published_held_bytes", own.published_held);
 		}
 		json_array_append_new(tiers, tier);
 	}
 	json_object_set_new(o, "tiers", tiers);
-	set_num(o, "plans_decided", plans);
-	set_num(o, "misses_total", misses);
-	set_num(o, "rows_dropped", dropped);
+	set_num(o, "plans_decided", own.plans);
+	set_num(o, "misses_total", own.misses);
+	set_num(o, "rows_dropped", own.dropped_rows);
 	return o;
 }
 

@@ -198,6 +198,7 @@ int core_new_with(struct core **ret, const struct config *cfg, const struct core
 	TAILQ_INIT(&c->pulls);
 	TAILQ_INIT(&c->fills);
 	LIST_INIT(&c->owners);
+	LIST_INIT(&c->users);
 	STAILQ_INIT(&c->repack_wait);
 	STAILQ_INIT(&c->recounts);
 	set_limits(c);
@@ -307,6 +308,7 @@ void core_free(struct core *c)
 	handle_table_free(c->seqs);
 	handle_table_free(c->regions);
 	names_free(&c->names);
+	owners_free(c);
 	seg_close(&c->feed_seg);
 	sd_event_unref(c->ev);
 	free(c);

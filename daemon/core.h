@@ -128,6 +128,12 @@ struct core_seq_stat {
 };
 /* Published memory of an owner, and what of it no page takes. */
 void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, uint64_t *ret_held);
+/* What a user on a tenant's socket has; plans and misses since it first came. */
+struct core_owner_stat {
+	uint64_t seqs, orphans, plans, misses, dropped_rows, rows[KVT_TIERS], bytes[KVT_TIERS];
+	uint64_t published, published_held;
+};
+void core_owner_stat(struct core *c, uint64_t owner, struct core_owner_stat *ret);
 /* May this tenant have one more line of audit now? What is refused is counted and told later. */
 bool core_may_audit(struct core *c, int tenant);
 /* Iterate; *cursor starts at 0. false at the end. Strings live until the loop runs again. */

@@ -72,7 +72,8 @@ struct core {
 	TAILQ_HEAD(, seq) compacts;
 	TAILQ_HEAD(, seq) pulls;
 	TAILQ_HEAD(, seq) fills;
-	LIST_HEAD(, direct_owner) owners;
+	LIST_HEAD(, direct_owner) owners; /* of published memory */
+	LIST_HEAD(, owner) users;
 	bool below_low[KVT_TIERS], below_min[KVT_TIERS];
 
 	struct probes *probes; /* NULL until the first tick */

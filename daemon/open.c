@@ -303,6 +303,7 @@ static int open_resume(struct opening *o)
 	s->orphan = false;
 	c->n_orphans--;
 	bind(o, s);
+	owner_count(s);
 	r = settings(o, s);
 	if (r < 0) {
 		seq_leave(s, false);

@@ -47,14 +47,29 @@ void seq_account(struct seq *s)
 	s->index_seen = now;
 	s->core->directory_bytes += directory - s->directory_seen;
 	s->directory_seen = directory;
+	owner_count(s);
+}
+
+/* Rows that came to the index since it was counted are on the device, in every lane. */
+static void count_new(struct seq *s)
+{
+	uint64_t rows = s->ix.rows > s->counted ? s->ix.rows - s->counted : 0, all = rows * s->ix.lanes;
+
+	s->tier_rows[KVT_TIER_DEVICE] += all;
+	s->held[KVT_TIER_DEVICE] += all;
+	s->core->stat.rows[KVT_TIER_DEVICE] += all;
+	s->device_bytes += s->model ? rows * s->model->row_bytes_all : 0;
+	s->counted = s->ix.rows;
 }
 
 void seq_fresh(struct seq *s)
 {
 	uint64_t now = (uint64_t)(s->rows - MIN(s->rows, s->ix.rows)) * s->ix.lanes;
 
+	count_new(s);
 	s->core->fresh_rows += now - s->fresh_seen;
 	s->fresh_seen = now;
+	owner_count(s);
 }
 
 struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const uint8_t key[16],
@@ -81,7 +96,8 @@ struct seq *seq_create(struct core *c, struct tenant *t, uint64_t hash, const ui
 		goto fail;
 	s->origin = origin_new(&c->pages, key, hash, t->index);
 	s->handle = s->origin ? handle_add(c->seqs, s, NULL) : 0;
-	if (!s->handle || names_add(&c->names, s) < 0) {
+	if (!s->handle || owner_enter(s) < 0 || names_add(&c->names, s) < 0) {
+		owner_leave(s);
 		handle_del(c->seqs, s->handle);
 		origin_unref(&c->pages, s->origin);
 		index_free(&s->ix, &c->pages);
@@ -210,6 +226,7 @@ static void destroy(struct seq *s)
 	s->wanted = s->pinned = NULL;
 	OPENSSL_cleanse(s->secret_hash, sizeof(s->secret_hash));
 	s->tenant->seqs--;
+	owner_leave(s);
 	c->n_seqs--;
 	s->dead = true;
 	seq_answer(s);
@@ -317,13 +334,14 @@ static void count_pages(struct seq *s)
 
 void seq_recount(struct seq *s)
 {
-	uint64_t rows[KVT_TIERS] = {0}, held[KVT_TIERS] = {0}, dropped = 0;
+	uint64_t rows[KVT_TIERS] = {0}, held[KVT_TIERS] = {0}, dropped = 0, bytes = 0;
 
 	for (uint32_t l = 0; l < s->ix.lanes && s->ix.rows; l++) {
 		uint32_t n[KVT_TIERS], d;
 
 		index_count(&s->ix, l, n, &d);
 		dropped += d;
+		bytes += s->model ? (uint64_t)n[KVT_TIER_DEVICE] * lane_bytes(s->model, l) : 0;
 		for (int t = 0; t < KVT_TIERS; t++) {
 			rows[t] += n[t];
 			held[t] += bits_rank(index_bits(&s->ix, t, l), s->ix.rows);
@@ -334,6 +352,8 @@ void seq_recount(struct seq *s)
 	memcpy(s->tier_rows, rows, sizeof(rows));
 	memcpy(s->held, held, sizeof(held));
 	s->dropped = dropped;
+	s->device_bytes = bytes;
+	s->counted = s->ix.rows;
 	count_pages(s);
 	seq_fresh(s);
 	seq_account(s);

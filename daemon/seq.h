@@ -20,6 +20,7 @@ struct repack;
 struct origin;
 struct names;
 struct ledger_entry;
+struct owner;
 
 #define ROWS_ALL UINT32_MAX
 
@@ -98,7 +99,14 @@ struct seq {
 	uint32_t recent_rows[8];
 	uint64_t tier_rows[KVT_TIERS], held[KVT_TIERS], dropped, page_bytes[KVT_TIERS], page_heap, fresh_seen,
 		directory_seen; /* as last counted, best copy / any copy; device without rows past the index */
+	uint32_t counted;       /* rows of the index when tier_rows and held were counted */
+	uint64_t device_bytes;  /* of these, rows on the device */
 	uint64_t index_seen, active_ns;
+	struct owner *owner;
+	struct owner_part { /* what its owner has of it, as last told: owner.c */
+		uint64_t orphans, dropped, rows[KVT_TIERS], bytes[KVT_TIERS];
+	} owned;
+	uint64_t owned_plans, owned_misses;
 	uint32_t refs; /* background work that will come back to it */
 	bool dead;     /* freed but for refs */
 	struct settle *settle;
@@ -176,8 +184,23 @@ void seq_answer(struct seq *s);
 void seq_account(struct seq *s);
 /* Its rows past the index, or the index, changed. */
 void seq_fresh(struct seq *s);
+/* Bytes of its rows on the device, those past the index included; 0 without a model. */
+static inline uint64_t seq_device_bytes(const struct seq *s)
+{
+	return s->model ? s->device_bytes +
+				  (uint64_t)(s->rows - MIN(s->rows, s->ix.rows)) * s->model->row_bytes_all
+			: 0;
+}
 /* Free what binds s to a client and its memory. */
 void seq_unbind(struct seq *s);
+
+/* ---- owner.c ------------------------------------------------------------------------------ */
+/* s is one of its owner's from now on. -ENOMEM. */
+int owner_enter(struct seq *s);
+void owner_leave(struct seq *s); /* of none is fine */
+/* What was counted of s changed: O(1). */
+void owner_count(struct seq *s);
+void owners_free(struct core *c);
 
 /* ---- restart.c ---------------------------------------------------------------------------- */
 int restart_scan(struct core *c);

@@ -122,9 +122,8 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 	ret->tier_rows[KVT_TIER_DEVICE] += (uint64_t)fresh * ix->lanes;
 	for (uint32_t l = 0; l < ix->lanes; l++) {
 		ret->resident_max = MAX(ret->resident_max, ix->resident[l] + fresh);
-		if (s->model)
-			ret->tier_bytes[0] += (uint64_t)(ix->resident[l] + fresh) * lane_bytes(s->model, l);
 	}
+	ret->tier_bytes[KVT_TIER_DEVICE] = seq_device_bytes(s);
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		ret->tier_bytes[t] = s->page_bytes[t];
 	ret->index_bytes = s->index_seen + s->page_heap;

@@ -29,6 +29,14 @@ struct top_tier {
 
 enum top_wait { WAIT_DISK_READ, WAIT_DISK_WRITE, WAIT_URING, WAIT_RECLAIM, WAIT_FAULT, WAIT_SCHED, TOP_WAITS };
 
+/* bytes but the device's, sequences and limits are exact where the daemon tells them; the rest are sums. */
+struct top_tenant {
+	char name[64];
+	bool told;
+	uint64_t seqs, rows, tier_bytes[TOP_TIERS], dropped, refaults, region_bytes;
+	uint64_t most[TOP_TIERS]; /* bytes that it may have in a tier; 0: nobody said */
+};
+
 struct top_status {
 	char version[32], mode[16], policy[48], tenant[64];
 	bool own; /* a tenant's socket: only its own share is known */
@@ -41,7 +49,9 @@ struct top_status {
 	double plans_s, dropped_s, misses_s, refaults_s;
 	bool probed, probes_on; /* the daemon knows of probes; they run */
 	char probes_off[96];
-	uint64_t wait_p99[TOP_WAITS]; /* ns */
+	uint64_t wait_p99[TOP_WAITS];           /* ns */
+	struct top_tenant tenants[TOP_TENANTS]; /* as the daemon charges them */
+	unsigned n_tenants;
 };
 
 struct top_seq {
@@ -51,11 +61,6 @@ struct top_seq {
 	uint64_t dropped, pinned, refaults, plans, misses;
 	uint64_t
 		stall; /* ns that its client's process waited for processor and memory; UINT64_MAX: not known */
-};
-
-struct top_tenant {
-	char name[64];
-	uint64_t seqs, rows, tier_bytes[TOP_TIERS], dropped, refaults;
 };
 
 struct top_model {

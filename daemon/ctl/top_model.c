@@ -82,6 +82,7 @@ static int ask_status(struct top_model *m)
 	}
 	json_decref(j);
 	m->seen = true;
+	top_sum_tenants(m);
 	if (m->gone) {
 		m->gone = false;
 		m->next_list = 0;

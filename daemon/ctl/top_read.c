@@ -87,6 +87,29 @@ static void count_rates(struct top_status *s, const struct top_status *b)
 	s->misses_s = top_rate(b->misses, s->misses, ns);
 }
 
+static void read_tenants(struct top_status *s, const json_t *list)
+{
+	const json_t *o;
+	size_t i;
+
+	json_array_foreach(list, i, o)
+	{
+		struct top_tenant *t = &s->tenants[s->n_tenants];
+
+		if (s->n_tenants == TOP_TENANTS)
+			break;
+		text(t->name, sizeof(t->name), o, "name");
+		t->told = true;
+		t->seqs = num(o, "sequences");
+		t->region_bytes = num(o, "region_bytes");
+		t->tier_bytes[1] = num(o, "dram_bytes");
+		t->tier_bytes[2] = num(o, "nvme_bytes");
+		t->most[1] = num(o, "max_dram_bytes");
+		t->most[2] = num(o, "max_nvme_bytes");
+		s->n_tenants++;
+	}
+}
+
 void top_read_status(struct top_status *ret, const json_t *j, const struct top_status *before)
 {
 	const json_t *plans = json_object_get(j, "plans"), *misses = json_object_get(j, "misses"), *o;
@@ -122,6 +145,7 @@ void top_read_status(struct top_status *ret, const json_t *j, const struct top_s
 	s.dropped = num(j, "rows_dropped");
 	s.misses = num(j, "misses_total");
 	json_object_foreach((json_t *)misses, key, o) s.misses += num(misses, key);
+	read_tenants(&s, json_object_get(j, "tenants"));
 	read_probes(&s, json_object_get(j, "probes"));
 	if (before)
 		count_rates(&s, before);
@@ -188,21 +212,22 @@ static int by_bytes(const void *a, const void *b)
 
 void top_sum_tenants(struct top_model *m)
 {
-	m->tenants = 0;
+	m->tenants = m->status.n_tenants;
 	m->tenants_cut = false;
 	memset(m->tenant, 0, sizeof(m->tenant));
+	memcpy(m->tenant, m->status.tenants, m->tenants * sizeof(m->tenant[0]));
 	for (size_t i = 0; i < m->n_seqs; i++) {
 		const struct top_seq *s = &m->seqs[i];
 		struct top_tenant *t = find_tenant(m, s->tenant);
 
 		if (!t)
 			continue;
-		t->seqs++;
+		t->seqs += !t->told;
 		t->rows += s->rows;
 		t->dropped += s->dropped;
 		t->refaults += s->refaults;
 		for (unsigned k = 0; k < TOP_TIERS; k++)
-			t->tier_bytes[k] += s->tier_bytes[k];
+			t->tier_bytes[k] += !k || !t->told ? s->tier_bytes[k] : 0;
 	}
 	qsort(m->tenant, m->tenants, sizeof(m->tenant[0]), by_bytes);
 }
@@ -235,9 +260,10 @@ json_t *top_json(const struct top_model *m)
 		const struct top_tenant *t = &m->tenant[i];
 
 		json_array_append_new(tenants,
-				      json_pack("{s:s,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "name", t->name,
+				      json_pack("{s:s,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I}", "name", t->name,
 						"sequences", (json_int_t)t->seqs, "rows", (json_int_t)t->rows,
-						"device_bytes", (json_int_t)t->tier_bytes[0], "dram_bytes",
+						"region_bytes", (json_int_t)t->region_bytes, "device_bytes",
+						(json_int_t)t->tier_bytes[0], "dram_bytes",
 						(json_int_t)t->tier_bytes[1], "nvme_bytes",
 						(json_int_t)t->tier_bytes[2], "rows_dropped",
 						(json_int_t)t->dropped, "refaults", (json_int_t)t->refaults));

@@ -115,22 +115,37 @@ static void draw_tiers(struct canvas *c, int y, const struct top_status *s)
 	}
 }
 
+/* How much of its limit a tenant has; "-": it has none. */
+static const char *share(const struct top_tenant *t, unsigned tier)
+{
+	static char b[2][16];
+
+	if (!t->most[tier] || t->most[tier] >= (uint64_t)INT64_MAX)
+		return "-";
+	snprintf(b[tier % 2], sizeof(b[0]), "%.0f",
+		 100.0 * (double)t->tier_bytes[tier] / (double)t->most[tier]);
+	return b[tier % 2];
+}
+
 static void draw_tenants(struct canvas *c, const struct top_layout *l, const struct top_model *m)
 {
 	int y = l->tenants, more = (int)m->tenants - l->tenant_lines, x;
+	bool wide = c->w >= 100;
 
 	canvas_attr(c, y, ATTR_BOLD);
-	x = canvas_put(c, y, 0, ATTR_BOLD, "%-16s %5s %5s %8s %8s %8s %5s %5s", "TENANT", "SEQS", "ROWS",
-		       "DEVICE", "DRAM", "NVME", "DROP", "REFLT");
+	x = canvas_put(c, y, 0, ATTR_BOLD, "%-16s %5s %5s %8s %8s %8s %8s %5s %5s%s", "TENANT", "SEQS", "ROWS",
+		       "REGIONS", "DEVICE", "DRAM", "NVME", "DROP", "REFLT", wide ? " DRAM% NVME%" : "");
 	if (more > 0)
 		canvas_put(c, y, x, ATTR_BOLD, "  and %d%s more", more, m->tenants_cut ? "+" : "");
 	for (int i = 0; i < l->tenant_lines; i++) {
 		const struct top_tenant *t = &m->tenant[i];
 
-		canvas_put(c, ++y, 0, ATTR_NONE, "%-16.16s %5s %5s %8s %8s %8s %5s %5s", t->name,
-			   fmt_count(t->seqs), fmt_count(t->rows), fmt_bytes(t->tier_bytes[0]),
-			   fmt_bytes(t->tier_bytes[1]), fmt_bytes(t->tier_bytes[2]), fmt_count(t->dropped),
-			   fmt_count(t->refaults));
+		x = canvas_put(c, ++y, 0, ATTR_NONE, "%-16.16s %5s %5s %8s %8s %8s %8s %5s %5s", t->name,
+			       fmt_count(t->seqs), fmt_count(t->rows), fmt_bytes(t->region_bytes),
+			       fmt_bytes(t->tier_bytes[0]), fmt_bytes(t->tier_bytes[1]),
+			       fmt_bytes(t->tier_bytes[2]), fmt_count(t->dropped), fmt_count(t->refaults));
+		if (wide)
+			canvas_put(c, y, x, ATTR_NONE, " %5s %5s", share(t, 1), share(t, 2));
 	}
 }
 

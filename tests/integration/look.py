@@ -187,6 +187,42 @@ def own_only():
         r.close()
 
 
+def own_status_is_a_sum():
+    """What a tenant is told of itself is counted as it changes; ls counts anew."""
+    def same(socket, n):
+        s, seqs = d.ctl("status", socket=socket), d.ctl("ls", socket=socket)["seqs"]
+        total = {t: (sum(q["tiers"][t]["rows"] for q in seqs), sum(q["tiers"][t]["bytes"] for q in seqs))
+                 for t in ("device", "dram", "nvme")}
+        got = {t["name"]: (t["rows"], t["bytes"]) for t in s["tiers"]}
+        return (s["sequences"], len(seqs), got, s["rows_dropped"]) == (n, n, total, sum(q["rows_dropped"] for q in seqs))
+
+    with tempfile.TemporaryDirectory(prefix="kvt.") as t, contextlib.ExitStack() as stack:
+        other = os.path.join(t, "other.sock")
+        d = stack.enter_context(World(tenant_other={"socket": other}))
+        mine, theirs = stack.enter_context(Client(d.socket)), stack.enter_context(Client(other))
+        a, b, c = Rows(mine, "a"), Rows(mine, "b", leased=True), Rows(theirs, "c")
+        for r, n in ((a, 100), (b, 200), (c, 50)):
+            r.append(n)
+        until("appended", lambda: same(d.socket, 2) and same(other, 1), 5)
+        equal(d.ctl("status", socket=d.socket)["tiers"][0]["rows"], 300 * LANES, "rows on the device")
+        a.plan(device=40, dram=20, nvme=20)
+        b.plan(device=50, dram=70, nvme=ROWS_ALL)
+        c.plan(device=50, dram=50)
+        a.append(7)
+        until("planned", lambda: same(d.socket, 2) and same(other, 1), 5)
+        s = d.ctl("status", socket=d.socket)
+        equal((s["plans_decided"], s["rows_dropped"], s["orphans"]), (2, 20 * LANES, 0), "plans, rows dropped, orphans")
+        a.truncate(30)
+        until("cut", lambda: same(d.socket, 2), 5)
+        b.close()
+        until("saved", lambda: d.ctl("status", socket=d.socket)["orphans"] == 1 and same(d.socket, 2), 5)
+        a.close(drop=True)
+        until("ended", lambda: same(d.socket, 1), 5)
+        equal(d.ctl("status", socket=d.socket)["tiers"][0]["rows"], 0, "rows on the device")
+        expect(d.ctl("status", socket=d.socket)["plans_decided"] >= 2, "plans only rise")
+        c.close()
+
+
 def table():
     with World() as d, Client(d.socket) as c:
         r = Rows(c, "table")
@@ -227,6 +263,7 @@ for name, fn in (("trace tells what plans did", true_counts),
                  ("map of every row agrees with trace", map_agrees_with_trace),
                  ("map tells what is on its way", map_tells_what_moves),
                  ("trace is for one's own sequences", own_only),
+                 ("a tenant's own status is the sum of its sequences", own_status_is_a_sum),
                  ("trace prints the last 64 plans, newest last", table),
                  ("a listing while plans are made is complete", listing_while_planning)):
     t.case(name, fn)

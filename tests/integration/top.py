@@ -264,6 +264,10 @@ def once(d):
         j = json.loads(ctl("--once", "--json", "--interval", "0.1", "top", socket=d.admin).stdout)
         equal(sorted(s["handle"] for s in j["seqs"]), sorted(load.handle.values()), "sequences in JSON")
         equal(j["tenants"][0]["rows"], 600, "the tenant's rows")
+        told = j["status"]["tenants"][0]
+        equal([j["tenants"][0][k] for k in ("name", "sequences", "region_bytes", "dram_bytes", "nvme_bytes")],
+              [told[k] for k in ("name", "sequences", "region_bytes", "dram_bytes", "nvme_bytes")], "what it is charged")
+        expect(told["dram_bytes"] and told["region_bytes"], f"charges: {told}")
         equal(set(j["rates_per_s"]["tiers"]), {"device", "dram", "nvme"}, "rates")
         expect(any(e["type"] == "ack" for e in j["events"]), "no plan was acked")
         p = ctl("--once", "top", socket=d.admin + ".not")

@@ -122,10 +122,23 @@ bool core_tenant_next(struct core *c, uint32_t *cursor, struct core_tenant_stat 
 	return true;
 }
 
-void core_owner_published(struct core *c, uint64_t owner, uint64_t *ret_bytes, uint64_t *ret_held)
+void core_owner_stat(struct core *c, uint64_t owner, struct core_owner_stat *ret)
 {
-	*ret_bytes = owner == 7 ? 4 << 20 : 0;
-	*ret_held = owner == 7 ? 1 << 20 : 0;
+	*ret = (struct core_owner_stat){.published = owner == 7 ? 4 << 20 : 0,
+					.published_held = owner == 7 ? 1 << 20 : 0};
+	for (unsigned i = 0; i < n_seqs; i++) {
+		if (seqs[i].owner != owner)
+			continue;
+		ret->seqs++;
+		ret->orphans += !strcmp(seqs[i].client, "-");
+		ret->plans += seqs[i].plans;
+		ret->misses += seqs[i].misses;
+		ret->dropped_rows += seqs[i].dropped_rows;
+		for (unsigned t = 0; t < KVT_TIERS; t++) {
+			ret->rows[t] += seqs[i].tier_rows[t];
+			ret->bytes[t] += seqs[i].tier_bytes[t];
+		}
+	}
 }
 
 int core_seq_trace(struct core *c, uint64_t handle, bool host, struct json_text *out)
