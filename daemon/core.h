@@ -62,6 +62,8 @@ struct core_stat {
 	uint64_t index_bytes, staging_bytes, plan_bytes, directory_bytes;
 	uint64_t loop_max_ns;        /* longest slice of the event loop */
 	uint64_t loop_recent_max_ns; /* of the last one to two seconds */
+	uint64_t loop_cpu_max_ns;    /* the same by the loop's own processor time; 0: none was long */
+	uint64_t loop_cpu_recent_max_ns;
 	/* Nanoseconds. Of plans: from their beginning to the decision; of that, the decision's own job, its
 	 * wait for a worker included. Of tiers: pages, from submission until the loop knows the result, good or
 	 * bad. */

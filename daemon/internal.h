@@ -52,8 +52,12 @@ struct core {
 	struct handle_table *seqs, *regions;
 	struct names { /* see names.c */
 		struct seq **by_key, **by_secret;
-		uint32_t size, count;
+		uint32_t size, count, room;
 		uint64_t seed[2];
+		struct name { /* [count], in no order */
+			uint64_t head;
+			struct seq *seq;
+		} * all;
 	} names;
 	uint32_t n_seqs, n_orphans, n_clients, n_models, next_client;
 	TAILQ_HEAD(, seq) lru;  /* longest idle first */
@@ -84,8 +88,10 @@ struct core {
 	struct log_bucket said; /* lines about nobody's clients in particular */
 	uint64_t fresh_rows,
 		directory_bytes; /* past the indexes, of all sequences and lanes; of all directories */
-	uint64_t loop_since_ns, loop_now_ns,
-		loop_before_ns; /* this second of slices; its longest; the last one's */
+	struct loop_slices {     /* the longest of this second and of the last one, by the wall and by processor
+				    time */
+		uint64_t since_ns, now_ns, before_ns, cpu_now_ns, cpu_before_ns, cpu_seen_ns;
+	} slices;
 	uint64_t started_ns, region_rows_extra, seq_index_bytes, loop_seen_ns;
 	bool frozen, draining, no_accept, freeing, short_of_memory;
 	void (*drain_done)(void *arg);

@@ -138,6 +138,7 @@ struct seq {
 	TAILQ_ENTRY(seq) lru, gone; /* gone: detached sequences */
 	bool in_gone;
 	struct seq *next_key, *next_secret; /* in the tables of names */
+	uint32_t name;                      /* its place in the list of names */
 };
 /* Where a lane's rows lie in its region. */
 void seq_lane(const struct seq *s, uint32_t lane, struct device_lane *ret);
@@ -155,6 +156,8 @@ struct seq *names_find(const struct names *n, uint64_t owner, const uint8_t key[
 /* The one with this secret (its SHA-256); as long for a wrong secret as for a key that nobody has. */
 struct seq *names_resume(const struct names *n, uint64_t owner, const uint8_t key[16],
 			 const uint8_t secret[32]);
+/* One after the other whose key begins with these hex digits, of all owners; *cursor starts at 0. */
+struct seq *names_next(const struct names *n, const uint8_t prefix[16], unsigned digits, uint32_t *cursor);
 void names_free(struct names *n);
 
 /* ---- seq.c ----------------------------------------------------------------------- */

@@ -24,7 +24,8 @@ void core_stat(struct core *c, struct core_stat *ret)
 	ret->models = c->n_models;
 	ret->rows[KVT_TIER_DEVICE] += c->fresh_rows;
 	ret->directory_bytes = c->directory_bytes;
-	ret->loop_recent_max_ns = MAX(c->loop_now_ns, c->loop_before_ns);
+	ret->loop_recent_max_ns = MAX(c->slices.now_ns, c->slices.before_ns);
+	ret->loop_cpu_recent_max_ns = MAX(c->slices.cpu_now_ns, c->slices.cpu_before_ns);
 	LIST_FOREACH(g, &c->all_regions, all)
 		ret->bytes[KVT_TIER_DEVICE] += g->ops->resident(g->mem);
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
@@ -158,16 +159,11 @@ int core_seq_stat(struct core *c, uint64_t handle, struct core_seq_stat *ret)
 
 	if (!s)
 		return KVT_E_STALE;
-	if (!(plan_lent(s) && s->plan->phase == PHASE_DECIDE))
+	/* Counts follow what changes them, but for moves in the background, which the next tick counts. */
+	if (s->recount && !(plan_lent(s) && s->plan->phase == PHASE_DECIDE))
 		seq_recount(s);
 	fill(s, ret);
 	return 0;
-}
-
-/* The first n hex digits of the key are these. */
-static bool key_begins(const uint8_t key[16], const uint8_t *prefix, size_t n)
-{
-	return !memcmp(key, prefix, n / 2) && !(n % 2 && (key[n / 2] ^ prefix[n / 2]) & 0xf0);
 }
 
 /* Two digits a byte; the last may lack its second. */
@@ -209,10 +205,10 @@ int core_seq_find(struct core *c, int tenant, uint64_t owner, const char *name, 
 		return KVT_E_INVAL;
 	}
 	from_hex(name, prefix);
-	while ((s = handle_next(c->seqs, &cursor, &handle))) {
-		if (!key_begins(s->key, prefix, n) || !belongs(s, tenant, owner))
+	while ((s = names_next(&c->names, prefix, (unsigned)n, &cursor))) {
+		if (!belongs(s, tenant, owner))
 			continue;
-		*ret = handle;
+		*ret = s->handle;
 		found++;
 	}
 	if (!found)

@@ -235,8 +235,10 @@ static void show_counters(const json_t *j)
 	       fmt_count(num(j, "recalls")));
 	printf("memory     index %s, staging %s, plans %s\n", fmt_bytes(num(j, "index_bytes")),
 	       fmt_bytes(num(j, "staging_bytes")), fmt_bytes(num(j, "plan_bytes")));
-	printf("loop       longest slice %s, %s direct demotions, %s clients cut off\n",
-	       fmt_ns(num(j, "loop_max_ns")), fmt_count(num(j, "direct_demotions")),
+	printf("loop       longest slice %s, %s of processor time; lately %s, %s\n",
+	       fmt_ns(num(j, "loop_max_ns")), fmt_ns(num(j, "loop_cpu_max_ns")),
+	       fmt_ns(num(j, "loop_recent_max_ns")), fmt_ns(num(j, "loop_cpu_recent_max_ns")));
+	printf("others     %s direct demotions, %s clients cut off\n", fmt_count(num(j, "direct_demotions")),
 	       fmt_count(num(j, "hangups_protocol")));
 }
 

@@ -3,9 +3,9 @@
  * top: what is asked of the daemon, and when.
  *
  * What one refresh costs the daemon: one `status` (a sum that it keeps anyway) and one page of `ls`
- * per 128 sequences, each page one slice of its event loop. Pages are asked one by one, and between
+ * per hundred sequences, each page one slice of its event loop. Pages are asked one by one, and between
  * two of them as long goes by as the last one took: the list takes at most half of what the daemon
- * could answer. A list begins an interval after the last one was complete: 10,000 sequences are 79
+ * could answer. A list begins an interval after the last one was complete: 10,000 sequences are a hundred
  * pages, and take as long as they take. The feed is read from memory and costs the daemon nothing.
  */
 #include <stdio.h>

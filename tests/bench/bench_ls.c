@@ -130,15 +130,20 @@ static void report(const char *name, double value, const char *unit, const char 
 	       name, value, unit, rival, theirs, value / theirs, target, pass ? "true" : "false");
 }
 
-/* Longest slice of the last two seconds, ms. */
-static double longest_slice(void)
+struct slices {
+	double wall, cpu; /* ms */
+};
+
+/* Longest of the last two seconds, and the longest so far of `so_far`. */
+static struct slices longest_slice(struct slices so_far)
 {
-	double t, ms;
+	double t, wall, cpu;
 	json_t *j = ctl("status", &t);
 
-	ms = (double)json_integer_value(json_object_get(j, "loop_recent_max_ns")) / 1e6;
+	wall = (double)json_integer_value(json_object_get(j, "loop_recent_max_ns")) / 1e6;
+	cpu = (double)json_integer_value(json_object_get(j, "loop_cpu_recent_max_ns")) / 1e6;
 	json_decref(j);
-	return ms;
+	return (struct slices){wall > so_far.wall ? wall : so_far.wall, cpu > so_far.cpu ? cpu : so_far.cpu};
 }
 
 static json_t *listed(double *ret_s)
@@ -152,13 +157,14 @@ static json_t *listed(double *ret_s)
 
 static void look(void)
 {
-	double list[ROUNDS], one[ROUNDS], t, rest, busy = 0;
+	double list[ROUNDS], one[ROUNDS], t;
+	struct slices rest, busy = {0, 0};
 	uint64_t end;
 	char verb[64];
 	json_t *j;
 
 	sleep(3);
-	rest = longest_slice();
+	rest = longest_slice(busy);
 	for (unsigned i = 0; i < ROUNDS; i++) {
 		json_decref(ctl("version", &one[i]));
 		json_decref(listed(&list[i]));
@@ -173,14 +179,16 @@ static void look(void)
 		json_decref(j);
 		json_decref(ctl(verb, &t));
 		json_decref(ctl("status", &t));
-		t = longest_slice();
-		busy = t > busy ? t : busy;
+		busy = longest_slice(busy);
 	}
 	qsort(list, ROUNDS, sizeof(*list), by_double);
 	qsort(one, ROUNDS, sizeof(*one), by_double);
 	report("ls --json of 10000 sequences", list[ROUNDS / 2] * 1e3, "ms", "kvtierctl version",
 	       one[ROUNDS / 2] * 1e3, "<=200", list[ROUNDS / 2] <= 0.2);
-	report("longest slice of the loop meanwhile", busy, "ms", "the loop at rest", rest, "<=1", busy <= 1);
+	report("longest slice of the loop meanwhile, wall", busy.wall, "ms", "the loop at rest", rest.wall,
+	       "<=1", busy.wall <= 1);
+	report("longest slice of the loop meanwhile, its processor time", busy.cpu, "ms", "the loop at rest",
+	       rest.cpu, "<=1", busy.cpu <= 1);
 }
 
 int main(void)
