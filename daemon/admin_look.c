@@ -51,6 +51,24 @@ static void set_histogram(json_t *o, const char *key, const struct histogram *h)
 
 /* ---- status ----------------------------------------------------------------------- */
 
+static json_t *nodes_json(const struct tier_stat *ts)
+{
+	json_t *list = json_array();
+
+	for (uint32_t i = 0; i < ts->nodes; i++) {
+		json_t *o = json_object();
+
+		set_num(o, "node", (uint64_t)ts->at[i].id);
+		set_num(o, "capacity_bytes", ts->at[i].capacity);
+		set_num(o, "used_bytes", ts->at[i].used);
+		set_num(o, "free_bytes", ts->at[i].free);
+		set_num(o, "resident_bytes", ts->at[i].resident);
+		set_num(o, "fallbacks", ts->at[i].fallbacks);
+		json_array_append_new(list, o);
+	}
+	return list;
+}
+
 static json_t *tier_json(const struct core_stat *s, unsigned t)
 {
 	const struct tier_stat *ts = &s->tier[t];
@@ -94,6 +112,13 @@ static json_t *tier_json(const struct core_stat *s, unsigned t)
 	set_bool(o, "huge_pages", ts->huge);
 	set_bool(o, "io_uring", ts->io_uring);
 	json_object_set_new(o, "node", json_integer(ts->node));
+	if (t == KVT_TIER_DRAM) {
+		set_text(o, "numa", s->numa);
+		set_num(o, "node_fallbacks", s->node_fallbacks);
+		set_num(o, "migrated_pages", s->migrated_pages);
+		set_num(o, "migrated_bytes", s->migrated_bytes);
+		json_object_set_new(o, "nodes", nodes_json(ts));
+	}
 	set_text(o, "note", ts->note);
 	return o;
 }

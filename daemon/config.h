@@ -49,7 +49,7 @@ struct config {
 	/* [dram] */
 	uint64_t dram_size, dram_segment;
 	struct config_watermarks dram_marks;
-	int dram_node; /* -1 interleave */
+	int dram_node; /* or enum tier_node_* of tiers/tier.h: client, interleave, off */
 	bool dram_huge;
 	char dram_fault[128]; /* fault spec for tests; empty: none */
 	/* [nvme] */

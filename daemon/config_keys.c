@@ -55,8 +55,9 @@ const struct config_key config_keys[] = {
 	       "below this much free, the background demoter wakes"),
 	GLOBAL("dram", "free_high", KEY_SHARE, true, dram_marks.high, 0, 500, "10.0", "%",
 	       "the background demoter works until this much is free"),
-	GLOBAL("dram", "node", KEY_NODE, false, dram_node, 0, 1023, "interleave", NULL,
-	       "NUMA node of the memory, or interleave over all"),
+	GLOBAL("dram", "node", KEY_NODE, false, dram_node, 0, 1023, "client", NULL,
+	       "NUMA node of the memory: each client's, interleave over all, a number, or off: the kernel's "
+	       "choice"),
 	GLOBAL("dram", "huge_pages", KEY_BOOL, false, dram_huge, 0, 1, "yes", NULL,
 	       "use huge pages where the host has them"),
 	TEXT("dram", "fault", KEY_TEXT, false, true, dram_fault, "", "inject faults, for tests; empty: none"),

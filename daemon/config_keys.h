@@ -12,7 +12,7 @@ enum key_type {
 	KEY_OBSERVE, /* bool: publish, observe */
 	KEY_SPREAD,  /* uint32_t: no, lanes (or yes), tenant */
 	KEY_LEVEL,   /* uint32_t: emerg .. debug or 0..7 */
-	KEY_NODE,    /* int: interleave or a node number */
+	KEY_NODE,    /* int: a node number, or interleave, client, off: -1, -2, -3 */
 	KEY_COUNT,   /* uint32_t or uint64_t by size */
 	KEY_OCTAL,   /* uint32_t */
 	KEY_SIZE,    /* uint64_t bytes, K M G T */

@@ -173,7 +173,7 @@ static void describe(const struct config_key *k, char *buf, size_t size)
 		snprintf(buf, size, "must be emerg, alert, crit, err, warning, notice, info, debug or 0 to 7");
 		return;
 	case KEY_NODE:
-		snprintf(buf, size, "must be interleave or a node from 0 to %" PRIu64, k->max);
+		snprintf(buf, size, "must be client, interleave, off or a node from 0 to %" PRIu64, k->max);
 		return;
 	case KEY_OCTAL:
 		snprintf(buf, size, "must be octal, 0 to %" PRIo64, k->max);
@@ -232,6 +232,9 @@ static bool is_text(const struct config_key *k)
 	return k->type >= KEY_NAME;
 }
 
+/* TIER_NODE_SPREAD, TIER_NODE_CLIENT, TIER_NODE_OFF: -1, -2, -3. */
+static const char *const node_words[] = {"interleave", "client", "off"};
+
 static void store(const struct config_key *k, void *base, uint64_t v)
 {
 	void *f = config_field(base, k);
@@ -257,10 +260,11 @@ int config_value_parse(const struct config_key *k, void *base, const char *text,
 		strcpy(config_field(base, k), text);
 		return 0;
 	}
-	if (k->type == KEY_NODE && !strcasecmp(text, "interleave")) {
-		store(k, base, UINT32_MAX); /* -1 */
-		return 0;
-	}
+	for (uint32_t i = 0; k->type == KEY_NODE && i < ARRAY_SIZE(node_words); i++)
+		if (!strcasecmp(text, node_words[i])) {
+			store(k, base, UINT32_MAX - i); /* -1 - i */
+			return 0;
+		}
 	if (k->type == KEY_QUOTA && !strcasecmp(text, "none")) {
 		store(k, base, UINT64_MAX);
 		return 0;
@@ -309,8 +313,8 @@ void config_value_format(const struct config_key *k, const void *base, char *buf
 		format_size(v, buf, size);
 		break;
 	default:
-		if (k->type == KEY_NODE && v == UINT32_MAX)
-			snprintf(buf, size, "interleave");
+		if (k->type == KEY_NODE && UINT32_MAX - v < ARRAY_SIZE(node_words))
+			snprintf(buf, size, "%s", node_words[UINT32_MAX - v]);
 		else if (k->type == KEY_QUOTA && v == UINT64_MAX)
 			snprintf(buf, size, "none");
 		else if (k->type == KEY_QUOTA)

@@ -6,6 +6,7 @@
 #include "daemon/internal.h"
 #include "daemon/ledger.h"
 #include "daemon/limbo.h"
+#include "daemon/near.h"
 #include "daemon/probes.h"
 #include "daemon/usdt.h"
 #include "daemon/pressure.h"
@@ -78,6 +79,7 @@ static int open_tier(struct core *c, int t, char *err, size_t errsize)
 		.prealloc = cfg->nvme_prealloc,
 		.no_huge = !cfg->dram_huge,
 		.node = cfg->dram_node,
+		.nodes = &c->near->nodes->table,
 		.keep = c->seams.keep,
 	};
 
@@ -142,6 +144,9 @@ static int core_open(struct core *c, char *err, size_t errsize)
 		snprintf(err, errsize, "core: %s", strerror(-r));
 		return r;
 	}
+	r = near_open(c);
+	if (r < 0)
+		return r;
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
 		r = open_tier(c, t, err, errsize);
 		if (r < 0)
@@ -300,6 +305,7 @@ void core_free(struct core *c)
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++)
 		if (c->pages.tier[t])
 			c->pages.tier[t]->ops->close(c->pages.tier[t]);
+	near_close(c);
 	ledger_close(c->ledger);
 	if (!quiet)
 		return;

@@ -16,6 +16,7 @@
 #include "tiers/tier.h"
 
 struct core;
+struct nodes;
 
 /* Open tiers, scan those that survive us, make the feed, start workers. cfg is copied. */
 int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *err, size_t errsize);
@@ -26,6 +27,7 @@ int core_new(struct core **ret, const struct config *cfg, sd_event *ev, char *er
 struct core_seams {
 	const struct tier_ops *tier[KVT_TIERS]; /* opened in the place of the tier's own */
 	const struct tier_keep *keep;           /* NULL: DRAM ends with the process */
+	const struct nodes *nodes;              /* NULL: those of this host */
 	bool stepped;                           /* no worker threads: see workers_step() */
 };
 int core_new_with(struct core **ret, const struct config *cfg, const struct core_seams *seams, sd_event *ev,
@@ -92,7 +94,9 @@ struct core_stat {
 					    wait */
 	uint64_t limbo_seals;            /* asked for before a segment was full */
 	uint64_t limbo_let_go_bytes;     /* of sources that went before the seal */
-	bool kept;                       /* DRAM outlives the process */
+	char numa[96];                   /* where memory is placed, or why it is not */
+	uint64_t node_fallbacks, migrated_pages, migrated_bytes;
+	bool kept; /* DRAM outlives the process */
 	bool observe, frozen, draining;
 	char policy[32];
 };

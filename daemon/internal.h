@@ -13,6 +13,7 @@
 #include "daemon/client.h"
 #include "daemon/journal.h"
 #include "daemon/mover.h"
+#include "daemon/nodes.h"
 #include "daemon/plan.h"
 #include "daemon/policies.h"
 #include "daemon/seq.h"
@@ -82,6 +83,7 @@ struct core {
 
 	struct probes *probes; /* NULL until the first tick */
 	struct throttle throttle;
+	struct near *near;
 	struct pressure *pressure; /* NULL: no dram tier, or a simulation's */
 	struct verify *verify;
 	struct core_stat stat;

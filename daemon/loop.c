@@ -78,6 +78,7 @@ static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
 			c->pages.tier[t]->ops->tick(c->pages.tier[t], on_moved, c);
 	probes_tick(c);
 	pressure_tick(c);
+	near_tick(c);
 	settle_watermarks(c);
 	seq_expire(c, c->loop_seen_ns);
 	recount_some(c);

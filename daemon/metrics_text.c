@@ -86,7 +86,7 @@ const struct metric metrics_table[] = {
 		"1: the tier's memory is huge pages."),
 	AT_NVME(GAUGE, FLAG, "tier_io_uring", tier[KVT_TIER_NVME].io_uring, "1: io_uring, 0: the thread pool."),
 	AT_DRAM(GAUGE, NODE, "tier_numa_node", tier[KVT_TIER_DRAM].node,
-		"NUMA node of the memory, -1: interleaved."),
+		"NUMA node of the memory, -1: several; see dram_node_."),
 	LOWER(GAUGE, ONE, "tier_returned_bytes", returned,
 	      "Bytes of pages of an earlier life that the start believed."),
 	LOWER(HISTOGRAM, NS, "tier_read_duration_seconds", read_ns,
@@ -163,6 +163,10 @@ const struct metric metrics_table[] = {
 	    "Bytes moved to NVMe for squeezes."),
 	ROW(COUNTER, ONE, "squeeze_dropped_bytes_total", squeeze_dropped_bytes, "Bytes dropped for squeezes."),
 	ROW(COUNTER, ONE, "squeeze_dropped_rows_total", squeeze_dropped_rows, "Rows dropped for squeezes."),
+	ROW(COUNTER, ONE, "node_fallbacks_total", node_fallbacks,
+	    "Pages that found no room on their client's NUMA node."),
+	ROW(COUNTER, ONE, "migrated_pages_total", migrated_pages, "Pages copied to their client's NUMA node."),
+	ROW(COUNTER, ONE, "migrated_bytes_total", migrated_bytes, "Bytes copied to their client's NUMA node."),
 	ROW(GAUGE, FLAG, "dram_kept", kept, "1: the DRAM tier outlives the process."),
 	ROW(GAUGE, FLAG, "observing", observe, "1: plans are computed and not published."),
 	ROW(GAUGE, FLAG, "frozen", frozen, "1: an operator froze all rows where they are."),
@@ -221,6 +225,13 @@ const struct metric_left_out metrics_left_out[] = {
 	LEFT_OUT(tier[KVT_TIER_DRAM].note, "a line for people: kvtierctl status"),
 	LEFT_OUT(tier[KVT_TIER_NVME].note, "a line for people: kvtierctl status"),
 	LEFT_OUT(tier[KVT_TIER_NVME].resident, "a matter of memory"),
+	LEFT_OUT(tier[KVT_TIER_DRAM].place_err, "a line for people: kvtierctl status"),
+	LEFT_OUT(tier[KVT_TIER_DRAM].nodes, "as many as there are series of dram_node_capacity_bytes"),
+	LEFT_OUT(tier[KVT_TIER_DRAM].at, "series of their own, by node"),
+	LEFT_OUT(tier[KVT_TIER_NVME].place_err, "a matter of memory"),
+	LEFT_OUT(tier[KVT_TIER_NVME].nodes, "a matter of memory"),
+	LEFT_OUT(tier[KVT_TIER_NVME].at, "a matter of memory"),
+	LEFT_OUT(numa, "a line for people: kvtierctl status"),
 	LEFT_OUT(psi, "a line for people: kvtierctl status"),
 	LEFT_OUT(policy, "a label of kvtier_policy_info"),
 };
@@ -344,6 +355,38 @@ static void put_table(struct text *t, const struct metric *table, unsigned n, co
 	}
 }
 
+/* The number of nodes is the host's: a label that no client can add to. */
+static void put_nodes(struct text *t, const struct tier_stat *st)
+{
+	static const struct {
+		const char *name, *help;
+		size_t off;
+	} of[] = {
+		{"kvtier_dram_node_capacity_bytes", "The node's part of the DRAM tier.",
+		 offsetof(struct tier_node_stat, capacity)},
+		{"kvtier_dram_node_used_bytes", "Bytes that pages take on the node, padding included.",
+		 offsetof(struct tier_node_stat, used)},
+		{"kvtier_dram_node_free_bytes", "Bytes free for pages on the node.",
+		 offsetof(struct tier_node_stat, free)},
+		{"kvtier_dram_node_resident_bytes", "Bytes of the node's memory that the DRAM tier holds.",
+		 offsetof(struct tier_node_stat, resident)},
+		{"kvtier_dram_node_fallbacks_total",
+		 "Pages that found no room on the node, by the node they wanted.",
+		 offsetof(struct tier_node_stat, fallbacks)},
+	};
+
+	for (unsigned k = 0; st->nodes && k < ARRAY_SIZE(of); k++) {
+		put_head(t, of[k].name, of[k].help,
+			 of[k].off == offsetof(struct tier_node_stat, fallbacks) ? "counter" : "gauge");
+		for (uint32_t i = 0; i < st->nodes; i++) {
+			uint64_t v;
+
+			memcpy(&v, (const char *)&st->at[i] + of[k].off, sizeof(v));
+			put(t, "%s{node=\"%d\"} %" PRIu64 "\n", of[k].name, st->at[i].id, v);
+		}
+	}
+}
+
 char *metrics_text(const struct core_stat *s, const struct probes_stat *p, size_t *ret_bytes)
 {
 	struct text t = {};
@@ -354,6 +397,7 @@ char *metrics_text(const struct core_stat *s, const struct probes_stat *p, size_
 	put_head(&t, "kvtier_policy_info", "Always 1; the default policy is a label.", "gauge");
 	put(&t, "kvtier_policy_info{policy=\"%.*s\"} 1\n", (int)sizeof(s->policy), s->policy);
 	put_table(&t, metrics_table, metrics_n, s);
+	put_nodes(&t, &s->tier[KVT_TIER_DRAM]);
 	put_table(&t, metrics_probes, metrics_n_probes, p);
 	if (t.failed) {
 		free(t.buf);

@@ -127,6 +127,7 @@ int region_new(struct region **ret, struct client *cl, uint64_t bytes, int fd)
 		r = seg_create(&g->seg, SEG_EXCHANGE, "kvtier-region", bytes, 0);
 		if (r < 0)
 			goto fail;
+		near_place(c, cl, &g->seg);
 		g->bytes = g->seg.size;
 	}
 	r = g->ops->attach(&g->mem, fd < 0 ? g->seg.fd : fd, g->bytes);

@@ -180,6 +180,7 @@ int pio_prepare(struct pio *io, struct seq *s)
 	io->io.meta.pos = io->words;
 	io->io.meta.pos_words = p->span;
 	io->io.life = s->lifetime == KVT_LEASED ? TIER_LONG : TIER_SHORT;
+	io->io.near = io->tier == KVT_TIER_DRAM ? s->node : 0;
 	io->io.seq = &io->rec;
 	memcpy(io->rec.key, p->origin->key, sizeof(io->rec.key));
 	memcpy(io->rec.secret_hash, s->secret_hash, sizeof(io->rec.secret_hash));
@@ -261,6 +262,8 @@ static bool reap(struct core *c, int tier)
 			      now - io->submitted_ns);
 		if (io->reading && tier == KVT_TIER_NVME && !io->background)
 			throttle_saw_read(c, now - io->submitted_ns);
+		if (!io->reading && tier == KVT_TIER_DRAM && io->io.res >= 0)
+			migrate_saw(c, &io->io);
 		if (io->throttled)
 			throttle_saw_write(c, now - io->submitted_ns);
 		if (io->reading)
@@ -361,6 +364,7 @@ void mover_run(struct core *c)
 		recall_pump(c);
 		direct_pump(c);
 		compact_pump(c);
+		migrate_pump(c);
 		verify_pump(c);
 		if (share_pump(c))
 			m->again = true;

@@ -120,10 +120,12 @@ static void forget_cut(struct seq *s)
 
 	for (uint32_t l = 0; l < s->ix.lanes; l++)
 		for (uint32_t i = 0; i < s->ix.lane[l].n; i++) {
-			const struct page *p = s->ix.lane[l].v[i];
+			struct page *p = s->ix.lane[l].v[i];
 
-			if (page_in(p, KVT_TIER_DRAM) && p->first + p->span * 64u > s->cut && t->ops->forget)
+			if (page_in(p, KVT_TIER_DRAM) && p->first + p->span * 64u > s->cut && t->ops->forget) {
 				t->ops->forget(t, p->addr[KVT_TIER_DRAM - 1]);
+				p->forgotten = true;
+			}
 		}
 }
 

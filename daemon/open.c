@@ -156,6 +156,7 @@ static void bind(struct opening *o, struct seq *s)
 	if (seq_windowed(s))
 		s->region->registered = true;
 	s->state = SEQ_LIVE;
+	near_bind(s);
 	handle_set_owner(cl->core->seqs, s->handle, cl);
 	LIST_INSERT_HEAD(&cl->seqs, s, of_client);
 	cl->n_seqs++;

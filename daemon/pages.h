@@ -38,6 +38,7 @@ struct page {
 	uint16_t pins; /* reads and moves in flight: copies must stay */
 	uint8_t rows, span;
 	bool moving;                     /* a mover works on it: leave it alone */
+	bool forgotten;                  /* no later life shall find its dram copy */
 	bool summing;                    /* its summary is being made */
 	uint32_t limbo;                  /* sources of its nvme copy wait for the seal: limbo.h; 0 none do */
 	struct recall_sum *sum;          /* of the keys of its checked dram copy, or NULL */

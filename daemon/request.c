@@ -41,12 +41,18 @@ static int make_rings(struct client *cl, const struct wire_hello *m, int *ret_no
 	int r, ends[2];
 
 	/* Megabytes at once would hold up the loop, and whoever asks for them may not use them. */
-	r = seg_create(&cl->ctl, SEG_EXCHANGE, "kvtier-ctl", bytes, bytes <= POPULATE_MAX ? SEG_F_POPULATE : 0);
+	r = seg_create(&cl->ctl, SEG_EXCHANGE, "kvtier-ctl", bytes, 0);
+	if (r < 0)
+		return r;
+	near_hello(cl);
+	near_place(cl->core, cl, &cl->ctl);
+	r = bytes <= POPULATE_MAX ? seg_commit(&cl->ctl, 0, cl->ctl.size) : 0;
 	if (r < 0)
 		return r;
 	cl->plans = plan_mem_new(m->plan_bytes, &r);
 	if (!cl->plans)
 		return r;
+	near_place(cl->core, cl, &cl->plans->seg);
 	cl->core->stat.plan_bytes += cl->plans->seg.size;
 	cl->slot_used = calloc(BITS_WORDS(m->max_seqs), sizeof(uint64_t));
 	cl->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

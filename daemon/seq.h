@@ -38,6 +38,7 @@ struct seq {
 	uint64_t born; /* later than every earlier sequence of this key; drawn as page numbers are */
 	struct tenant *tenant;
 	uint64_t tenant_hash;
+	uint8_t node; /* its client's, or its last one's */
 	struct client *client;
 	struct model *model; /* NULL: found on disk, not yet resumed */
 	uint64_t fingerprint;

@@ -263,8 +263,18 @@ uint64_t settle_choose(struct seq *s, uint32_t lane, settle_choice_fn choose, vo
 
 /* ---- watermarks -------------------------------------------------------------------------- */
 
-/* The colder half of a sequence's dram rows, by key, wants to leave; all of it when it is detached. */
-static uint64_t make_cold(struct seq *s)
+static bool lies_on(const struct core *c, const struct page *p, int node)
+{
+	struct tier *t = c->pages.tier[KVT_TIER_DRAM];
+
+	return node < 0 || (page_in(p, KVT_TIER_DRAM) && t->ops->where(t, p->addr[KVT_TIER_DRAM - 1]) == node);
+}
+
+/*
+ * The colder half of a sequence's dram rows, by key, wants to leave; all of it when it is detached. node: only
+ * from there; -1: from anywhere.
+ */
+static uint64_t make_cold(struct seq *s, int node)
 {
 	uint32_t words = (uint32_t)BITS_WORDS(s->ix.rows);
 	struct settle *t = settle_new(s, words);
@@ -288,7 +298,7 @@ static uint64_t make_cold(struct seq *s)
 			uint64_t mask[PAGE_SPAN], keys = 0;
 			uint32_t rows = index_alive(&s->ix, p, KVT_TIER_DRAM, mask);
 
-			if (!rows)
+			if (!rows || !lies_on(s->core, p, node))
 				continue;
 			for (uint32_t w = 0; w < p->span; w++)
 				for (uint64_t b = mask[w]; b; b &= b - 1)
@@ -305,7 +315,7 @@ static uint64_t make_cold(struct seq *s)
 	return bytes;
 }
 
-static void demote_cold(struct core *c, uint64_t bytes)
+static void demote_cold(struct core *c, uint64_t bytes, int node)
 {
 	struct seq *s, *next;
 	uint64_t end = now_ns() + SLICE_NS;
@@ -319,7 +329,11 @@ static void demote_cold(struct core *c, uint64_t bytes)
 		if (s->settle || s->plan || s->cut != ROWS_ALL || !s->held[KVT_TIER_DRAM] ||
 		    s->state == SEQ_CLOSING)
 			continue;
-		n = make_cold(s);
+		if (node >= 0 && s->node && s->node != node + 1) {
+			looked--; /* its pages are elsewhere, but for a few that go there soon */
+			continue;
+		}
+		n = make_cold(s, node);
 		bytes -= MIN(bytes, n);
 	}
 }
@@ -331,6 +345,8 @@ void settle_watermarks(struct core *c)
 	for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
 		uint64_t unit, waits = limbo_bytes(&c->pages, t, LIMBO_ALL);
 		struct tier_stat st;
+		uint64_t over;
+		int node;
 
 		if (!c->pages.tier[t])
 			continue;
@@ -343,9 +359,14 @@ void settle_watermarks(struct core *c)
 			c->below_low[t] = false;
 		if (c->below_low[t] && waits)
 			limbo_hurry(c, t);
-		if (t == KVT_TIER_DRAM && c->below_low[t] && c->pages.tier[KVT_TIER_NVME] &&
-		    st.free + waits < unit * marks[t]->high && !c->below_min[KVT_TIER_NVME] &&
-		    TAILQ_EMPTY(&c->settles))
-			demote_cold(c, unit * marks[t]->high - st.free - waits);
+		if (t != KVT_TIER_DRAM || !c->pages.tier[KVT_TIER_NVME] || c->below_min[KVT_TIER_NVME] ||
+		    !TAILQ_EMPTY(&c->settles))
+			continue;
+		if (c->below_low[t]) {
+			if (st.free + waits < unit * marks[t]->high)
+				demote_cold(c, unit * marks[t]->high - st.free - waits, -1);
+		} else if ((node = near_crowded(c, &over)) >= 0) {
+			demote_cold(c, over, node);
+		}
 	}
 }

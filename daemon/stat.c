@@ -38,6 +38,7 @@ void core_stat(struct core *c, struct core_stat *ret)
 	pressure_stat(c, ret);
 	throttle_stat(c, ret);
 	limbo_stat(c, ret);
+	near_stat(c, ret);
 	ret->marks[KVT_TIER_DRAM] = c->cfg.dram_marks;
 	ret->marks[KVT_TIER_NVME] = c->cfg.nvme_marks;
 	ret->index_bytes = c->seq_index_bytes + c->pages.bytes;

@@ -9,7 +9,6 @@
 #include "tiers/dram.h"
 
 #include <errno.h>
-#include <numa.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,12 +41,6 @@ static int check_cfg(const struct tier_cfg *cfg, char *err, size_t errsize)
 			 (unsigned long long)cfg->size);
 		return -EINVAL;
 	}
-	if (cfg->node > 0 &&
-	    (numa_available() < 0 || !numa_bitmask_isbitset(numa_all_nodes_ptr, (unsigned)cfg->node))) {
-		snprintf(err, errsize, "dram node: %d is not a memory node of this host (highest is %d)",
-			 cfg->node, numa_available() < 0 ? 0 : numa_max_node());
-		return -EINVAL;
-	}
 	return 0;
 }
 
@@ -58,6 +51,7 @@ static void dram_close(struct tier *t)
 	if (!d)
 		return;
 	dram_unmap(d);
+	free(d->private);
 	free(d->slot);
 	free(d);
 }
@@ -73,7 +67,6 @@ static int dram_open(struct tier **ret, const struct tier_cfg *cfg, char *err, s
 	if (!d)
 		goto nomem;
 	d->tier.ops = &tier_dram_ops;
-	alloc_init(&d->private.alloc);
 	LIST_INIT(&d->pools);
 	pthread_mutex_init(&d->lock, NULL);
 	d->capacity = cfg->size / ALLOC_SLAB_BYTES * ALLOC_SLAB_BYTES;
@@ -81,12 +74,17 @@ static int dram_open(struct tier **ret, const struct tier_cfg *cfg, char *err, s
 	d->segment = cfg->segment;
 	if (!d->segment)
 		d->segment = MAX(SEGMENT_DEFAULT, ALIGN_UP(d->capacity / ALLOC_MAX_SEGS + 1, SEGMENT_DEFAULT));
-	d->node = numa_available() < 0 || cfg->node < 0 ? -1 : cfg->node;
+	r = dram_nodes(d, cfg, err, errsize);
+	if (r < 0) {
+		dram_close(&d->tier);
+		return r;
+	}
 	d->no_huge = cfg->no_huge;
 	d->tail = &d->head;
 	d->slot = calloc(DRAM_SLOTS, sizeof(*d->slot)); /* what is not used is not touched */
 	d->keep = cfg->keep;
-	if (!d->slot || dram_adopt(d) < 0)
+	d->private = dram_pool_make(d, 0);
+	if (!d->slot || !d->private || dram_adopt(d) < 0)
 		goto nomem;
 	*ret = &d->tier;
 	return 0;
@@ -106,7 +104,7 @@ static int dram_prepare(struct tier *t, struct tier_io *io)
 		p = dram_pool_get(d, io->owner);
 		if (!p)
 			return -ENOMEM;
-		r = dram_place(d, p, io->bytes, io->room, &io->addr);
+		r = dram_place(d, p, io->bytes, io->room, io->near, &io->addr);
 		if (r < 0)
 			return r;
 	}
@@ -185,22 +183,16 @@ static int dram_event_fd(struct tier *t)
 static void dram_stat(struct tier *t, struct tier_stat *ret)
 {
 	const struct dram *d = dram_of(t);
-	struct alloc_stat a, sum;
+	struct alloc_stat sum = {0};
 	const struct pool *p;
 	uint64_t held = d->published;
 	uint32_t kept = 0;
 	bool huge = true;
 
-	alloc_stat(&d->private.alloc, &sum);
-	LIST_FOREACH(p, &d->pools, link) {
-		alloc_stat(&p->alloc, &a);
-		sum.used += a.used;
-		held -= a.used;
-		sum.stranded += a.stranded;
-		sum.padding += a.padding;
-		sum.segs += a.segs;
-		sum.empty_segs += a.empty_segs;
-	}
+	LIST_FOREACH(p, &d->pools, link)
+		dram_pool_stat(d, p, &sum);
+	held -= sum.used;
+	dram_pool_stat(d, d->private, &sum);
 	for (uint32_t i = 0; i < d->top; i++) {
 		huge = huge && (!d->slot[i].pool || d->slot[i].seg.huge);
 		kept += d->slot[i].pool && d->slot[i].dir.id;
@@ -214,7 +206,7 @@ static void dram_stat(struct tier *t, struct tier_stat *ret)
 	ret->published = d->published;
 	ret->held = held;
 	ret->huge = huge && sum.segs;
-	ret->node = d->node;
+	dram_node_stat(d, ret);
 	snprintf(ret->note, sizeof(ret->note), "%u segments, %u empty, %u kept, padding %llu KiB%s%s", sum.segs,
 		 sum.empty_segs, kept, (unsigned long long)(sum.padding >> 10),
 		 d->grow_err ? "; last not made: " : "", d->grow_err ? strerror(d->grow_err) : "");
@@ -266,7 +258,7 @@ static void dram_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *r
 	struct alloc_stat a = {0};
 
 	if (p)
-		alloc_stat(&p->alloc, &a);
+		dram_pool_stat(d, p, &a);
 	*ret = (struct tier_owner){
 		.bytes = a.capacity,
 		.used = a.used,
@@ -275,8 +267,9 @@ static void dram_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *r
 		.empty = a.empty_segs,
 	};
 	if (owner) /* the empty private one would be given up */
-		for (uint32_t i = 0; (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top; i++)
-			ret->room += d->slot[i].bytes;
+		for (uint32_t n = 0; n < d->nodes; n++)
+			for (uint32_t i = 0; (i = dram_next_empty(d->private, n, i)) < DRAM_SLOTS; i++)
+				ret->room += d->slot[i].bytes;
 	ret->room = MIN(ret->room, dram_left(d) + (owner ? a.free : 0));
 }
 
@@ -288,6 +281,16 @@ static void dram_limit(struct tier *t, uint64_t bytes)
 static uint64_t dram_op_trim(struct tier *t, uint64_t bytes)
 {
 	return dram_give(dram_of(t), bytes);
+}
+
+static int dram_op_where(struct tier *t, tier_addr addr)
+{
+	return dram_where(dram_of(t), addr);
+}
+
+static void dram_shun(struct tier *t, uint32_t nodes)
+{
+	dram_of(t)->shun = nodes;
 }
 
 const struct tier_ops tier_dram_ops = {
@@ -310,4 +313,6 @@ const struct tier_ops tier_dram_ops = {
 	.owner_stat = dram_owner_stat,
 	.limit = dram_limit,
 	.trim = dram_op_trim,
+	.where = dram_op_where,
+	.shun = dram_shun,
 };

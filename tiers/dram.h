@@ -3,8 +3,10 @@
 /*
  * Inside the DRAM tier. Pages lie in pools: one is private, the others are published and belong to one owner
  * each. A pool has its own segments and its own allocator, so two owners never share a segment; all pools
- * share the capacity. Segments have one numbering: that of the slots in `seg`, for published ones with a
- * generation above it, so that no number comes back: a slot whose generations are used up takes private ones.
+ * share the capacity. Segments belong to one node of the host's memory each, and a pool has an allocator for
+ * each node; where nodes are not told apart there is one. Segments have one numbering: that of the slots in
+ * `seg`, for published ones with a generation above it, so that no number comes back: a slot whose generations
+ * are used up takes private ones.
  *
  * Everything on the tier's owner thread, except that a thread of its own unmaps segments.
  */
@@ -26,10 +28,17 @@ _Static_assert(DRAM_SLOTS == 1u << DRAM_SLOT_BITS, "a number is a slot and 12 bi
 
 struct pool {
 	LIST_ENTRY(pool) link;
-	uint64_t owner; /* 0: private */
-	struct alloc alloc;
-	uint64_t mapped; /* bytes of its segments */
-	bool held;       /* clients may name its segments: empty ones stay */
+	uint64_t owner;       /* 0: private */
+	uint64_t mapped;      /* bytes of its segments */
+	bool held;            /* clients may name its segments: empty ones stay */
+	struct alloc alloc[]; /* [nodes] */
+};
+
+struct dram_node {
+	int id;                                          /* the kernel's number; -1: no node in particular */
+	uint64_t capacity, mapped, used, stranded, warm; /* bytes; of all pools */
+	uint64_t fallbacks;
+	uint8_t order[TIER_NODES]; /* itself, then the others by distance */
 };
 
 struct dram_seg {
@@ -37,6 +46,7 @@ struct dram_seg {
 	uint64_t bytes;      /* of pages; a directory may follow */
 	struct dram_dir dir; /* of a private segment that outlives us; id 0: it does not */
 	struct pool *pool;   /* NULL: free slot */
+	uint8_t node;        /* index */
 	uint64_t *warm;      /* slabs that may have memory behind them */
 	bool holes;          /* some were given back to the host */
 	uint32_t gen;        /* of the published segment that is here, or was last; 12 bits */
@@ -49,7 +59,7 @@ struct dead_seg { /* to be unmapped */
 
 struct dram {
 	struct tier tier;
-	struct pool private;
+	struct pool *private;
 	LIST_HEAD(, pool) pools;            /* published */
 	struct dram_seg *slot;              /* [DRAM_SLOTS] */
 	uint32_t top;                       /* used slots are all below */
@@ -57,7 +67,11 @@ struct dram {
 	uint64_t published;                 /* of that, of published ones */
 	uint64_t limit;                     /* bytes that pages may take; UINT64_MAX: the capacity */
 	uint64_t warm;                      /* bytes of slabs that may have memory behind them */
-	int node;
+	int mode;                           /* cfg.node */
+	struct tier_nodes host;
+	struct dram_node node[TIER_NODES]; /* those that are told apart, or one for all */
+	uint32_t nodes, shun;
+	int place_err; /* -errno of the first wish that the kernel refused */
 	bool no_huge;
 	const struct tier_keep *keep; /* NULL: memory ends with the process */
 	bool scanning;                /* segments stay, empty or not */
@@ -76,11 +90,22 @@ static inline struct dram *dram_of(struct tier *t)
 	return container_of(t, struct dram, tier);
 }
 
+/* An empty one, in no list; NULL: out of memory. / Add what all its allocators say to ret. */
+struct pool *dram_pool_make(const struct dram *d, uint64_t owner);
+void dram_pool_stat(const struct dram *d, const struct pool *p, struct alloc_stat *ret);
+/* Its allocators' memory. / It has no segment left and nobody holds it: it is gone. */
+void dram_pool_fini(const struct dram *d, struct pool *p);
+void dram_pool_end(const struct dram *d, struct pool *p);
+/* The pool's first segment on the node, from slot i on, that holds no page; DRAM_SLOTS: none. */
+uint32_t dram_next_empty(const struct pool *p, uint32_t node, uint32_t i);
 /* The pool of an owner, or NULL. / The same, made when there is none; NULL: out of memory. */
 struct pool *dram_pool(struct dram *d, uint64_t owner);
 struct pool *dram_pool_get(struct dram *d, uint64_t owner);
-/* Find a place, in a new segment when it must be; new published ones take at most `room` bytes. */
-int dram_place(struct dram *d, struct pool *p, uint32_t bytes, uint64_t room, tier_addr *ret);
+/*
+ * Find a place, in a new segment when it must be; new published ones take at most `room` bytes. near: as in
+ * tier_io.
+ */
+int dram_place(struct dram *d, struct pool *p, uint32_t bytes, uint64_t room, uint8_t near, tier_addr *ret);
 /* A place is free again. -EINVAL: it was not in use. */
 int dram_put(struct dram *d, tier_addr addr, uint32_t bytes);
 /* It is written: a later life may find it. / No later life shall. Where there is none nothing happens. */
@@ -90,8 +115,13 @@ void dram_forget(struct dram *d, tier_addr addr);
 void *dram_page(const struct dram *d, tier_addr addr, uint32_t bytes);
 /* Nobody names the pool's segments any more. p is gone when it has none left. */
 void dram_pool_release(struct dram *d, struct pool *p);
-/* The segment takes a free slot; its memory is a private one's. Takes seg and dir on success only. */
-int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes);
+/* The segment takes a free slot, on that node. Takes seg and dir on success only. */
+int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes,
+	      uint32_t node);
+/* A place that an earlier life used is in use again. 0, -EINVAL, -ENOMEM. */
+int dram_restore(struct dram *d, uint32_t slot, uint32_t unit, uint32_t bytes, const struct alloc_place *p);
+/* Index of the node of the page's segment; -1: none in particular. */
+int dram_where(const struct dram *d, tier_addr addr);
 /* Private segments without a page, but for one. */
 void dram_trim(struct dram *d);
 /* Free slabs of private segments, and all empty ones: up to about `bytes`. Returns how many went. */
@@ -102,6 +132,17 @@ void dram_warm_all(struct dram *d, struct dram_seg *s);
 uint64_t dram_left(const struct dram *d);
 /* End: unmap everything. What is kept stays kept. */
 void dram_unmap(struct dram *d);
+
+/* ---- dram_node.c: nodes of the host's memory ------------------------------------------------ */
+/* Divide the capacity, which is set. 0, or -EINVAL with a line. */
+int dram_nodes(struct dram *d, const struct tier_cfg *cfg, char *err, size_t errsize);
+/* Say where the segment's memory shall come from. Failure costs placement only, so it is no error. */
+void dram_place_seg(struct dram *d, const struct seg *s, uint32_t node);
+/* The nodes in the order in which a page should be offered to them. ret[d->nodes]. */
+void dram_order(const struct dram *d, uint8_t near, uint8_t *ret);
+/* For a segment of an earlier life: where its memory was to come from, else where there is most room. */
+uint32_t dram_node_of(const struct dram *d, const struct seg *s, uint64_t bytes);
+void dram_node_stat(const struct dram *d, struct tier_stat *ret);
 
 /* ---- dram_keep.c: what outlives us -------------------------------------------------------- */
 /* Hand a new segment over. 0 and its directory made, or not kept: -errno. */

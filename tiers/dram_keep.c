@@ -97,6 +97,7 @@ static int adopt(struct dram *d, struct tier_kept *k, const char **why)
 	struct dram_dir dir = {0};
 	struct seg s = SEG_INIT;
 	uint64_t id = id_of(k->name), bytes = 0;
+	uint32_t node;
 	struct stat st;
 	int r = -EPROTO;
 
@@ -115,12 +116,14 @@ static int adopt(struct dram *d, struct tier_kept *k, const char **why)
 	if (r < 0)
 		return r;
 	r = dir_adopt(&dir, &s, id, &bytes, why);
+	node = dram_node_of(d, &s, bytes);
+	dram_place_seg(d, &s, node);
 	if (!r && bytes > d->capacity - d->mapped) {
 		*why = "does not fit in [dram] size";
 		r = -ENOSPC;
 	}
 	if (!r)
-		r = dram_seat(d, &d->private, &s, &dir, bytes);
+		r = dram_seat(d, d->private, &s, &dir, bytes, node);
 	if (r < 0) {
 		dir_free(&dir);
 		seg_close(&s); /* and the descriptor */
@@ -179,7 +182,7 @@ static uint32_t look(struct dram *d, uint32_t i, uint32_t unit, tier_found_fn fn
 	if (!r)
 		return 1;
 	if (r > 0)
-		r = alloc_restore(&d->private.alloc, addr, p.meta.bytes, &p.place);
+		r = dram_restore(d, i, unit, p.meta.bytes, &p.place);
 	if (r < 0) {
 		dir_wipe(&s->dir, unit);
 		return 1;

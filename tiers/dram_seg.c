@@ -8,8 +8,6 @@
 #include "tiers/dram.h"
 
 #include <errno.h>
-#include <numa.h>
-#include <numaif.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,65 +16,12 @@
 
 #define FIRST_SHARE 16u /* an owner's first segment is this part of a private one */
 
-struct pool *dram_pool(struct dram *d, uint64_t owner)
+static struct alloc *alloc_of(const struct dram_seg *s)
 {
-	struct pool *p;
-
-	if (!owner)
-		return &d->private;
-	LIST_FOREACH(p, &d->pools, link)
-		if (p->owner == owner)
-			return p;
-	return NULL;
-}
-
-struct pool *dram_pool_get(struct dram *d, uint64_t owner)
-{
-	struct pool *p = dram_pool(d, owner);
-
-	if (p)
-		return p;
-	p = calloc(1, sizeof(*p));
-	if (!p)
-		return NULL;
-	p->owner = owner;
-	alloc_init(&p->alloc);
-	LIST_INSERT_HEAD(&d->pools, p, link);
-	return p;
-}
-
-static void pool_end(struct pool *p)
-{
-	if (!p->owner || p->held || p->mapped)
-		return;
-	LIST_REMOVE(p, link);
-	alloc_fini(&p->alloc);
-	free(p);
+	return &s->pool->alloc[s->node];
 }
 
 /* ---- memory ------------------------------------------------------------------------ */
-
-/*
- * Say where the segment's memory shall come from. Preferred rather than bound: a full node
- * must cost latency, not the daemon's life. Failure costs placement only, so it is not an error.
- */
-static void place(const struct dram *d, const struct seg *s)
-{
-	if (numa_available() < 0)
-		return;
-	if (d->node >= 0) {
-		struct bitmask *m = numa_allocate_nodemask();
-
-		if (!m)
-			return;
-		numa_bitmask_setbit(m, (unsigned)d->node);
-		mbind(s->addr, s->size, MPOL_PREFERRED, m->maskp, m->size + 1, 0);
-		numa_free_nodemask(m);
-	} else if (numa_num_configured_nodes() > 1) {
-		mbind(s->addr, s->size, MPOL_INTERLEAVE, numa_all_nodes_ptr->maskp,
-		      numa_all_nodes_ptr->size + 1, 0);
-	}
-}
 
 /* The reaper: unmap until there is nothing left. */
 static void *reap_run(void *arg)
@@ -141,10 +86,10 @@ void dram_unmap(struct dram *d)
 			dir_free(&d->slot[i].dir);
 			free(d->slot[i].warm);
 		}
-	alloc_fini(&d->private.alloc);
+	dram_pool_fini(d, d->private);
 	while ((p = LIST_FIRST(&d->pools))) {
 		LIST_REMOVE(p, link);
-		alloc_fini(&p->alloc);
+		dram_pool_fini(d, p);
 		free(p);
 	}
 	pthread_mutex_destroy(&d->lock);
@@ -157,15 +102,25 @@ static uint32_t slabs_of(const struct dram_seg *s)
 	return (uint32_t)(s->bytes / ALLOC_SLAB_BYTES);
 }
 
+/* So many more of its slabs may have memory behind them. */
+static void warmer(struct dram *d, const struct dram_seg *s, int64_t slabs)
+{
+	d->warm += (uint64_t)slabs * ALLOC_SLAB_BYTES;
+	d->node[s->node].warm += (uint64_t)slabs * ALLOC_SLAB_BYTES;
+}
+
 void dram_warm_all(struct dram *d, struct dram_seg *s)
 {
-	d->warm += (slabs_of(s) - bits_rank(s->warm, slabs_of(s))) * ALLOC_SLAB_BYTES;
+	warmer(d, s, (int64_t)(slabs_of(s) - bits_rank(s->warm, slabs_of(s))));
 	bits_set_range(s->warm, 0, slabs_of(s));
 }
 
 uint64_t dram_left(const struct dram *d)
 {
-	uint64_t limit = MIN(d->limit, d->capacity), taken = d->private.alloc.st.used + d->published;
+	uint64_t limit = MIN(d->limit, d->capacity), taken = d->published;
+
+	for (uint32_t n = 0; n < d->nodes; n++)
+		taken += d->private->alloc[n].st.used;
 
 	return limit - MIN(limit, taken);
 }
@@ -182,7 +137,7 @@ static int warm_up(struct dram *d, struct dram_seg *s, uint64_t off, uint32_t by
 		if (s->holes && s->seg.huge && seg_commit(&s->seg, i * ALLOC_SLAB_BYTES, ALLOC_SLAB_BYTES) < 0)
 			return -ENOSPC;
 		bits_set(s->warm, i);
-		d->warm += ALLOC_SLAB_BYTES;
+		warmer(d, s, 1);
 	}
 	return 0;
 }
@@ -194,14 +149,15 @@ static void give_back(struct dram *d, uint32_t i)
 	struct dram_seg *s = &d->slot[i];
 	struct pool *p = s->pool;
 
-	if (alloc_remove(&p->alloc, i) < 0)
+	if (alloc_remove(alloc_of(s), i) < 0)
 		return;
 	p->mapped -= s->bytes;
 	d->mapped -= s->bytes;
+	d->node[s->node].mapped -= s->bytes;
 	if (p->owner)
 		d->published -= s->bytes;
 	s->pool = NULL;
-	d->warm -= bits_rank(s->warm, slabs_of(s)) * ALLOC_SLAB_BYTES;
+	warmer(d, s, -(int64_t)bits_rank(s->warm, slabs_of(s)));
 	free(s->warm);
 	s->warm = NULL;
 	dram_unkeep(d, &s->dir);
@@ -216,8 +172,16 @@ static uint64_t slabs_in(uint64_t bytes)
 	return bytes / ALLOC_SLAB_BYTES * ALLOC_SLAB_BYTES;
 }
 
-/* Bytes of the pool's next segment; 0: there is no room for one. */
-static uint64_t next_size(struct dram *d, const struct pool *p, uint64_t room)
+/* Capacity of the node that no segment takes. */
+static uint64_t unmapped(const struct dram *d, uint32_t node)
+{
+	const struct dram_node *n = &d->node[node];
+
+	return MIN(n->capacity - MIN(n->capacity, n->mapped), d->capacity - d->mapped);
+}
+
+/* Bytes of the pool's next segment there; 0: there is no room for one. */
+static uint64_t next_size(struct dram *d, const struct pool *p, uint32_t node, uint64_t room)
 {
 	uint64_t bytes = d->segment;
 	uint32_t spare;
@@ -226,12 +190,12 @@ static uint64_t next_size(struct dram *d, const struct pool *p, uint64_t room)
 		bytes = MIN(bytes, MAX(p->mapped, MAX(slabs_in(bytes / FIRST_SHARE), ALLOC_SLAB_BYTES)));
 		bytes = MIN(bytes, slabs_in(room));
 		/* The empty one that is kept for private pages is worth less than this. */
-		spare = alloc_next_empty(&d->private.alloc, 0);
-		if (d->capacity - d->mapped < bytes && spare < d->private.alloc.top)
+		spare = dram_next_empty(d->private, node, 0);
+		if (unmapped(d, node) < bytes && spare < DRAM_SLOTS)
 			give_back(d, spare);
 		bytes = MIN(bytes, slabs_in(dram_left(d)));
 	}
-	return MIN(bytes, d->capacity - d->mapped);
+	return MIN(bytes, unmapped(d, node));
 }
 
 static int make(const struct dram *d, const struct pool *p, uint64_t bytes, struct seg *ret)
@@ -252,7 +216,8 @@ static bool vacant(const struct dram_seg *s, const struct pool *p)
 	return !s->pool && (!p->owner || s->gen < DRAM_LAST_GEN || planted("segment-number-returns"));
 }
 
-int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes)
+int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *dir, uint64_t bytes,
+	      uint32_t node)
 {
 	uint32_t i = 0;
 	uint64_t *warm;
@@ -263,15 +228,15 @@ int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *di
 	if (i == DRAM_SLOTS)
 		return -ENOSPC;
 	warm = calloc(BITS_WORDS(bytes / ALLOC_SLAB_BYTES), sizeof(*warm));
-	r = warm ? alloc_add_at(&p->alloc, i, (uint32_t)(bytes / ALLOC_SLAB_BYTES)) : -ENOMEM;
+	r = warm ? alloc_add_at(&p->alloc[node], i, (uint32_t)(bytes / ALLOC_SLAB_BYTES)) : -ENOMEM;
 	if (r < 0) {
 		free(warm);
 		return r;
 	}
-	place(d, s);
 	d->slot[i].seg = *s;
 	d->slot[i].bytes = bytes;
 	d->slot[i].dir = *dir;
+	d->slot[i].node = (uint8_t)node;
 	d->slot[i].warm = warm;
 	d->slot[i].holes = false;
 	d->slot[i].pool = p;
@@ -280,14 +245,15 @@ int dram_seat(struct dram *d, struct pool *p, struct seg *s, struct dram_dir *di
 	d->top = MAX(d->top, i + 1);
 	p->mapped += bytes;
 	d->mapped += bytes;
+	d->node[node].mapped += bytes;
 	d->published += p->owner ? bytes : 0;
 	return 0;
 }
 
 /* Add one segment of what is left of the capacity. -ENOSPC when nothing is, or none can be made. */
-static int grow(struct dram *d, struct pool *p, uint64_t room)
+static int grow(struct dram *d, struct pool *p, uint32_t node, uint64_t room)
 {
-	uint64_t bytes = next_size(d, p, room);
+	uint64_t bytes = next_size(d, p, node, room);
 	struct dram_dir dir = {0};
 	struct seg s = SEG_INIT;
 	int r;
@@ -295,10 +261,12 @@ static int grow(struct dram *d, struct pool *p, uint64_t room)
 	if (!bytes)
 		return -ENOSPC;
 	r = make(d, p, bytes, &s);
+	if (!r)
+		dram_place_seg(d, &s, node);
 	if (!r && !p->owner && d->keep)
 		(void)dram_keep(d, &s, bytes, &dir); /* else it ends with us, as it would without */
 	if (!r)
-		r = dram_seat(d, p, &s, &dir, bytes);
+		r = dram_seat(d, p, &s, &dir, bytes, node);
 	if (!r)
 		return 0;
 	dram_unkeep(d, &dir);
@@ -311,12 +279,11 @@ static int grow(struct dram *d, struct pool *p, uint64_t room)
 
 void dram_pool_release(struct dram *d, struct pool *p)
 {
-	uint32_t i = 0;
-
 	p->held = false;
-	while ((i = alloc_next_empty(&p->alloc, i)) < p->alloc.top)
-		give_back(d, i++);
-	pool_end(p);
+	for (uint32_t n = 0; n < d->nodes; n++)
+		for (uint32_t i = 0; (i = dram_next_empty(p, n, i)) < DRAM_SLOTS; i++)
+			give_back(d, i);
+	dram_pool_end(d, p);
 }
 
 /* ---- places -------------------------------------------------------------------------- */
@@ -342,26 +309,73 @@ static struct dram_seg *resolve(const struct dram *d, tier_addr addr, uint64_t *
 	return s;
 }
 
-int dram_place(struct dram *d, struct pool *p, uint32_t bytes, uint64_t room, tier_addr *ret)
+/* What pages take of the node changed by what the allocator says now, `was` before. */
+static void node_took(struct dram *d, uint32_t node, const struct alloc *a, const struct alloc_stat *was)
 {
-	uint64_t local;
-	int r = p->owner || bytes <= dram_left(d) ? alloc_get(&p->alloc, bytes, false, &local) : -EDQUOT;
+	d->node[node].used += a->st.used - was->used;
+	d->node[node].stranded += a->st.stranded - was->stranded;
+}
 
-	if (r == -ENOSPC)
-		r = alloc_get(&p->alloc, bytes, grow(d, p, room) < 0, &local);
+/* A place on that node; borrowed: one that is too large, when there is no other. */
+static int place_on(struct dram *d, struct pool *p, uint32_t node, uint32_t bytes, uint64_t room, bool borrow,
+		    uint64_t *ret)
+{
+	struct alloc *a = &p->alloc[node];
+	struct alloc_stat was = a->st;
+	int r = alloc_get(a, bytes, borrow, ret);
+
+	if (r == -ENOSPC && !borrow && !grow(d, p, node, room))
+		r = alloc_get(a, bytes, false, ret);
 	if (!r) {
-		r = warm_up(d, &d->slot[alloc_addr_seg(local)], alloc_addr_off(local), bytes);
+		r = warm_up(d, &d->slot[alloc_addr_seg(*ret)], alloc_addr_off(*ret), bytes);
 		if (r < 0)
-			(void)alloc_put(&p->alloc, local, bytes);
+			(void)alloc_put(a, *ret, bytes);
 	}
-	if (r == -EDQUOT)
-		r = -ENOSPC;
+	node_took(d, node, a, &was);
+	return r;
+}
+
+int dram_place(struct dram *d, struct pool *p, uint32_t bytes, uint64_t room, uint8_t near, tier_addr *ret)
+{
+	int r = p->owner || bytes <= dram_left(d) ? -EAGAIN : -ENOSPC;
+	uint8_t order[TIER_NODES];
+	uint64_t local;
+	uint32_t i = 0;
+
+	if (r == -EAGAIN) {
+		dram_order(d, near, order);
+		for (; i < 2 * d->nodes; i++) {
+			r = place_on(d, p, order[i % d->nodes], bytes, room, i >= d->nodes, &local);
+			if (r != -ENOSPC)
+				break;
+		}
+	}
 	if (r < 0) {
-		pool_end(p);
+		dram_pool_end(d, p);
 		return r;
 	}
+	if (near && near <= d->nodes && order[i % d->nodes] != near - 1)
+		d->node[near - 1].fallbacks++;
 	*ret = address(d, p, local);
 	return 0;
+}
+
+int dram_restore(struct dram *d, uint32_t slot, uint32_t unit, uint32_t bytes, const struct alloc_place *p)
+{
+	struct dram_seg *s = &d->slot[slot];
+	struct alloc_stat was = alloc_of(s)->st;
+	int r = alloc_restore(alloc_of(s), (uint64_t)slot << 32 | unit, bytes, p);
+
+	node_took(d, s->node, alloc_of(s), &was);
+	return r;
+}
+
+int dram_where(const struct dram *d, tier_addr addr)
+{
+	uint64_t local;
+	const struct dram_seg *s = d->nodes > 1 ? resolve(d, addr, &local) : NULL;
+
+	return s ? s->node : -1;
 }
 
 int dram_put(struct dram *d, tier_addr addr, uint32_t bytes)
@@ -369,18 +383,22 @@ int dram_put(struct dram *d, tier_addr addr, uint32_t bytes)
 	uint64_t local;
 	struct dram_seg *s = resolve(d, addr, &local);
 	struct pool *p = s ? s->pool : NULL;
-	int r = s ? alloc_check(&p->alloc, local, bytes) : -EINVAL;
+	struct alloc *a = s ? alloc_of(s) : NULL;
+	int r = s ? alloc_check(a, local, bytes) : -EINVAL;
+	struct alloc_stat was;
 
 	if (r < 0)
 		return r;
 	if (s->dir.id)
 		dir_del(&s->dir, (uint32_t)local);
-	r = alloc_put(&p->alloc, local, bytes);
+	was = a->st;
+	r = alloc_put(a, local, bytes);
+	node_took(d, s->node, a, &was);
 	if (r <= 0)
 		return r;
-	if (p->owner ? !p->held : p->alloc.st.empty_segs > (d->limit == UINT64_MAX) && !d->scanning)
+	if (p->owner ? !p->held : a->st.empty_segs > (d->limit == UINT64_MAX) && !d->scanning)
 		give_back(d, alloc_addr_seg(local));
-	pool_end(p);
+	dram_pool_end(d, p);
 	return 0;
 }
 
@@ -390,7 +408,7 @@ void dram_remember(struct dram *d, const struct tier_io *io)
 	uint64_t local;
 	struct dram_seg *s = io->seq && io->life == TIER_LONG ? resolve(d, io->addr, &local) : NULL;
 
-	if (s && s->dir.id && !alloc_where(&s->pool->alloc, local, io->bytes, &place))
+	if (s && s->dir.id && !alloc_where(alloc_of(s), local, io->bytes, &place))
 		dir_put(&s->dir, (uint32_t)local, &place, &io->meta, io->seq);
 }
 
@@ -405,18 +423,18 @@ void dram_forget(struct dram *d, tier_addr addr)
 
 void dram_trim(struct dram *d)
 {
-	uint32_t i = 0;
-
-	while (d->private.alloc.st.empty_segs > 1 &&
-	       (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top)
-		give_back(d, i++);
+	for (uint32_t n = 0; n < d->nodes; n++)
+		for (uint32_t i = 0; d->private->alloc[n].st.empty_segs > 1 &&
+				     (i = dram_next_empty(d->private, n, i)) < DRAM_SLOTS;
+		     i++)
+			give_back(d, i);
 }
 
 /* Free slabs of one segment that have memory. */
 static void punch(struct dram *d, uint32_t i, uint64_t bytes)
 {
 	struct dram_seg *s = &d->slot[i];
-	const struct alloc_seg *a = &s->pool->alloc.seg[i];
+	const struct alloc_seg *a = &alloc_of(s)->seg[i];
 	uint64_t gone = 0;
 
 	for (uint32_t w = 0; w < BITS_WORDS(slabs_of(s)); w++)
@@ -427,7 +445,7 @@ static void punch(struct dram *d, uint32_t i, uint64_t bytes)
 				return;
 			bits_clear(s->warm, slab);
 			s->holes = true;
-			d->warm -= ALLOC_SLAB_BYTES;
+			warmer(d, s, -1);
 			gone += ALLOC_SLAB_BYTES;
 		}
 }
@@ -435,12 +453,13 @@ static void punch(struct dram *d, uint32_t i, uint64_t bytes)
 uint64_t dram_give(struct dram *d, uint64_t bytes)
 {
 	uint64_t before = d->warm;
-	uint32_t i = 0;
 
-	while (before - d->warm < bytes && (i = alloc_next_empty(&d->private.alloc, i)) < d->private.alloc.top)
-		give_back(d, i++);
-	for (i = 0; i < d->top && before - d->warm < bytes; i++)
-		if (d->slot[i].pool == &d->private)
+	for (uint32_t n = 0; n < d->nodes; n++)
+		for (uint32_t i = 0;
+		     before - d->warm < bytes && (i = dram_next_empty(d->private, n, i)) < DRAM_SLOTS; i++)
+			give_back(d, i);
+	for (uint32_t i = 0; i < d->top && before - d->warm < bytes; i++)
+		if (d->slot[i].pool == d->private)
 			punch(d, i, bytes - (before - d->warm));
 	return before - d->warm;
 }
@@ -450,7 +469,7 @@ void *dram_page(const struct dram *d, tier_addr addr, uint32_t bytes)
 	uint64_t local;
 	struct dram_seg *s = resolve(d, addr, &local);
 
-	if (!s || alloc_check(&s->pool->alloc, local, bytes) < 0)
+	if (!s || alloc_check(alloc_of(s), local, bytes) < 0)
 		return NULL;
 	return (char *)s->seg.addr + alloc_addr_off(local);
 }

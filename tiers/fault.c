@@ -446,6 +446,21 @@ static uint64_t fault_trim(struct tier *t, uint64_t bytes)
 	return l->ops->trim ? l->ops->trim(l, bytes) : 0;
 }
 
+static int fault_where(struct tier *t, tier_addr addr)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	return l->ops->where ? l->ops->where(l, addr) : -1;
+}
+
+static void fault_shun(struct tier *t, uint32_t nodes)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	if (l->ops->shun)
+		l->ops->shun(l, nodes);
+}
+
 const struct tier_ops tier_fault_ops = {
 	.name = "fault",
 	.caps = TIER_CAP_ASYNC,
@@ -467,4 +482,6 @@ const struct tier_ops tier_fault_ops = {
 	.owner_stat = fault_owner_stat,
 	.limit = fault_limit,
 	.trim = fault_trim,
+	.where = fault_where,
+	.shun = fault_shun,
 };

@@ -64,6 +64,7 @@ struct tier_io {
 	uint64_t owner; /* write: whose clients may map the page's segment, read-only; 0: nobody, it is private
 			 */
 	uint64_t room;  /* write, with owner: bytes of new segments that the owner may be charged with */
+	uint8_t near;   /* write: 1 + index of the node where it should lie; 0: wherever */
 	int32_t res;    /* after reap: 0 or -errno */
 	void *user;     /* the caller's */
 	struct tier_io *next; /* the tier's while submitted */
@@ -95,6 +96,26 @@ enum {
 	TIER_CAP_ASYNC = 4,   /* completion comes later, through the fd */
 };
 
+#define TIER_NODES 16u /* nodes of memory that are told apart */
+
+/* What a host has. Memory that a client of a node uses is best on that node, else on one at a small distance.
+ */
+struct tier_nodes {
+	unsigned n;                  /* 0: nothing is known of it */
+	int id[TIER_NODES];          /* the kernel's numbers, rising */
+	uint64_t memory[TIER_NODES]; /* bytes; a capacity is divided in these proportions */
+	uint8_t distance[TIER_NODES][TIER_NODES];
+	/* As place_near() in shm/place.h; NULL: that one. For tests, on hosts that have one node. */
+	int (*near)(void *addr, size_t bytes, int id);
+};
+
+struct tier_node_stat {
+	int id;
+	uint64_t capacity, used, free; /* the tier's are their sums */
+	uint64_t resident;             /* bytes of the host's memory, in pieces of 2 MiB */
+	uint64_t fallbacks;            /* pages that should have come here and went to another node */
+};
+
 struct tier_stat {
 	uint64_t capacity, used, free; /* bytes; used counts what pages occupy, padding included */
 	uint64_t overhead;             /* headers, footers, staging buffers */
@@ -107,7 +128,17 @@ struct tier_stat {
 	uint64_t held;                /* of that, what no page takes */
 	bool offline, huge, io_uring; /* offline: a deadline passed; no new work */
 	int node;                     /* NUMA node, -1 interleaved or unknown */
-	char note[96];                /* one human line, e.g. why the fallback runs */
+	int place_err;                /* -errno: the host does not let us say where memory shall lie */
+	uint32_t nodes;               /* told apart; 0: nothing is known of them */
+	struct tier_node_stat at[TIER_NODES]; /* interleaved: equal parts */
+	char note[96];                        /* one human line, e.g. why the fallback runs */
+};
+
+/* tier_cfg.node: one of the host's nodes, or */
+enum {
+	TIER_NODE_SPREAD = -1, /* pages of memory from all nodes in turn */
+	TIER_NODE_CLIENT = -2, /* segments on each node, pages where tier_io.near says */
+	TIER_NODE_OFF = -3,    /* wherever the kernel takes it from */
 };
 
 #define TIER_SEGMENT_GRAIN (UINT64_C(2) << 20) /* published segments are multiples */
@@ -149,8 +180,9 @@ struct tier_cfg {
 	bool no_uring;        /* nvme: use the thread pool */
 	bool prealloc;        /* nvme: write containers over once at creation (default true in the daemon) */
 	bool no_huge;         /* dram */
-	int node;             /* dram: NUMA node, -1 = interleave over all */
-	const struct tier_keep *keep; /* dram: NULL: its memory ends with the process */
+	int node;             /* dram: NUMA node, or TIER_NODE_* */
+	const struct tier_nodes *nodes; /* dram: of the host; copied. NULL: nothing is known */
+	const struct tier_keep *keep;   /* dram: NULL: its memory ends with the process */
 	const char *fault; /* fault: "seed=N,write_eio=P,...,delay_us=N", keys in tiers/fault.h, P in 1/1000 */
 	const struct tier_ops *lower_ops; /* fault: what it wraps */
 };
@@ -222,6 +254,13 @@ struct tier_ops {
 	 */
 	void (*limit)(struct tier *t, uint64_t bytes);
 	uint64_t (*trim)(struct tier *t, uint64_t bytes);
+	/*
+	 * Nodes, both NULL in tiers that know none. where: the index of the one on which the page at addr
+	 * should lie; -1: none in particular. shun: from now on these, a bit for each index, get pages only
+	 * where no other node has room.
+	 */
+	int (*where)(struct tier *t, tier_addr addr);
+	void (*shun)(struct tier *t, uint32_t nodes);
 };
 
 static inline bool tier_published(tier_addr addr)

@@ -145,6 +145,25 @@ static const char *came_back(uint64_t bytes)
 	return text;
 }
 
+/* Where there is more than one. */
+static void show_nodes(const json_t *dram)
+{
+	const json_t *nodes = json_object_get(dram, "nodes"), *n;
+	size_t i;
+
+	if (json_array_size(nodes) < 2)
+		return;
+	json_array_foreach(nodes, i, n)
+	{
+		printf("           node %s: %s of %s used", fmt_count(num(n, "node")),
+		       fmt_bytes(num(n, "used_bytes")), fmt_bytes(num(n, "capacity_bytes")));
+		printf(", %s fallbacks\n", fmt_count(num(n, "fallbacks")));
+	}
+	if (num(dram, "node_fallbacks") || num(dram, "migrated_pages"))
+		printf("           %s pages migrated, %s\n", fmt_count(num(dram, "migrated_pages")),
+		       fmt_bytes(num(dram, "migrated_bytes")));
+}
+
 static void show_tier_notes(const json_t *tiers)
 {
 	const json_t *o;
@@ -152,8 +171,6 @@ static void show_tier_notes(const json_t *tiers)
 
 	json_array_foreach(tiers, i, o)
 	{
-		json_int_t node = json_integer_value(json_object_get(o, "node"));
-
 		if (!num(o, "capacity_bytes"))
 			continue;
 		printf("%-10s ", text(o, "name"));
@@ -164,9 +181,8 @@ static void show_tier_notes(const json_t *tiers)
 			       flag(o, "io_uring") ? "io_uring" : "no io_uring",
 			       fmt_count(num(o, "cleaned_segments")), (double)num(o, "free_min_permille") / 10);
 		else
-			printf("%s pages, node %s, free marks %.1f %.1f %.1f %%\n",
-			       flag(o, "huge_pages") ? "huge" : "small",
-			       node < 0 ? "interleaved" : fmt_count((uint64_t)node),
+			printf("%s pages, nodes: %s, free marks %.1f %.1f %.1f %%\n",
+			       flag(o, "huge_pages") ? "huge" : "small", text(o, "numa"),
 			       (double)num(o, "free_min_permille") / 10,
 			       (double)num(o, "free_low_permille") / 10,
 			       (double)num(o, "free_high_permille") / 10);
@@ -174,6 +190,7 @@ static void show_tier_notes(const json_t *tiers)
 			printf("           %s%s%s\n", flag(o, "kept") ? "outlives the daemon" : "",
 			       flag(o, "kept") && num(o, "returned_bytes") ? ", " : "",
 			       num(o, "returned_bytes") ? came_back(num(o, "returned_bytes")) : "");
+		show_nodes(o);
 		if (num(o, "published_bytes"))
 			printf("           %s published, %s of it held back\n",
 			       fmt_bytes(num(o, "published_bytes")), fmt_bytes(num(o, "published_held_bytes")));

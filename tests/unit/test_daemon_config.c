@@ -92,7 +92,7 @@ static void defaults_are_sound(void **state)
 	assert_string_equal(c.file, "");
 	assert_string_equal(c.run_dir, "/run/kvtier");
 	assert_int_equal(c.log_level, LOG_INFO);
-	assert_int_equal(c.dram_node, -1);
+	assert_int_equal(c.dram_node, -2); /* each client's */
 	assert_int_equal(c.dram_size, 4ull << 30);
 	assert_int_equal(c.dram_marks.low, 50);
 	assert_false(c.nvme_enabled);
@@ -346,7 +346,7 @@ static void bad_values_name_value_and_limit(void **state)
 	refused(f, "[dram]\nsize = 99999999999T\n",
 		":2: size: \"99999999999T\", must be bytes (K, M, G, T), 4M to 64T");
 	refused(f, "[dram]\nhuge_pages = maybe\n", ":2: huge_pages: \"maybe\", must be yes or no");
-	refused(f, "[dram]\nnode = -1\n", ":2: node: \"-1\", must be interleave or a node from 0 to 1023");
+	refused(f, "[dram]\nnode = -1\n", ":2: node: \"-1\", must be client, interleave, off or a node from 0 to 1023");
 	refused(f, "[budget]\ndevice = 100.1\n",
 		":2: device: \"100.1\", must be percent with at most one decimal, 0.0 to 100.0");
 	refused(f, "[budget]\ndevice = 1.25\n",
