@@ -21,8 +21,8 @@
 #define WORK_LANE 120u /* what is written around its runs */
 #define WORK_WORD 1u   /* 64 rows */
 #define WORK_PAGE 16u  /* a page that may be on its way */
-#define WORK_RUN 12u
-#define WORK_SCORES 50u  /* of 64 rows */
+#define WORK_RUN 5u
+#define WORK_SCORES 160u  /* of 64 rows */
 #define WORK_COLUMN 200u /* four numbers as text */
 
 struct column {

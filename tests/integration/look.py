@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from lib.rows import LANES, Neighbour, Rows
 from lib.world import Tap, World, build_dir, equal, expect, matches, until
 
-from kvtier import ROWS_ALL, Client, budget
+from kvtier import ROWS_ALL, Client, Model, Region, Sequence, budget
 
 
 def handle(d, r):
@@ -158,6 +158,39 @@ def map_agrees_with_trace():
         r.close()
 
 
+def map_in_slices():
+    """Rows nobody wrote, but many: pieces that the daemon tells, put together by hand and by kvtierctl."""
+    rows = 50000
+    with World(dram={"size": "16M"}, nvme={"enabled": "no"}) as d, Client(d.socket) as c:
+        model = Model(c, "long", 2, 2, 4)
+        layouts, size = model.layout(rows, 16)
+        region = Region(c, size)
+        s = Sequence(c, model, region, layouts, rows)
+        s.append(0, rows)
+        s.apply(s.wait(s.request(budget(rows // 2, 0, 0, manual=True)), timeout_ms=20000))
+        h = hex(s.info()["handle"])
+        until("applied", lambda: d.ctl("show", h)["rows_dropped"] == rows // 2 * LANES, 5)
+        whole, pieces, at = d.ctl("map", h, "1+", "900"), [], "1.0.50000.0"
+        while at:
+            p = d.ctl("map", h, "1+", "900", at)
+            expect(sum(len(x["runs"]) for x in p["lane"]) < 30000, "a piece without an end")
+            pieces, at = pieces + p["lane"], p["next"]
+        expect(len(pieces) > 6, f"{len(pieces)} pieces of {rows} rows in 3 lanes")
+        for x in whole["lane"]:
+            mine = [p for p in pieces if p["lane"] == x["lane"]]
+            equal(sum((codes(p) for p in mine), []), codes(x), "the pieces of a lane")
+            equal((codes(x).count(1), codes(x).count(0)), (rows // 2, rows // 2), "rows on the device, dropped")
+            seen = [0] * 900
+            for p in mine:
+                for i, n in enumerate(p["scores"][0::4]):
+                    seen[p["column"] + i] += n
+            equal((seen, sum(seen)), (x["scores"][0::4], rows // 2), "rows with a score in each column")
+        equal([x["lane"] for x in whole["lane"]], [1, 2, 3], "lanes")
+        s.truncate(40000)
+        matches(refused(d, "map", h, "1+", "0", "1.0.50000.0"), "was cut since", "the line")
+        equal(d.ctl("map", h)["rows"], 40000, "rows after the cut")
+
+
 def map_tells_what_moves():
     with World() as d, Client(d.socket) as c:
         r = Rows(c, "moves")
@@ -261,6 +294,7 @@ for name, fn in (("trace tells what plans did", true_counts),
                  ("trace tells of demotion by hand and of a cancelled plan", demoted_and_cancelled),
                  ("trace of a row agrees with show lanes and the runtime", rows_agree_with_lanes),
                  ("map of every row agrees with trace", map_agrees_with_trace),
+                 ("a long map comes in pieces that fit", map_in_slices),
                  ("map tells what is on its way", map_tells_what_moves),
                  ("trace is for one's own sequences", own_only),
                  ("a tenant's own status is the sum of its sequences", own_status_is_a_sum),
