@@ -93,12 +93,21 @@ static int open_tier(struct core *c, int t, char *err, size_t errsize)
 	return ops->open(&c->pages.tier[t], &tc, err, errsize);
 }
 
-/* Beside what outlives the daemon. */
+/*
+ * Beside what outlives the daemon. A life without the nvme tier goes on with the ledger of the one before, if
+ * it can: the next one that has the tier would else believe what clients are told now is gone.
+ */
 static int open_ledger(struct core *c, char *err, size_t errsize)
 {
 	const struct tier *t = c->pages.tier[KVT_TIER_NVME];
-	int r = t && (t->ops->caps & TIER_CAP_DURABLE) ? ledger_open(&c->ledger, c->cfg.nvme_path) : 0;
+	int r = 0;
 
+	if (t && (t->ops->caps & TIER_CAP_DURABLE))
+		r = ledger_open(&c->ledger, c->cfg.nvme_path);
+	else if (!t && ledger_exists(c->cfg.nvme_path) && ledger_open(&c->ledger, c->cfg.nvme_path) < 0)
+		log_line(LOG_WARNING,
+			 "nvme path %s: %s cannot be opened: remove the store before nvme is switched on",
+			 c->cfg.nvme_path, LEDGER_NAME);
 	if (r < 0)
 		snprintf(err, errsize, "nvme path %s: %s: %s", c->cfg.nvme_path, LEDGER_NAME, strerror(-r));
 	return r;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "daemon/ledger.h"
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -147,6 +148,14 @@ int ledger_open(struct ledger **ret, const char *dir)
 	}
 	*ret = l;
 	return 0;
+}
+
+bool ledger_exists(const char *dir)
+{
+	char path[512];
+	int n = snprintf(path, sizeof(path), "%s/" LEDGER_NAME, dir);
+
+	return *dir && n > 0 && n < (int)sizeof(path) && !access(path, F_OK);
 }
 
 void ledger_close(struct ledger *l)

@@ -42,6 +42,8 @@ struct ledger;
 
 /* Open or make the file in the directory `dir`. A file that is none, or is of another version, is made anew. */
 int ledger_open(struct ledger **ret, const char *dir);
+/* Is there one? */
+bool ledger_exists(const char *dir);
 /* What is in the file stays. NULL is fine. */
 void ledger_close(struct ledger *l);
 /* Every leased sequence that has not ended has an entry: one that has none has ended. */

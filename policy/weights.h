@@ -189,8 +189,11 @@ int weights_lay_out(struct weights_layout *ret, const struct weights_header *h);
 int weights_image_new(uint8_t **ret, const struct weights_header *h, uint64_t calib_size, char *err,
 		      size_t errsize);
 void *weights_image_at(uint8_t *image, uint32_t lane, uint32_t t);
-/* Store the digest of a finished image of `size` bytes (at least a header). */
-void weights_image_seal(uint8_t *image, uint64_t size);
+/*
+ * Store the digest of a finished image of `size` bytes (at least a header). 0, or -ENOMEM: the library has no
+ * memory for one, or none at all, and the image is as it was.
+ */
+int weights_image_seal(uint8_t *image, uint64_t size);
 /* Write an image to `path` through a temporary file beside it, synced, then renamed. 0 or -errno. */
 int weights_image_write(const uint8_t *image, const char *path);
 /*

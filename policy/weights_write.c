@@ -55,10 +55,14 @@ void *weights_image_at(uint8_t *image, uint32_t lane, uint32_t t)
 	return image + h->lane_off + lane * h->lane_stride + layout.tensor[t].off;
 }
 
-void weights_image_seal(uint8_t *image, uint64_t size)
+int weights_image_seal(uint8_t *image, uint64_t size)
 {
-	SHA256(image + WEIGHTS_DIGESTED, size - WEIGHTS_DIGESTED,
-	       image + offsetof(struct weights_header, digest));
+	uint8_t digest[SHA256_DIGEST_LENGTH];
+
+	if (!SHA256(image + WEIGHTS_DIGESTED, size - WEIGHTS_DIGESTED, digest))
+		return -ENOMEM;
+	memcpy(image + offsetof(struct weights_header, digest), digest, sizeof(digest));
+	return 0;
 }
 
 int weights_image_write(const uint8_t *image, const char *path)

@@ -166,8 +166,9 @@ static int write_random(const struct weights_header *h, uint64_t seed, const cha
 		return 1;
 	}
 	weights_image_random(image, seed);
-	weights_image_seal(image, ((struct weights_header *)image)->total_size);
-	r = weights_image_write(image, path);
+	r = weights_image_seal(image, ((struct weights_header *)image)->total_size);
+	if (r == 0)
+		r = weights_image_write(image, path);
 	if (r < 0)
 		fprintf(stderr, "kvtier-weights: %s: %s\n", path, strerror(-r));
 	return r < 0 ? 1 : 0;

@@ -68,8 +68,9 @@ static int write_file(struct run *r, const struct weights *w, struct fit_slopes 
 	x = fit_image(r, image, slopes);
 	if (x < 0)
 		return x;
-	weights_image_seal(image, ((struct weights_header *)image)->total_size);
-	x = weights_image_write(image, r->o.out);
+	x = weights_image_seal(image, ((struct weights_header *)image)->total_size);
+	if (x == 0)
+		x = weights_image_write(image, r->o.out);
 	if (x < 0)
 		snprintf(r->error, sizeof(r->error), "%s: %s", r->o.out, strerror(-x));
 	return x;

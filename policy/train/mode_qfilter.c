@@ -118,8 +118,9 @@ static int write_filters(const struct moments *m, const struct trace_header *t, 
 	for (uint32_t lane = 0; lane < m->lanes; lane++)
 		main_direction(m->square + (size_t)lane * m->dim * m->dim, m->sum + (size_t)lane * m->dim,
 			       m->dim, weights_image_at(image, lane, QFILTER_F));
-	weights_image_seal(image, ((struct weights_header *)image)->total_size);
-	r = weights_image_write(image, path);
+	r = weights_image_seal(image, ((struct weights_header *)image)->total_size);
+	if (r == 0)
+		r = weights_image_write(image, path);
 	if (r < 0)
 		snprintf(err, errsize, "%s: %s", path, strerror(-r));
 	return r;

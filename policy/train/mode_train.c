@@ -175,8 +175,9 @@ static int finish(struct run *r)
 	if (x == 0 && r->o.calibrate)
 		x = fit_image(r, image, &slopes);
 	if (x == 0) {
-		weights_image_seal(image, ((struct weights_header *)image)->total_size);
-		x = weights_image_write(image, r->o.out);
+		x = weights_image_seal(image, ((struct weights_header *)image)->total_size);
+		if (x == 0)
+			x = weights_image_write(image, r->o.out);
 		if (x < 0)
 			snprintf(r->error, sizeof(r->error), "%s: %s", r->o.out, strerror(-x));
 	}

@@ -39,7 +39,7 @@ MINUTES = float(os.environ.get("KVT_MINUTES", "0"))
 TARGETS = {
     "session": (4000, 512, 60000), "window": (3000, 512, 60000), "wire": (200000, 8192, 1000000),
     "ring": (100000, 1024, 1000000), "nvme_format": (100000, 8192, 1000000), "store": (1500, 1024, 60000),
-    "dram_dir": (1000, 512, 40000),
+    "dram_dir": (1000, 512, 40000), "ledger": (4000, 4096, 125000),
     "trace": (12000, 4096, 250000), "snapshot": (8000, 4096, 250000), "config": (8000, 8192, 250000),
     "weights": (4000, 4096, 125000), "calibration": (10000, 4096, 250000), "recall": (1200, 4096, 60000),
 }
@@ -118,6 +118,9 @@ def seeds(target):
     if target == "dram_dir":
         return [struct.pack("<BBBBIB", seal, 0, where, off, 7, 2) for seal in (0, 1) for where, off in
                 ((3, 16), (3, 24), (4, 28), (5, 32), (6, 36), (7, 44), (8, 46), (9, 48), (10, 50), (200, 0), (203, 64), (250, 24))]
+    if target == "ledger":  # a word of the head or of an entry: magic, version, boot, marks' count, name, floor, epoch, born, a mark
+        return [struct.pack("<BBBBI", how, slot, at, 4, 0x7fffffff)[:8] for how in (1, 3, 7) for slot, at in
+                ((0, 4), (0, 8), (0, 16), (1, 4), (1, 8), (2, 16), (2, 32), (3, 40), (3, 44), (4, 48), (5, 104), (6, 255))] + [b"\0" + bytes(600), b"\2" + bytes(1100)]
     if target in ("weights", "trace", "nvme_format"):
         return [bytes([k]) + bytes(32) for k in range(8)]
     return [bytes(64)]

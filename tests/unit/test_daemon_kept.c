@@ -375,6 +375,100 @@ static void a_ledger_of_before_does_not_speak_for_the_key(void **state)
 	finish(&f);
 }
 
+/* 900 rows, all on disk and sealed, and in memory too or not; the next life has no disk. */
+static void on_disk(struct fixture *f, uint32_t id, bool memory)
+{
+	static struct keeper before;
+
+	begin(f, true, id, 900);
+	assert_int_equal(rt_plan(&f->q, 0, KVT_ROWS_ALL, 0, NULL), 0);
+	keeper_snapshot(&before, &f->k);
+	rt_seq_free(&f->q, false);
+	for (int n = 0; n < 1000 && harness_stat(&f->h).orphans != 1; n++)
+		usleep(1000);
+	drain(&f->h);
+	harness_stop(&f->h);
+	rt_close(&f->rt);
+	for (int t = 0; t < 2; t++)
+		unlink(f->h.sock[t]);
+	keeper_close(&f->k);
+	memset(&f->k, 0, sizeof(f->k));
+	if (memory)
+		f->k = before;
+	else
+		keeper_close(&before);
+	f->h.cfg.nvme_enabled = false;
+	start(f);
+}
+
+/* The disk is there again; what memory there was is not. */
+static void disk_again(struct fixture *f)
+{
+	stop(f);
+	keeper_close(&f->k);
+	memset(&f->k, 0, sizeof(f->k));
+	f->h.cfg.nvme_enabled = true;
+	start(f);
+}
+
+/* A life without the disk: its clients are told that rows are gone, and the disk still has them. */
+static void what_a_life_without_the_disk_gave_up_stays_gone(void **state)
+{
+	struct kvtier_seq_opts o;
+	struct fixture f;
+	uint32_t rows;
+
+	on_disk(&f, 15, false); /* goes on without its rows, with others in their places */
+	assert_int_equal(resume(&f, 15, 0, 5), 0);
+	f.q.salt = 5;
+	assert_int_equal(rt_append(&f.q, 300), 0);
+	assert_int_equal(rt_plan(&f.q, 0, KVT_ROWS_ALL, 0, NULL), 0);
+	disk_again(&f);
+	assert_int_equal(resume(&f, 15, 0, 5), 0);
+	assert_int_equal(rt_append(&f.q, 40), 0);
+	assert_int_equal(rt_plan(&f.q, 0, 0, KVT_ROWS_ALL, NULL), 0);
+	assert_int_equal(whole(&f), 40);
+	finish(&f);
+
+	on_disk(&f, 16, false); /* ends */
+	assert_int_equal(resume(&f, 16, 0, 0), 0);
+	rt_seq_free(&f.q, true);
+	for (int i = 0; i < 1000 && harness_stat(&f.h).seqs; i++)
+		usleep(1000);
+	disk_again(&f);
+	assert_int_equal(harness_stat(&f.h).orphans, 0);
+	assert_int_equal(rt_prepare(&f.q, &f.rt, 16, 1200, 1200, 4096), 0);
+	o = rt_opts(&f.q, KVT_LEASED, &keep_all);
+	assert_int_equal(kvtier_seq_resume(f.rt.c, f.rt.m, &o, &f.q.s, &rows), KVT_E_NOENT);
+	assert_int_equal(rt_seq_open(&f.q, KVT_LEASED, &keep_all), 0); /* the key is free */
+	finish(&f);
+}
+
+/* The same with rows in memory as well, which stays: cut without the disk, they stay cut with it. */
+static void a_cut_without_the_disk_holds_with_it(void **state)
+{
+	struct fixture f;
+
+	on_disk(&f, 17, true);
+	assert_int_equal(resume(&f, 17, 0, 0), 900);
+	assert_int_equal(kvtier_seq_truncate(f.q.s, 500), 0);
+	for (uint32_t i = 500; i < f.q.max_rows; i++)
+		f.q.salts[i] = f.q.salt = 5;
+	f.q.rows = 500;
+	assert_int_equal(rt_append(&f.q, 100), 0);
+	assert_int_equal(rt_plan(&f.q, 0, KVT_ROWS_ALL, 0, NULL), 0);
+	stop(&f);
+	f.h.cfg.nvme_enabled = true;
+	start(&f);
+	assert_true(harness_stat(&f.h).returned[KVT_TIER_NVME] > 0);
+	assert_int_equal(resume(&f, 17, 500, 5), 600);
+	assert_int_equal(whole(&f), 600);
+	disk_again(&f); /* now without the memory that knew of the cut */
+	assert_int_equal(resume(&f, 17, 500, 5), 500);
+	assert_int_equal(whole(&f), 500);
+	finish(&f);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -386,6 +480,8 @@ int main(void)
 		cmocka_unit_test(the_older_life_of_a_key_stays_gone),
 		cmocka_unit_test(a_sequence_without_pages_comes_back_without_rows),
 		cmocka_unit_test(a_ledger_of_before_does_not_speak_for_the_key),
+		cmocka_unit_test(what_a_life_without_the_disk_gave_up_stays_gone),
+		cmocka_unit_test(a_cut_without_the_disk_holds_with_it),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <math.h>
+#include <openssl/evp.h>
 #include <sys/stat.h>
 
 static char err[512];
@@ -68,6 +69,23 @@ static void round_trip(void **state)
 		weights_free(w);
 	}
 	weights_free(NULL);
+}
+
+/* A library without algorithms is as one without memory. */
+static void a_digest_that_cannot_be_made_is_told(void **state)
+{
+	_cleanup_free_ uint8_t *image = make_image(shape_narrow_trained(), 64, 1);
+	uint64_t size = image_size(image);
+	_cleanup_free_ uint8_t *was = malloc(size);
+
+	memcpy(was, image, size);
+	assert_int_equal(EVP_set_default_properties(NULL, "provider=none"), 1);
+	assert_int_equal(weights_image_seal(image, size), -ENOMEM);
+	assert_int_equal(EVP_set_default_properties(NULL, ""), 1);
+	assert_memory_equal(image, was, size);
+	image[size - 1] ^= 1;
+	assert_int_equal(weights_image_seal(image, size), 0);
+	assert_memory_not_equal(image, was, WEIGHTS_HEADER);
 }
 
 static void every_truncation_is_refused(void **state)
@@ -431,6 +449,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(published_network_has_its_parameters),
 		cmocka_unit_test(round_trip),
+		cmocka_unit_test(a_digest_that_cannot_be_made_is_told),
 		cmocka_unit_test(every_truncation_is_refused),
 		cmocka_unit_test(truncated_and_longer_files_are_refused),
 		cmocka_unit_test(every_changed_byte_is_refused),
