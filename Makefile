@@ -478,6 +478,26 @@ uninstall: ## remove what install put there (configuration that was edited stays
 	rm -rf $(D)$(LIBDIR)/kvtier $(D)$(PREFIX)/include/kvtier $(D)$(PREFIX)/share/kvtier $(D)$(PREFIX)/share/doc/kvtier
 	cmp -s systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/kvtierd.conf && rm -f $(D)$(SYSCONFDIR)/kvtier/kvtierd.conf || true
 
+# Packaging files cannot stand at the top of this tree: a copy, kept for the objects in it, gets them there.
+DEB_TREE := $(BUILD)/deb/tree
+DEB_SRC  := Makefile README.md LICENSE shm ipc tiers policy daemon systemd
+DEB_STAMP := $(BUILD)/deb/stamp
+.PHONY: deb
+deb: $(DEB_STAMP) ## Debian packages into build/deb (NVCC=: without kernels for GPUs)
+	$(Q)ls $(BUILD)/deb/*.deb
+$(DEB_STAMP): $(FATBIN) $(shell find $(DEB_SRC) -type f ! -name '*.pyc')
+	@command -v dpkg-buildpackage dh >/dev/null || { echo "make deb: needs dpkg-dev and debhelper" >&2; exit 1; }
+	@mkdir -p $(DEB_TREE)/build
+	$(Q)find $(DEB_TREE) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	$(Q)tar -c --exclude=__pycache__ $(DEB_SRC) | tar -x -C $(DEB_TREE)
+	$(Q)cp -a systemd/debian $(DEB_TREE)/debian
+	$(Q)rm -f $(DEB_TREE)/build/kvtier-cuda.fatbin $(BUILD)/deb/*.deb
+	$(if $(FATBIN),$(Q)cp -p $(FATBIN) $(DEB_TREE)/build/)
+	$(say) DEB $(BUILD)/deb
+	$(Q)cd $(DEB_TREE) && env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL DEB_BUILD_OPTIONS=noautodbgsym NVCC=$(if $(NVCC),$(abspath $(NVCC))) \
+		dpkg-buildpackage -b -us -uc -nc -j2 >../build.log 2>&1 || { tail -n 30 ../build.log >&2; exit 1; }
+	$(Q)touch $@
+
 .PHONY: clean
 clean: ## remove build output
 	rm -rf $(BUILD)
