@@ -196,6 +196,7 @@ static void end(struct page_store *ps, struct limbo_move *m)
 		memset(l->let_go, 0, sizeof(l->let_go));
 	m->dst->limbo = 0;
 	unpin(ps, m);
+	mover_kick(l->core);
 	if (!s->dead && !s->recount) {
 		s->recount = true;
 		s->refs++;

@@ -315,8 +315,10 @@ bool give_some(struct core *c, struct give *g, uint64_t need, bool drop)
 	c->stat.squeeze_returned_bytes += gone;
 	if (gone)
 		return true;
-	if (drop) /* better a row that a kill could lose than one that is lost */
+	if (drop && waits) { /* better a row that a kill could lose than one that is lost */
 		limbo_let_go(c, KVT_TIER_DRAM);
+		return false; /* its end kicks the pump */
+	}
 	if (drop && !g->drop) { /* what is on its way goes on */
 		g->drop = true;
 		enter(g, COUNT);
@@ -343,7 +345,7 @@ bool give_some(struct core *c, struct give *g, uint64_t need, bool drop)
 		enter(g, WAIT);
 		return g->took;
 	case WAIT:
-		if (waits)
+		if (waits && TAILQ_EMPTY(&c->settles)) /* before that segments become full by themselves */
 			limbo_hurry(c, KVT_TIER_DRAM);
 		if (!g->drop && (!TAILQ_EMPTY(&c->settles) || waits))
 			return false; /* their ends kick the pump, and so do seals */
