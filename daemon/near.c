@@ -192,7 +192,7 @@ void near_tick(struct core *c)
 	follow(c);
 	if (st.nodes < 2)
 		return;
-	for (uint32_t i = 0; i < st.nodes; i++)
+	for (uint32_t i = 0; i < MIN(st.nodes, TIER_NODES); i++)
 		weigh(c, i, &st.at[i]);
 	if (t->ops->shun)
 		t->ops->shun(t, n->shun);
