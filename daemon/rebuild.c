@@ -124,12 +124,15 @@ static int list_rows(struct core *c, struct seq *s, uint32_t rows)
 		s->ix.resident[l] = 0;
 		for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
 			mark_copies(c, s, l, t);
-			r = keep_newest(c, s, l, t);
-			if (r < 0)
-				return r;
 			/* Keys are not kept: all rows are equal until they are scored again. */
 			bits_for_each(i, index_bits(&s->ix, t, l), rows)
 				s->ix.key[(size_t)l * s->ix.cap + i] = 1;
+		}
+		/* Sweeps, so not before all tiers are marked. */
+		for (int t = KVT_TIER_DRAM; t < KVT_TIERS; t++) {
+			r = keep_newest(c, s, l, t);
+			if (r < 0)
+				return r;
 		}
 	}
 	return 0;
