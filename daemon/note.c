@@ -8,6 +8,7 @@
 #include <poll.h>
 #include <string.h>
 #include "daemon/internal.h"
+#include "daemon/ledger.h"
 #include "daemon/restart.h"
 #include "shm/crc.h"
 #include "shm/trial.h"
@@ -133,7 +134,7 @@ void restart_cut(struct seq *s)
 {
 	if (s->lifetime != KVT_LEASED || s->dead || !outlives(s->core, KVT_TIER_DRAM))
 		return;
-	if (note_write(s, KVT_TIER_DRAM) < 0)
+	if (note_write(s, KVT_TIER_DRAM) < 0 && s->place == LEDGER_NONE) /* else the ledger says the same */
 		forget_cut(s);
 }
 
