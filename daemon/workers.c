@@ -7,6 +7,8 @@
 #include "daemon/workers.h"
 #include "shm/util.h"
 
+#define URGENT_ROW 4u /* urgent jobs one after the other while others wait: enough of them never end */
+
 struct queue {
 	struct job *head, **tail;
 	uint64_t served; /* bytes */
@@ -25,6 +27,8 @@ struct workers {
 	pthread_cond_t wake;
 	struct queue *urgent, *queue; /* [tenants] */
 	unsigned turn;                /* whose urgent job came last */
+	unsigned row;                 /* urgent jobs since another one was taken */
+	uint64_t served; /* the clock: what the queue taken from last had been served; never goes back */
 	struct queue done;
 	unsigned tenants, threads, started, idle;
 	unsigned jobs; /* the loop's */
@@ -76,11 +80,9 @@ static void queue_init(struct queue *q)
 	q->served = 0;
 }
 
-static struct job *next_job(struct workers *w)
+/* Decisions by turns: else one tenant's many would be before everybody's. */
+static struct job *next_urgent(struct workers *w)
 {
-	struct queue *best = NULL;
-
-	/* Decisions by turns: else one tenant's many would be before everybody's. */
 	for (unsigned i = 1; i <= w->tenants; i++) {
 		unsigned t = (w->turn + i) % w->tenants;
 
@@ -89,13 +91,35 @@ static struct job *next_job(struct workers *w)
 			return queue_get(&w->urgent[t]);
 		}
 	}
+	return NULL;
+}
+
+/* Start-time fair queueing (Goyal, Vin, Cheng 1996): the clock is the start of the job taken last. */
+static struct job *next_fair(struct workers *w)
+{
+	struct queue *best = NULL;
+
 	for (unsigned t = 0; t < w->tenants; t++)
 		if (w->queue[t].head && (!best || w->queue[t].served < best->served))
 			best = &w->queue[t];
 	if (!best)
 		return NULL;
+	w->served = MAX(w->served, best->served);
 	best->served += best->head->bytes;
 	return queue_get(best);
+}
+
+static struct job *next_job(struct workers *w)
+{
+	struct job *j = w->row < URGENT_ROW ? next_urgent(w) : NULL;
+
+	if (j) {
+		w->row++;
+		return j;
+	}
+	w->row = 0;
+	j = next_fair(w);
+	return j ? j : next_urgent(w);
 }
 
 /* Nobody holds the lock. done() follows on the loop. */
@@ -272,16 +296,9 @@ void workers_put(struct workers *w, struct job *j)
 
 	w->jobs++;
 	pthread_mutex_lock(&w->lock);
-	if (!q->head && !j->urgent) {
-		/* Back from idleness: no credit for the time away. */
-		uint64_t least = UINT64_MAX;
-
-		for (unsigned t = 0; t < w->tenants; t++)
-			if (w->queue[t].head)
-				least = MIN(least, w->queue[t].served);
-		if (least != UINT64_MAX)
-			q->served = MAX(q->served, least);
-	}
+	/* Back from idleness: no credit for the time away, whether or not somebody waits just now. */
+	if (!q->head && !j->urgent)
+		q->served = MAX(q->served, w->served);
 	queue_put(q, j);
 	wake = w->idle > 0;
 	pthread_mutex_unlock(&w->lock);

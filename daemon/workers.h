@@ -3,8 +3,8 @@
 /*
  * Threads that score, rank, copy and check. A job's memory is lent to its
  * worker from workers_put() until done() runs on the event-loop thread.
- * Urgent jobs (decisions) go first, tenants by turns; the others are served by tenant, the one
- * with the fewest bytes so far first.
+ * Urgent jobs (decisions) go first, tenants by turns, but one of the others after every few. Those are
+ * served by tenant, the one with the fewest bytes so far first; who had none waiting starts where the others are.
  */
 #include <stdbool.h>
 #include <stddef.h>
