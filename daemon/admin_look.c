@@ -167,6 +167,10 @@ static json_t *pressure_json(const struct core_stat *s)
 	set_num(o, "demoted_bytes", s->squeeze_demoted_bytes);
 	set_num(o, "dropped_bytes", s->squeeze_dropped_bytes);
 	set_num(o, "dropped_rows", s->squeeze_dropped_rows);
+	set_num(o, "revokes", s->revokes);
+	set_num(o, "revoked_bytes", s->tier[KVT_TIER_DRAM].revoked);
+	set_num(o, "kept_by_clients_bytes", s->tier[KVT_TIER_DRAM].late);
+	set_num(o, "revoke_returned_bytes", s->revoke_returned_bytes);
 	return o;
 }
 
@@ -242,6 +246,8 @@ static json_t *tenants_json(struct core *c)
 		set_text(o, "name", t.name);
 		set_num(o, "sequences", t.seqs);
 		set_num(o, "region_bytes", t.region_bytes);
+		set_num(o, "revoked_bytes", t.revoked);
+		set_num(o, "revoked_kept_bytes", t.late);
 		set_num(o, "dram_bytes", t.bytes[KVT_TIER_DRAM]);
 		set_num(o, "nvme_bytes", t.bytes[KVT_TIER_NVME]);
 		set_num(o, "max_sequences", t.limit.max_seqs);

@@ -89,6 +89,7 @@ struct core_stat {
 	uint64_t memory_missing;        /* bytes on the host or in a cgroup, as last seen */
 	uint64_t squeezes, psi_events, squeeze_ns_last, squeeze_ns_max; /* from trigger to memory returned */
 	uint64_t squeeze_returned_bytes; /* in pieces of 2 MiB, beside whole segments */
+	uint64_t revokes, revoke_returned_bytes; /* published: times that segments were chosen; what went */
 	uint64_t squeeze_copied_bytes, squeeze_demoted_bytes, squeeze_dropped_bytes, squeeze_dropped_rows;
 	uint64_t limbo_bytes[KVT_TIERS]; /* of moves to nvme that no seal covers yet, by where their sources
 					    wait */
@@ -106,6 +107,7 @@ void core_stat(struct core *c, struct core_stat *ret);
 struct core_tenant_stat {
 	const char *name;
 	uint64_t seqs, region_bytes, bytes[KVT_TIERS]; /* bytes: [0] unused */
+	uint64_t revoked, late; /* published memory that was asked back; of that, that it keeps */
 	struct config_tenant limit;
 };
 /* *cursor starts at 0. false at the end. */

@@ -115,6 +115,21 @@ uint64_t direct_held(struct core *c, uint32_t tenant, uint64_t except)
 	return sum;
 }
 
+void direct_revoked(struct core *c, uint32_t tenant, uint64_t *ret_all, uint64_t *ret_late)
+{
+	struct direct_owner *o;
+	struct tier_owner st;
+
+	*ret_all = *ret_late = 0;
+	LIST_FOREACH(o, &c->owners, link) {
+		if (o->tenant != tenant)
+			continue;
+		direct_stat(c, o->hash, &st);
+		*ret_all += st.revoked;
+		*ret_late += st.late;
+	}
+}
+
 uint64_t direct_room(const struct seq *s, uint64_t *quota, uint64_t free_bytes)
 {
 	uint64_t owner = direct_owner_of(s), held = direct_held(s->core, s->tenant->index, 0);
@@ -218,17 +233,20 @@ int request_segment(struct client *cl, const struct wire_segment *m)
 	struct tier *t = dram(cl->core);
 	struct wire_segment_reply a;
 	char text[WIRE_TEXT];
+	_cleanup_close_ int lent = -1;
 	int fd;
 
 	wire_reply_init(&a.r, &m->hdr, sizeof(a), 0, NULL);
 	fd = t ? t->ops->segment(t, owner, m->segment, &a.bytes) : -ENOENT;
+	if (fd >= 0)
+		lent = seg_lend(fd);
 	if (fd < 0) {
 		snprintf(text, sizeof(text), "segment: %u, none of this user's has that number", m->segment);
 		client_fail(cl, &m->hdr, KVT_E_NOENT, text);
-	} else if (owner_hold(cl->core, cl->tenant, owner) < 0) {
+	} else if (lent < 0 || owner_hold(cl->core, cl->tenant, owner) < 0) {
 		client_fail(cl, &m->hdr, KVT_E_NOMEM, "out of memory");
 	} else {
-		client_reply(cl, &a.r, &fd, 1);
+		client_reply(cl, &a.r, &lent, 1);
 	}
 	return 0;
 }

@@ -325,6 +325,7 @@ static void prepare_process(void)
 	sigaddset(&set, SIGHUP);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	signal(SIGPIPE, SIG_IGN);
+	signal(SIGIO, SIG_IGN); /* of a lease that somebody breaks: seg_alone() */
 	umask(0077);
 	if (!getrlimit(RLIMIT_NOFILE, &l) && l.rlim_cur < l.rlim_max) {
 		l.rlim_cur = l.rlim_max; /* every client costs a handful of descriptors */

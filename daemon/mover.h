@@ -137,6 +137,8 @@ void direct_left(const struct client *gone);
 void direct_stat(struct core *c, uint64_t owner, struct tier_owner *ret);
 /* The same for a plan: of `free` bytes those that pages of s may take; *quota: what its tenant may add. */
 uint64_t direct_room(const struct seq *s, uint64_t *quota, uint64_t free_bytes);
+/* Of all a tenant's users: bytes asked back, and those that they keep. */
+void direct_revoked(struct core *c, uint32_t tenant, uint64_t *ret_all, uint64_t *ret_late);
 /* Bytes that the segments of the tenant's owners hold back, without those of one of them (0: of none). */
 uint64_t direct_held(struct core *c, uint32_t tenant, uint64_t except);
 void direct_owners_free(struct core *c);

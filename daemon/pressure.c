@@ -28,6 +28,7 @@
 struct pressure {
 	struct host *host;
 	struct give *give;
+	struct revoke revoke;
 	int psi_fd;
 	sd_event_source *psi, *watch;
 	char where[64];
@@ -55,7 +56,6 @@ static struct squeezed counters(const struct core *c)
 				 c->stat.squeeze_dropped_bytes, c->stat.squeeze_dropped_rows};
 }
 
-/* What of the tier can be given back: published segments are their clients'. */
 static uint64_t held(const struct core *c, struct tier_stat *st)
 {
 	dram(c)->ops->stat(dram(c), st);
@@ -139,7 +139,7 @@ static void shrink(struct core *c, uint64_t bytes, uint64_t now)
 	limit = MAX(least, has - MIN(has, ALIGN_UP(bytes, LEAST)));
 	if (limit < p->limit)
 		set_limit(c, limit);
-	if (!p->giving && has > MAX(p->limit, st.published))
+	if (!p->giving && has > MAX(p->limit, st.late))
 		begin(c, now, has);
 	watch(p); /* who takes fast is met soon */
 	mover_kick(c);
@@ -149,18 +149,22 @@ void pressure_pump(struct core *c)
 {
 	struct pressure *p = c->pressure;
 	struct tier_stat st;
-	uint64_t now, has, drop_at;
+	uint64_t now, has, drop_at, need;
 
 	if (!p || !p->giving)
 		return;
 	now = now_ns();
 	has = held(c, &st);
-	if (has <= MAX(p->limit, st.published) || p->limit == UINT64_MAX) {
+	if (has <= MAX(p->limit, st.late) || p->limit == UINT64_MAX) {
 		end(c, now, has);
 		return;
 	}
 	drop_at = p->since_ns + c->cfg.pressure_deadline_ms * UINT64_C(1000000);
-	if (give_some(c, p->give, has - MAX(p->limit, st.published), p->missing && now >= drop_at))
+	need = has - MAX(p->limit, st.late);
+	revoke_choose(c, &st, need);
+	/* Of private pages what revoked ones do not make up for; a round for those there is all the same. */
+	need -= MIN(need, st.revoked - st.late);
+	if (give_some(c, p->give, need, p->missing && now >= drop_at))
 		mover_kick(c);
 }
 
@@ -225,6 +229,8 @@ void pressure_tick(struct core *c)
 
 	if (on(c) && !c->freeing)
 		look(c, false);
+	if (p && !c->freeing)
+		(void)revoke_look(c, &p->revoke);
 	/* Quiet for a long time: what was learnt of too early steps is forgotten. */
 	if (p && p->limit == UINT64_MAX && now_ns() - p->last_ns > QUIET_MOST_NS)
 		p->quiet_ns = QUIET_NS;
@@ -234,11 +240,13 @@ static int on_watch(sd_event_source *src, uint64_t usec, void *arg)
 {
 	struct core *c = arg;
 
+	bool revoked = revoke_look(c, &c->pressure->revoke);
+
 	if (on(c))
 		look(c, false);
 	if (c->pressure->giving)
 		mover_kick(c);
-	if (c->pressure->giving || now_ns() - c->pressure->last_ns < QUIET_NS)
+	if (revoked || c->pressure->giving || now_ns() - c->pressure->last_ns < QUIET_NS)
 		watch(c->pressure);
 	return 0;
 }

@@ -6,11 +6,13 @@
  *
  *   pressure_host.c  what the host says: MemAvailable, limits of our cgroups, PSI
  *   pressure.c       how much the tier may hold: down at once, up in steps after a quiet time
+ *   pressure_revoke.c  published memory: whose clients have to let go of it
  *   pressure_give.c  what goes: rows with another copy, then to nvme, then lowest scores
  */
 #include <stdbool.h>
 #include <stdint.h>
 #include "daemon/config.h"
+#include "tiers/tier.h"
 
 struct core;
 struct seq;
@@ -28,6 +30,15 @@ void pressure_pump(struct core *c);
 /* Memory is missing, and DRAM is being moved to nvme for it. */
 bool pressure_gives(const struct core *c);
 void pressure_stat(const struct core *c, struct core_stat *ret);
+
+/* ---- pressure_revoke.c ---------------------------------------------------------------------- */
+struct revoke {
+	uint64_t told_ns, late;
+};
+/* Of `need` bytes that are to go, choose the share of published memory. */
+void revoke_choose(struct core *c, const struct tier_stat *st, uint64_t need);
+/* Tell clients, and close what they let go of. False: there is none. */
+bool revoke_look(struct core *c, struct revoke *r);
 
 /* ---- pressure_host.c ---------------------------------------------------------------------- */
 struct host;

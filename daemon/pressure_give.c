@@ -7,8 +7,8 @@
  *   TAKE    from every tenant by what it is over its fair share, its least pages first: to nvme (settle.c),
  *           or, with `drop`, away
  *
- * Pinned rows and those that a policy always keeps make a page the last of its tenant's. Published pages stay:
- * their memory would not come back while a client has it mapped. What a worker decides over, or a plan not yet
+ * Pinned rows and those that a policy always keeps make a page the last of its tenant's. Published pages stay,
+ * but those in segments that are to go: these go whatever they are worth. What a worker decides over, or a plan not yet
  * acknowledged relies on, is left to a later round.
  */
 #include <string.h>
@@ -79,9 +79,17 @@ void give_start(struct give *g)
 
 /* ---- one page ------------------------------------------------------------------------- */
 
-static bool ours(const struct page *p)
+static bool revoked(const struct core *c, const struct page *p)
 {
-	return page_in(p, KVT_TIER_DRAM) && !tier_published(p->addr[KVT_TIER_DRAM - 1]) && !p->moving;
+	const struct tier_ops *ops = c->pages.tier[KVT_TIER_DRAM]->ops;
+
+	return ops->revoked && ops->revoked(c->pages.tier[KVT_TIER_DRAM], p->addr[KVT_TIER_DRAM - 1]);
+}
+
+static bool ours(const struct core *c, const struct page *p)
+{
+	return page_in(p, KVT_TIER_DRAM) && !p->moving &&
+	       (!tier_published(p->addr[KVT_TIER_DRAM - 1]) || revoked(c, p));
 }
 
 /* The lane's keys now; NULL: none, or no memory. */
@@ -157,7 +165,7 @@ static void free_copies(struct give *g, struct seq *s, uint32_t lane)
 	for (uint32_t i = 0; i < lp->n; i++) {
 		struct page *p = lp->v[i];
 
-		if (!ours(p) || p->refs != 1 || !index_alive(&s->ix, p, KVT_TIER_DRAM, mask) ||
+		if (!ours(s->core, p) || p->refs != 1 || !index_alive(&s->ix, p, KVT_TIER_DRAM, mask) ||
 		    without(&s->ix, p, KVT_TIER_NVME, mask))
 			continue;
 		index_mark(&s->ix, p, KVT_TIER_DRAM, false);
@@ -178,18 +186,20 @@ static void count_lane(struct give *g, struct seq *s, uint32_t lane)
 
 	for (uint32_t i = 0; key && i < lp->n; i++) {
 		struct page *p = lp->v[i];
-		uint32_t alive = ours(p) ? index_alive(&s->ix, p, KVT_TIER_DRAM, mask) : 0;
+		uint32_t alive = ours(s->core, p) ? index_alive(&s->ix, p, KVT_TIER_DRAM, mask) : 0;
 
-		if (alive)
+		if (alive && !revoked(s->core, p))
 			g->worth[p->origin->charge][bucket_of(s, p, mask, alive, key)] += page_room(p->bytes);
 	}
 }
 
 /* A page is its tenant's turn: it goes, and is counted. */
-static bool goes(struct give *g, const struct page *p, uint32_t bucket)
+static bool goes(struct give *g, const struct core *c, const struct page *p, uint32_t bucket)
 {
 	uint32_t t = p->origin->charge;
 
+	if (revoked(c, p))
+		return g->took = true;
 	if (bucket > g->tenant[t].cut || !g->tenant[t].left)
 		return false;
 	g->tenant[t].left -= MIN(g->tenant[t].left, page_room(p->bytes));
@@ -207,9 +217,9 @@ static void drop_lane(struct give *g, struct seq *s, uint32_t lane)
 
 	for (uint32_t i = 0; key && i < lp->n; i++) {
 		struct page *p = lp->v[i];
-		uint32_t alive = ours(p) ? index_alive(&s->ix, p, KVT_TIER_DRAM, mask) : 0;
+		uint32_t alive = ours(s->core, p) ? index_alive(&s->ix, p, KVT_TIER_DRAM, mask) : 0;
 
-		if (!alive || !goes(g, p, bucket_of(s, p, mask, alive, key)))
+		if (!alive || !goes(g, c, p, bucket_of(s, p, mask, alive, key)))
 			continue;
 		for (uint32_t w = 0; w < p->span; w++)
 			mask[w] &= ~index_window(index_bits(&s->ix, KVT_TIER_DEVICE, lane), s->ix.words,
@@ -237,8 +247,8 @@ static bool choose(void *arg, const struct seq *s, const struct page *p, const u
 {
 	struct choice *x = arg;
 
-	return ours(p) && without(&s->ix, p, KVT_TIER_NVME, mask) &&
-	       goes(x->g, p, bucket_of(s, p, mask, alive, x->key));
+	return ours(s->core, p) && without(&s->ix, p, KVT_TIER_NVME, mask) &&
+	       goes(x->g, s->core, p, bucket_of(s, p, mask, alive, x->key));
 }
 
 /* One move down at a time is made for a sequence; lanes that it leaves out wait for the next round. */

@@ -61,6 +61,7 @@ bool core_tenant_next(struct core *c, uint32_t *cursor, struct core_tenant_stat 
 	for (int tier = KVT_TIER_DRAM; tier < KVT_TIERS; tier++)
 		if (c->pages.tier[tier])
 			ret->bytes[tier] = c->pages.used[tier][*cursor];
+	direct_revoked(c, *cursor, &ret->revoked, &ret->late);
 	(*cursor)++;
 	return true;
 }

@@ -24,6 +24,8 @@ enum q_type {
 	/* daemon to client */
 	Q_PLAN = 64, /* arg[0] plan id, arg[1] enum plan_state */
 	Q_GONE = 65, /* the sequence ended: arg[0] is a positive KVT_E_* reason */
+	/* published DRAM is wanted back: let go of segments that no directory names any more. No handle. */
+	Q_REVOKE = 66,
 };
 
 /* Client-writable; the daemon copies each word once and validates it. */

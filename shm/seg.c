@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -248,4 +249,30 @@ void seg_close(struct seg *s)
 	if (s->addr)
 		munmap(s->addr, s->size);
 	*s = (struct seg)SEG_INIT;
+}
+
+int seg_lend(int fd)
+{
+	char path[64];
+	int r;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	r = open(path, O_RDONLY | O_CLOEXEC);
+	return r < 0 ? -errno : r;
+}
+
+/*
+ * The kernel gives a write lease only when nobody else has the inode open. A memfd's first descriptor counts
+ * as neither reader nor writer, so what it counts is what was lent, and what others opened again.
+ */
+int seg_alone(int fd)
+{
+	_cleanup_close_ int mine = seg_lend(fd);
+
+	if (mine < 0)
+		return mine;
+	if (fcntl(mine, F_SETLEASE, F_WRLCK) < 0)
+		return errno == EAGAIN ? 0 : -errno;
+	(void)fcntl(mine, F_SETLEASE, F_UNLCK);
+	return 1;
 }

@@ -53,6 +53,13 @@ int seg_verify(int fd, enum seg_class cls, size_t size);
 int seg_punch(struct seg *s, size_t off, size_t len);
 /* Make sure [off, off+len) has memory behind it: 0, -ENOSPC, -errno. Exchange and private only (-EPERM). */
 int seg_commit(struct seg *s, size_t off, size_t len);
+/*
+ * A descriptor of a published segment for a client, to be closed by the caller: read-only, and a file of its own,
+ * so that seg_alone() can tell. -errno.
+ */
+int seg_lend(int fd);
+/* Has no process but ours this memfd, open or mapped? 1, 0, or -errno: nobody knows. SIGIO must be ignored. */
+int seg_alone(int fd);
 /* Bytes that the kernel really holds for this segment (st_blocks). */
 size_t seg_resident(const struct seg *s);
 /* Unmap and close; safe on a zeroed or half-made segment (fd must be -1 or valid). */

@@ -204,6 +204,7 @@ static void dram_stat(struct tier *t, struct tier_stat *ret)
 	ret->resident = d->warm;
 	ret->overhead = sum.stranded;
 	ret->published = d->published;
+	dram_revoke_stat(d, NULL, &ret->revoked, &ret->late);
 	ret->held = held;
 	ret->huge = huge && sum.segs;
 	dram_node_stat(d, ret);
@@ -240,7 +241,8 @@ static int dram_segment(struct tier *t, uint64_t owner, uint32_t number, uint64_
 	uint32_t i = number % DRAM_SLOTS;
 	const struct dram_seg *s = &d->slot[i];
 
-	if (!owner || i >= d->top || !s->pool || s->pool->owner != owner || s->gen != number >> DRAM_SLOT_BITS)
+	if (!owner || i >= d->top || !s->pool || s->pool->owner != owner || s->gen != number >> DRAM_SLOT_BITS ||
+	    dram_vacated(s, i))
 		return -ENOENT;
 	*ret_bytes = s->seg.size;
 	return s->seg.fd;
@@ -271,11 +273,17 @@ static void dram_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *r
 			for (uint32_t i = 0; (i = dram_next_empty(d->private, n, i)) < DRAM_SLOTS; i++)
 				ret->room += d->slot[i].bytes;
 	ret->room = MIN(ret->room, dram_left(d) + (owner ? a.free : 0));
+	if (p && p->revoked) {
+		ret->room = 0;
+		dram_revoke_stat(d, p, &ret->revoked, &ret->late);
+	}
 }
 
 static void dram_limit(struct tier *t, uint64_t bytes)
 {
 	dram_of(t)->limit = bytes;
+	if (bytes == UINT64_MAX)
+		dram_revoke_end(dram_of(t));
 }
 
 static uint64_t dram_op_trim(struct tier *t, uint64_t bytes)
@@ -313,6 +321,9 @@ const struct tier_ops tier_dram_ops = {
 	.owner_stat = dram_owner_stat,
 	.limit = dram_limit,
 	.trim = dram_op_trim,
+	.revoke = dram_revoke,
+	.revoked = dram_revoked,
+	.reclaim = dram_reclaim,
 	.where = dram_op_where,
 	.shun = dram_shun,
 };

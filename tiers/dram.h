@@ -30,6 +30,7 @@ struct pool {
 	LIST_ENTRY(pool) link;
 	uint64_t owner;       /* 0: private */
 	uint64_t mapped;      /* bytes of its segments */
+	uint64_t revoked;     /* of that, of segments that are to go */
 	bool held;            /* clients may name its segments: empty ones stay */
 	struct alloc alloc[]; /* [nodes] */
 };
@@ -49,6 +50,7 @@ struct dram_seg {
 	uint8_t node;        /* index */
 	uint64_t *warm;      /* slabs that may have memory behind them */
 	bool holes;          /* some were given back to the host */
+	uint64_t revoked_ns; /* published: it is to go, since then; 0: it is not */
 	uint32_t gen;        /* of the published segment that is here, or was last; 12 bits */
 };
 
@@ -70,7 +72,7 @@ struct dram {
 	int mode;                           /* cfg.node */
 	struct tier_nodes host;
 	struct dram_node node[TIER_NODES]; /* those that are told apart, or one for all */
-	uint32_t nodes, shun;
+	uint32_t nodes, shun, next_probe;
 	int place_err; /* -errno of the first wish that the kernel refused */
 	bool no_huge;
 	const struct tier_keep *keep; /* NULL: memory ends with the process */
@@ -143,6 +145,21 @@ void dram_order(const struct dram *d, uint8_t near, uint8_t *ret);
 /* For a segment of an earlier life: where its memory was to come from, else where there is most room. */
 uint32_t dram_node_of(const struct dram *d, const struct seg *s, uint64_t bytes);
 void dram_node_stat(const struct dram *d, struct tier_stat *ret);
+
+/* Unmap a segment that holds no page, and forget it. / Bytes of it that may have memory behind them. */
+void dram_give_back(struct dram *d, uint32_t i);
+uint64_t dram_warm(const struct dram_seg *s);
+
+/* ---- dram_revoke.c: the ops of that name; see tier.h ------------------------------------------ */
+uint64_t dram_revoke(struct tier *t, uint64_t bytes);
+bool dram_revoked(struct tier *t, tier_addr addr);
+uint64_t dram_reclaim(struct tier *t);
+/* It is to go, and no page lies in it: nobody may have it any more. */
+bool dram_vacated(const struct dram_seg *s, uint32_t i);
+/* What was not given back may stay. */
+void dram_revoke_end(struct dram *d);
+/* Bytes of revoked segments, and of those whose time is over. p NULL: everybody's. */
+void dram_revoke_stat(const struct dram *d, const struct pool *p, uint64_t *ret_all, uint64_t *ret_late);
 
 /* ---- dram_keep.c: what outlives us -------------------------------------------------------- */
 /* Hand a new segment over. 0 and its directory made, or not kept: -errno. */

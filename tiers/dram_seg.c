@@ -144,7 +144,12 @@ static int warm_up(struct dram *d, struct dram_seg *s, uint64_t off, uint32_t by
 
 /* ---- segments ------------------------------------------------------------------------ */
 
-static void give_back(struct dram *d, uint32_t i)
+uint64_t dram_warm(const struct dram_seg *s)
+{
+	return bits_rank(s->warm, slabs_of(s)) * ALLOC_SLAB_BYTES;
+}
+
+void dram_give_back(struct dram *d, uint32_t i)
 {
 	struct dram_seg *s = &d->slot[i];
 	struct pool *p = s->pool;
@@ -156,6 +161,9 @@ static void give_back(struct dram *d, uint32_t i)
 	d->node[s->node].mapped -= s->bytes;
 	if (p->owner)
 		d->published -= s->bytes;
+	if (s->revoked_ns)
+		p->revoked -= s->bytes;
+	s->revoked_ns = 0;
 	s->pool = NULL;
 	warmer(d, s, -(int64_t)bits_rank(s->warm, slabs_of(s)));
 	free(s->warm);
@@ -192,7 +200,7 @@ static uint64_t next_size(struct dram *d, const struct pool *p, uint32_t node, u
 		/* The empty one that is kept for private pages is worth less than this. */
 		spare = dram_next_empty(d->private, node, 0);
 		if (unmapped(d, node) < bytes && spare < DRAM_SLOTS)
-			give_back(d, spare);
+			dram_give_back(d, spare);
 		bytes = MIN(bytes, slabs_in(dram_left(d)));
 	}
 	return MIN(bytes, unmapped(d, node));
@@ -282,7 +290,8 @@ void dram_pool_release(struct dram *d, struct pool *p)
 	p->held = false;
 	for (uint32_t n = 0; n < d->nodes; n++)
 		for (uint32_t i = 0; (i = dram_next_empty(p, n, i)) < DRAM_SLOTS; i++)
-			give_back(d, i);
+			if (!d->slot[i].revoked_ns) /* else when nobody has it */
+				dram_give_back(d, i);
 	dram_pool_end(d, p);
 }
 
@@ -337,7 +346,7 @@ static int place_on(struct dram *d, struct pool *p, uint32_t node, uint32_t byte
 
 int dram_place(struct dram *d, struct pool *p, uint32_t bytes, uint64_t room, uint8_t near, tier_addr *ret)
 {
-	int r = p->owner || bytes <= dram_left(d) ? -EAGAIN : -ENOSPC;
+	int r = (p->owner ? !p->revoked : bytes <= dram_left(d)) ? -EAGAIN : -ENOSPC;
 	uint8_t order[TIER_NODES];
 	uint64_t local;
 	uint32_t i = 0;
@@ -396,8 +405,8 @@ int dram_put(struct dram *d, tier_addr addr, uint32_t bytes)
 	node_took(d, s->node, a, &was);
 	if (r <= 0)
 		return r;
-	if (p->owner ? !p->held : a->st.empty_segs > (d->limit == UINT64_MAX) && !d->scanning)
-		give_back(d, alloc_addr_seg(local));
+	if (p->owner ? !p->held && !s->revoked_ns : a->st.empty_segs > (d->limit == UINT64_MAX) && !d->scanning)
+		dram_give_back(d, alloc_addr_seg(local));
 	dram_pool_end(d, p);
 	return 0;
 }
@@ -427,7 +436,7 @@ void dram_trim(struct dram *d)
 		for (uint32_t i = 0; d->private->alloc[n].st.empty_segs > 1 &&
 				     (i = dram_next_empty(d->private, n, i)) < DRAM_SLOTS;
 		     i++)
-			give_back(d, i);
+			dram_give_back(d, i);
 }
 
 /* Free slabs of one segment that have memory. */
@@ -457,7 +466,7 @@ uint64_t dram_give(struct dram *d, uint64_t bytes)
 	for (uint32_t n = 0; n < d->nodes; n++)
 		for (uint32_t i = 0;
 		     before - d->warm < bytes && (i = dram_next_empty(d->private, n, i)) < DRAM_SLOTS; i++)
-			give_back(d, i);
+			dram_give_back(d, i);
 	for (uint32_t i = 0; i < d->top && before - d->warm < bytes; i++)
 		if (d->slot[i].pool == d->private)
 			punch(d, i, bytes - (before - d->warm));

@@ -126,6 +126,7 @@ struct tier_stat {
 	uint64_t resident;            /* dram: bytes of the host's memory that it holds, in pieces of 2 MiB */
 	uint64_t published;           /* bytes of published segments, which only their owners can use */
 	uint64_t held;                /* of that, what no page takes */
+	uint64_t revoked, late;       /* of resident: published and to go; of that, for too long already */
 	bool offline, huge, io_uring; /* offline: a deadline passed; no new work */
 	int node;                     /* NUMA node, -1 interleaved or unknown */
 	int place_err;                /* -errno: the host does not let us say where memory shall lie */
@@ -141,6 +142,7 @@ enum {
 	TIER_NODE_OFF = -3,    /* wherever the kernel takes it from */
 };
 
+#define TIER_REVOKE_MS 1000u /* a client has so long to let go of a revoked segment */
 #define TIER_SEGMENT_GRAIN (UINT64_C(2) << 20) /* published segments are multiples */
 
 /* What an owner takes; owner 0: all that is private. */
@@ -148,6 +150,7 @@ struct tier_owner {
 	uint64_t bytes, used;     /* of its segments; what pages occupy of them, padding included */
 	uint64_t room;            /* bytes of pages that could be added, new segments included */
 	uint32_t segments, empty; /* empty: kept for its next pages */
+	uint64_t revoked, late;   /* as in tier_stat */
 };
 
 #define TIER_KEEP_NAME 32 /* bytes, terminator included */
@@ -254,6 +257,15 @@ struct tier_ops {
 	 */
 	void (*limit)(struct tier *t, uint64_t bytes);
 	uint64_t (*trim)(struct tier *t, uint64_t bytes);
+	/*
+	 * revoke: choose published segments with about so much memory; returns how much was chosen. From now on
+	 * their pages are to be moved and freed, and their owners get no new places until they are gone or the
+	 * limit is lifted. revoked: the page at addr lies in one. reclaim: close those in which no page lies and
+	 * that no other process has; returns how much memory that was. All NULL without published memory.
+	 */
+	uint64_t (*revoke)(struct tier *t, uint64_t bytes);
+	bool (*revoked)(struct tier *t, tier_addr addr);
+	uint64_t (*reclaim)(struct tier *t);
 	/*
 	 * Nodes, both NULL in tiers that know none. where: the index of the one on which the page at addr
 	 * should lie; -1: none in particular. shun: from now on these, a bit for each index, get pages only

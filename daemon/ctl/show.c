@@ -228,6 +228,10 @@ static void show_pressure(const json_t *p)
 		       fmt_count(num(p, "squeezes")), fmt_ns(num(p, "ns_last")), fmt_ns(num(p, "ns_max")),
 		       fmt_bytes(num(p, "on_nvme_bytes")), fmt_bytes(num(p, "demoted_bytes")),
 		       fmt_bytes(num(p, "dropped_bytes")), fmt_count(num(p, "dropped_rows")));
+	if (num(p, "revokes"))
+		printf("           published: %s given back, %s asked back, %s of that kept by clients\n",
+		       fmt_bytes(num(p, "revoke_returned_bytes")), fmt_bytes(num(p, "revoked_bytes")),
+		       fmt_bytes(num(p, "kept_by_clients_bytes")));
 }
 
 static void show_counters(const json_t *j)

@@ -37,6 +37,7 @@ struct link {
 	uint32_t max_seqs, entries, features; /* what both sides know: enum wire_feature */
 	uint32_t refs; /* under lock: the connection's own, one per sequence, one per running call */
 	_Atomic bool dead;
+	_Atomic uint32_t revokes; /* times that the daemon wanted published DRAM back */
 };
 
 /* A request whose caller gave up: what its late reply brings is given back. */

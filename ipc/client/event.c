@@ -18,6 +18,9 @@ static void take_event(struct kvtier *c, struct link *l, const struct ring_entry
 		if (e->arg[1] == PLAN_CANCELLED)
 			atomic_fetch_add(&c->count.plans_cancelled, 1);
 		break;
+	case Q_REVOKE:
+		atomic_fetch_add(&l->revokes, 1);
+		break;
 	case Q_GONE:
 		LIST_FOREACH(s, &c->seqs, entry)
 			if (s->link == l && s->handle == e->handle)

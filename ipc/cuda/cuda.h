@@ -144,6 +144,8 @@ struct cuda_seq {
 
 	/* Other rooms': they end with the sequence. */
 	struct cuda_direct *direct; /* direct.h: segments and directory; NULL: not DIRECT, or not used yet */
+	uint32_t revokes;           /* of the link, as answered */
+	bool yielding, yielded;     /* segments wait for the stream; recall must be prepared again */
 	struct cuda_recall *recall; /* recall.h: summaries and scratch; NULL: not used yet */
 };
 
@@ -214,5 +216,7 @@ int cuda_truncate_end(struct kvtier_seq *s, uint32_t n);
 
 /* Where bytes [off, off + n) of a published segment lie for the GPU; maps it when it is new. */
 int cuda_direct_address(struct kvtier_seq *s, uint32_t segment, uint64_t off, uint64_t n, uint64_t *ret);
+/* Give published DRAM back when the daemon asked for it. The context need not be current. */
+int cuda_direct_yield(struct kvtier_seq *s, void *stream);
 /* End what direct reads and recall hold of a sequence, waiting for its stream. */
 void cuda_direct_free(struct kvtier_seq *s);

@@ -202,6 +202,28 @@ static void reap(struct cuda_direct *d)
 			let_go(d, i);
 }
 
+bool view_yield(struct cuda_direct *d, void *stream)
+{
+	const struct direct_hdr *h = d->dir.addr;
+	const struct direct_page *e = h ? (const struct direct_page *)(h + 1) : NULL;
+	uint32_t used = h ? MIN(atomic_load_explicit(&h->used, memory_order_acquire), h->capacity) : 0;
+	bool pending = false;
+
+	for (uint32_t i = 0; i < d->n_held; i++)
+		d->held[i].used = false;
+	for (uint32_t i = 0; i < used; i++) {
+		uint64_t place = atomic_load_explicit(&e[i].place, memory_order_relaxed);
+
+		for (uint32_t k = 0; place && k < d->n_held; k++)
+			d->held[k].used |= d->held[k].number == direct_segment(place);
+	}
+	release_unused(d, stream);
+	reap(d);
+	for (uint32_t i = 0; i < d->n_held; i++)
+		pending |= d->held[i].event != NULL;
+	return pending;
+}
+
 /* ---- the directory ----------------------------------------------------------------------------------------
  */
 
@@ -373,7 +395,7 @@ int view_look(struct cuda_direct *d, view_page_fn page, void *arg, void *stream,
 		d->seen[i] = (struct direct_seen){.lane = NO_LANE_YET};
 	}
 	/* What was being changed meanwhile is nobody's fault: recalls of this view will not be believed. */
-	if (r == KVT_E_PROTO && atomic_load_explicit(&h->moved, memory_order_acquire) != moved)
+	if ((r == KVT_E_PROTO || r == KVT_E_NOENT) && atomic_load_explicit(&h->moved, memory_order_acquire) != moved)
 		r = KVT_AGAIN;
 	if (r) {
 		view_forget(d);

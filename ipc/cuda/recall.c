@@ -84,6 +84,43 @@ int cuda_direct_address(struct kvtier_seq *s, uint32_t segment, uint64_t off, ui
 	return r ? r : view_address(d, segment, off, n, ret);
 }
 
+/* Nobody else may drain the ring for a runtime that only polls. */
+static void hear(struct kvtier_seq *s)
+{
+	struct kvtier *c = s->c;
+	int r = 0;
+
+	pthread_mutex_lock(&c->lock);
+	if (!c->leader && c->link == s->link)
+		r = events_drain(c, s->link);
+	pthread_mutex_unlock(&c->lock);
+	if (r < 0)
+		link_down(c, s->link, "impossible ring cursor");
+}
+
+int cuda_direct_yield(struct kvtier_seq *s, void *stream)
+{
+	struct cuda_seq *q = s->cu;
+	uint32_t asked;
+	int r;
+
+	if (!q->direct)
+		return 0;
+	hear(s);
+	asked = atomic_load(&s->link->revokes);
+	if (asked == q->revokes && !q->yielding)
+		return 0;
+	r = cuda_enter(q->g);
+	if (r)
+		return r;
+	q->revokes = asked;
+	q->yielded = true;
+	view_forget(q->direct);
+	q->yielding = view_yield(q->direct, stream);
+	cuda_leave(q->g);
+	return 0;
+}
+
 void cuda_direct_free(struct kvtier_seq *s)
 {
 	struct cuda_seq *q = s->cu;
@@ -147,8 +184,10 @@ static int prepare(struct kvtier_seq *s, void *stream)
 		rc = recall_of(s, d);
 	if (!rc)
 		rc = find_prepare(q->recall, d, &r, q->lane[q->lane_now], stream);
-	if (!rc)
+	if (!rc) {
 		q->recall->version = version(s);
+		q->yielded = false;
+	}
 	return rc;
 }
 
@@ -280,6 +319,8 @@ static int ready(struct kvtier_seq *s)
 
 	if (!q->recall || !q->recall->marked)
 		return err_set(KVT_E_INVAL, "recall: kvtier_cuda_recall_prepare() must have been called");
+	if (q->yielded)
+		return err_set(KVT_E_STALE, "recall: published memory was asked back, prepare again");
 	return 0;
 }
 
@@ -320,5 +361,7 @@ int kvtier_cuda_recall_check(struct kvtier_seq *s)
 
 	if (!r)
 		r = ready(s);
+	if (r == KVT_E_STALE && s->cu->yielded)
+		return KVT_AGAIN;
 	return r ? r : view_still(s->cu->direct) ? 0 : KVT_AGAIN;
 }

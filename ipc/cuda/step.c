@@ -277,6 +277,8 @@ int kvtier_cuda_poll(struct kvtier_seq *s, void *stream, struct kvtier_cuda_stat
 	r = push_rest(s, stream);
 	if (!r)
 		r = cuda_plan_step(s, stream);
+	if (r >= 0)
+		r = MIN(cuda_direct_yield(s, stream), r);
 	if (r < 0)
 		return r;
 	if (!ret)
