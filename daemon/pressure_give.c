@@ -8,8 +8,8 @@
  *           or, with `drop`, away
  *
  * Pinned rows and those that a policy always keeps make a page the last of its tenant's. Published pages stay,
- * but those in segments that are to go: these go whatever they are worth. What a worker decides over, or a plan not yet
- * acknowledged relies on, is left to a later round.
+ * but those in segments that are to go: these go whatever they are worth. What a worker decides over, or a plan
+ * not yet acknowledged relies on, is left to a later round.
  */
 #include <string.h>
 #include "daemon/internal.h"

@@ -199,13 +199,19 @@ struct kvtier_cuda_recall_opts {
 KVT_PUBLIC int kvtier_cuda_recall_prepare(struct kvtier_seq *s, void *stream);
 /*
  * Launch the search of one layer. Stream-ordered; results are to be believed once recall_check says so. Queries
- * that are not finite are left out. Errors: INVAL (prepare comes first), NOMEM, GPU.
+ * that are not finite are left out. Errors: INVAL (prepare comes first), STALE (published memory was given back
+ * since: prepare again), NOMEM, GPU.
  */
 KVT_PUBLIC int kvtier_cuda_recall(struct kvtier_seq *s, uint32_t layer, uint32_t n_queries,
 				  const struct kvtier_cuda_recall_opts *o, void *stream);
 /*
  * To be called when the stream has passed the recalls of a turn: 0, every page that they read stood still;
  * KVT_AGAIN: the daemon moved pages meanwhile, prepare and recall again.
+ *
+ * Under memory pressure the daemon wants published DRAM back. kvtier_cuda_poll() then unmaps segments in which no
+ * page lies any more, once the stream given to it has passed: recalls of a sequence belong on the stream of its
+ * polls, or are waited for before the next one. A process that does not poll its sequences for a second is
+ * charged with what it keeps and gets no new pages there.
  */
 KVT_PUBLIC int kvtier_cuda_recall_check(struct kvtier_seq *s);
 

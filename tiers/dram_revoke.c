@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Published segments that the host wants back. They can not be punched, so whole ones are chosen; their pages are
- * their owner's to move; and a segment goes when no page lies in it and the kernel says that no process has it,
- * open or mapped, but ours. Nobody's word is taken for that. Until then it stays its owner's, who gets no new
- * places meanwhile.
+ * Published segments that the host wants back. They can not be punched, so whole ones are chosen; their pages
+ * are their owner's to move; and a segment goes when no page lies in it and the kernel says that no process has
+ * it, open or mapped, but ours. Nobody's word is taken for that. Until then it stays its owner's, who gets no
+ * new places meanwhile.
  */
 #include "tiers/dram.h"
 

@@ -64,8 +64,9 @@ bool view_still(const struct cuda_direct *d);
 /* Device address of [off, off + n) of a segment, mapped and registered when it is new. PROTO: not inside it. */
 int view_address(struct cuda_direct *d, uint32_t segment, uint64_t off, uint64_t n, uint64_t *ret);
 /*
- * The daemon wants memory back: let go of segments that no entry names now, once the stream has passed this point.
- * What was prepared from earlier looks must not be launched any more. True: some wait for the stream, call again.
+ * The daemon wants memory back: let go of segments that no entry names now, once the stream has passed this
+ * point. What was prepared from earlier looks must not be launched any more. True: some wait for the stream,
+ * call again.
  */
 bool view_yield(struct cuda_direct *d, void *stream);
 /* Let go of everything; nothing on the GPU reads it any more. NULL is fine. */
