@@ -81,7 +81,6 @@ struct client {
 	char name[64];
 	bool hello, dead;
 	uint8_t node;      /* 1 + index of the node that it is on; 0: unknown, or of no account */
-	bool gpu;          /* that is its GPU's */
 	bool heavy;        /* served after others, for */
 	uint64_t spent_ns; /* this much of the loop, lately; see fair.c */
 	bool doomed;       /* ended by the loop's next turn, */

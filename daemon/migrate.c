@@ -74,6 +74,8 @@ static void give_up(struct carry *k, int error)
 	if (error == -EBADMSG && !s->dead && s->state != SEQ_CLOSING && page_in(k->page, KVT_TIER_DRAM) &&
 	    k->page->addr[KVT_TIER_DRAM - 1] == k->was && !(plan_lent(s) && s->plan->phase == PHASE_DECIDE))
 		mover_lost(s, k->page, KVT_TIER_DRAM, error);
+	if (error == -ENOSPC && s->node)
+		k->core->near->room[s->node - 1] = 0; /* no place of its size: nor for the next ones */
 	k->core->near->migrate.left = true;
 	carry_end(k);
 }

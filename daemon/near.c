@@ -75,16 +75,6 @@ static void moved_to(struct client *cl, int node)
 	migrate_look(cl->core);
 }
 
-void near_gpu(struct client *cl, const char *pci)
-{
-	int node = by_client(cl->core) ? nodes_of_pci(cl->core->near->nodes, pci) : -1;
-
-	if (node < 0)
-		return;
-	cl->gpu = true;
-	moved_to(cl, node);
-}
-
 void near_bind(struct seq *s)
 {
 	if (!s->client->node)
@@ -104,7 +94,7 @@ static void follow(struct core *c)
 		bool firm;
 		int node;
 
-		if (at++ < c->near->client || !cl->hello || cl->gpu)
+		if (at++ < c->near->client || !cl->hello)
 			continue;
 		if (at > c->near->client + LOOK_CLIENTS)
 			break;

@@ -199,24 +199,3 @@ int nodes_of_process(const struct nodes *n, pid_t pid, bool *ret_firm)
 	cpu = last_cpu(n, pid);
 	return cpu >= 0 && (unsigned)cpu < n->cpus ? n->of_cpu[cpu] : -1;
 }
-
-int nodes_of_pci(const struct nodes *n, const char *address)
-{
-	char path[96], text[32], id[16];
-	size_t len = strlen(address);
-	int node;
-
-	/* Nothing but an address may become part of a path. */
-	if (len != 12 || strspn(address, "0123456789abcdefABCDEF:.") != len || strstr(address, ".."))
-		return -1;
-	for (size_t i = 0; i <= len; i++)
-		id[i] = (char)tolower((unsigned char)address[i]);
-	snprintf(path, sizeof(path), "/sys/bus/pci/devices/%s/numa_node", id);
-	if (!slurp(n->root, path, text, sizeof(text)))
-		return -1;
-	node = atoi(text);
-	for (unsigned i = 0; node >= 0 && i < n->table.n; i++)
-		if (n->table.id[i] == node)
-			return (int)i;
-	return -1;
-}

@@ -4,7 +4,7 @@
  * Nodes of the host's memory: which there are, which one a client is on, what is placed there, and pages that
  * lie on another one. Event-loop thread.
  *
- *   nodes.c    what the host says: sysfs, what we may use of it, processes, GPUs
+ *   nodes.c    what the host says: sysfs, what we may use of it, processes
  *   near.c     whose memory goes where; marks of each node
  *   migrate.c  pages of clients that moved, or that found no room, are copied to where they belong
  */
@@ -39,17 +39,14 @@ void nodes_close(struct nodes *n);
  * the processor it was last on. -1: unknown.
  */
 int nodes_of_process(const struct nodes *n, pid_t pid, bool *ret_firm);
-/* Of a device by its address on the PCI bus ("0000:3b:00.0"); -1: unknown, or no such device. */
-int nodes_of_pci(const struct nodes *n, const char *address);
 /* "0-3,7" as bits; numbers past the end are left out. */
 void nodes_parse_list(const char *text, uint64_t *bits, unsigned n);
 
 /* ---- near.c -------------------------------------------------------------------------------- */
 int near_open(struct core *c); /* before the tiers; 0, -ENOMEM */
 void near_close(struct core *c);
-/* It said hello: find its node. / It named the GPU that it feeds. */
+/* It said hello: find its node. */
 void near_hello(struct client *cl);
-void near_gpu(struct client *cl, const char *pci);
 /* Memory that we share with the client, before anybody touches it; cl NULL: everybody's. */
 void near_place(struct core *c, const struct client *cl, const struct seg *s);
 /* The sequence has this client now. */

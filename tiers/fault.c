@@ -228,6 +228,7 @@ static void copy_request(struct shadow *s, const struct tier_io *io)
 	s->lower.seq = io->seq;
 	s->lower.life = io->life;
 	s->lower.owner = io->owner;
+	s->lower.near = io->near;
 	s->lower.room = io->room;
 }
 

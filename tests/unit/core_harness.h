@@ -26,6 +26,7 @@ struct harness {
 	char dir[64], sock[2][108];
 	struct config cfg;
 	const struct tier_keep *keep; /* what its DRAM outlives it in; NULL: it does not */
+	const struct nodes *nodes;    /* of a host that is made up; NULL: of this one */
 	struct core *core;
 	pthread_t thread;
 	int call_fd;
@@ -65,8 +66,8 @@ static inline void *harness_main(void *arg)
 	int r = sd_event_new(&ev);
 
 	if (r >= 0)
-		r = core_new_with(&h->core, &h->cfg, &(struct core_seams){.keep = h->keep}, ev, err,
-				  sizeof(err));
+		r = core_new_with(&h->core, &h->cfg, &(struct core_seams){.keep = h->keep, .nodes = h->nodes},
+				  ev, err, sizeof(err));
 	for (uint32_t t = 0; t < h->cfg.tenants && r >= 0; t++) {
 		int fd = sock_listen(h->sock[t], 0600, 16);
 
