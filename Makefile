@@ -123,7 +123,7 @@ $(BUILD)/kvtierd: $(call obj,daemon/main.c) $(BUILD)/libdaemon.a $(BUILD)/libroo
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
-$(BUILD)/kvtierctl: $(call obj,$(CTL)) $(BUILD)/librooms.a
+$(BUILD)/kvtierctl: $(call obj,$(CTL)) $(BUILD)/libdaemon.a $(BUILD)/librooms.a
 	$(say) LD $@
 	$(Q)$(CC) $(LDFLAGS) -o $@ $^ -lncursesw -ltinfo -lpng $(LIBS)
 

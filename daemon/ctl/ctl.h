@@ -30,7 +30,8 @@ struct ctl {
 		const char *out, *lane, *policy; /* NULL: not given */
 		uint32_t width, rows;            /* 0: not given */
 	} plot;
-	int fd; /* the connection, -1: none yet */
+	const char *config, *root; /* doctor: NULL: the installed file, this host */
+	int fd;                    /* the connection, -1: none yet */
 	uint32_t cookie;
 	int refusal; /* KVT_E_* of the last answer that was one */
 };
@@ -66,6 +67,7 @@ int ctl_plot(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_ls(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_watch(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_top(struct ctl *c, unsigned argc, const char *const argv[]);
+int ctl_doctor(struct ctl *c, unsigned argc, const char *const argv[]);
 int ctl_verify(struct ctl *c, unsigned argc, const char *const argv[]);
 
 /* What the daemon's JSON looks like to people. */

@@ -23,6 +23,7 @@ static const struct verb verbs[] = {
 #undef CTL_ROW
 	/* These are made of the daemon's verbs here. */
 	{"top", "", "a live view of everything, for a terminal", 0, 0},
+	{"doctor", "", "check this host and say what to do about each finding", 0, 0},
 	{"plot", "[SEQ]", "a picture of where rows are and what they are worth", 0, 1},
 };
 
@@ -36,6 +37,7 @@ static const struct {
 	{"map", ctl_map, NULL},          {"plot", ctl_plot, NULL},       {"show", NULL, show_seq},
 	{"policy", NULL, show_policies}, {"watch", ctl_watch, NULL},     {"verify", ctl_verify, NULL},
 	{"version", NULL, show_version}, {"reload", NULL, show_changes}, {"top", ctl_top, NULL},
+	{"doctor", ctl_doctor, NULL},
 };
 
 static void print_answer(const struct ctl *c, const json_t *j, void (*show)(const json_t *))
@@ -207,6 +209,8 @@ static void usage(void)
 	       "      --lane LANE       plot: this lane only, or LANE+: it and those after it\n"
 	       "      --policy NAME     plot: what a policy or a weight file prefers, no SEQ\n"
 	       "      --rows N          plot: what it prefers among N rows\n"
+	       "      --config FILE     doctor: the daemon's configuration, not the installed one\n"
+	       "      --root DIR        doctor: files of the host are below DIR, for tests\n"
 	       "      --version         print the version, exit\n"
 	       "  -h, --help            print this, exit\n\n"
 	       "Verbs:\n");
@@ -221,7 +225,8 @@ static void usage(void)
 	}
 	printf("\nSEQ is a handle (0x...), a key (32 hex digits) or a unique prefix of one.\n"
 	       "Exit status: 0 done, 1 refused by the daemon, 2 bad usage, 3 no daemon there,\n"
-	       "4 no answer in time, 5 verify found bad pages. See kvtierctl(1).\n");
+	       "4 no answer in time, 5 verify found bad pages. doctor ends with\n"
+	       "the gravest finding. See kvtierctl(1).\n");
 }
 
 /* A decimal number in [min, max]; -1 and a line on stderr otherwise. */
@@ -252,6 +257,8 @@ int main(int argc, char *argv[])
 		OPT_LANE,
 		OPT_POLICY,
 		OPT_ROWS,
+		OPT_CONFIG,
+		OPT_ROOT,
 		OPT_VERSION
 	};
 	static const struct option options[] = {
@@ -267,6 +274,8 @@ int main(int argc, char *argv[])
 		{"lane", required_argument, NULL, OPT_LANE},
 		{"policy", required_argument, NULL, OPT_POLICY},
 		{"rows", required_argument, NULL, OPT_ROWS},
+		{"config", required_argument, NULL, OPT_CONFIG},
+		{"root", required_argument, NULL, OPT_ROOT},
 		{"version", no_argument, NULL, OPT_VERSION},
 		{"help", no_argument, NULL, 'h'},
 		{},
@@ -326,6 +335,12 @@ int main(int argc, char *argv[])
 			if (v < 0)
 				return CTL_USAGE;
 			*(o == OPT_ROWS ? &c.plot.rows : &c.plot.width) = (uint32_t)v;
+			break;
+		case OPT_CONFIG:
+			c.config = optarg;
+			break;
+		case OPT_ROOT:
+			c.root = optarg;
 			break;
 		case OPT_VERSION:
 			puts("kvtierctl " KVT_VERSION);
