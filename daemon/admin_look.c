@@ -145,6 +145,12 @@ static json_t *throttle_json(const struct core_stat *s)
 	set_num(o, "cuts", s->throttle_cuts);
 	set_num(o, "waits", s->throttle_waits);
 	set_num(o, "delayed_bytes", s->throttle_delayed_bytes);
+	set_text(o, "by", s->throttle_by);
+	set_bool(o, "by_disk", s->throttle_disk);
+	set_num(o, "disk_cuts", s->throttle_disk_cuts);
+	set_num(o, "disk_read_ns", s->throttle_disk_read_ns);
+	set_num(o, "disk_write_ns", s->throttle_disk_write_ns);
+	set_num(o, "disk_wait_ns", s->throttle_disk_wait_ns);
 	return o;
 }
 

@@ -83,12 +83,17 @@ struct core_stat {
 	uint64_t throttle_window_bytes; /* of writes to nvme in flight, now */
 	uint64_t throttle_waits, throttle_cuts,
 		throttle_delayed_bytes; /* delayed: written below the full window */
-	bool pressure_on, squeezed;     /* the shrinker may act; it holds the tier below its size */
-	char psi[64];                   /* the kernel's events come from there, or why they do not */
-	uint64_t dram_limit;            /* bytes that the DRAM tier may hold now */
-	uint64_t memory_missing;        /* bytes on the host or in a cgroup, as last seen */
+	bool throttle_disk;             /* it goes by the kernel's probes of the disk, too */
+	char throttle_by[160];          /* what it goes by, and why not by the disk */
+	uint64_t throttle_disk_cuts;    /* of the cuts: only the disk asked for them */
+	/* At the last look: mean of what ended; what a request would have waited for. 0: nothing to see. */
+	uint64_t throttle_disk_read_ns, throttle_disk_write_ns, throttle_disk_wait_ns;
+	bool pressure_on, squeezed; /* the shrinker may act; it holds the tier below its size */
+	char psi[64];               /* the kernel's events come from there, or why they do not */
+	uint64_t dram_limit;        /* bytes that the DRAM tier may hold now */
+	uint64_t memory_missing;    /* bytes on the host or in a cgroup, as last seen */
 	uint64_t squeezes, psi_events, squeeze_ns_last, squeeze_ns_max; /* from trigger to memory returned */
-	uint64_t squeeze_returned_bytes; /* in pieces of 2 MiB, beside whole segments */
+	uint64_t squeeze_returned_bytes;         /* in pieces of 2 MiB, beside whole segments */
 	uint64_t revokes, revoke_returned_bytes; /* published: times that segments were chosen; what went */
 	uint64_t squeeze_copied_bytes, squeeze_demoted_bytes, squeeze_dropped_bytes, squeeze_dropped_rows;
 	uint64_t limbo_bytes[KVT_TIERS]; /* of moves to nvme that no seal covers yet, by where their sources

@@ -77,6 +77,7 @@ static int on_tick(sd_event_source *src, uint64_t usec, void *arg)
 		if (c->pages.tier[t])
 			c->pages.tier[t]->ops->tick(c->pages.tier[t], on_moved, c);
 	probes_tick(c);
+	throttle_tick(c);
 	pressure_tick(c);
 	near_tick(c);
 	settle_watermarks(c);

@@ -374,10 +374,43 @@ static void program_stat(const struct probes *p, unsigned i, struct probe_progra
 				: "kvtierd is not in the host's PID namespace");
 }
 
+/* What is between the two reads has begun and not ended, at most. */
+static uint64_t inflight(const struct probes *p)
+{
+	uint64_t ended = p->counts->disk_ended;
+
+	return p->counts->disk_begun - ended;
+}
+
+const char *probes_disk(const struct core *c, struct probes_disk *ret)
+{
+	const struct probes *p = c->probes;
+	struct histogram h;
+	unsigned i = 0;
+
+	if (!p || !p->targets)
+		return p ? p->why_off : "not asked yet";
+	while (i < p->hello.names && strcmp(p->hello.name[i].name, "disk"))
+		i++;
+	if (i == p->hello.names)
+		return "kvtierd-bpf counts no disk";
+	if (!p->hello.name[i].on)
+		return p->hello.name[i].why_off;
+	if (p->why_no_disk[0])
+		return p->why_no_disk;
+	read_histogram(&p->counts->disk_read, &h);
+	ret->reads = histogram_count(&h);
+	ret->read_ns = h.sum;
+	read_histogram(&p->counts->disk_write, &h);
+	ret->writes = histogram_count(&h);
+	ret->write_ns = h.sum;
+	ret->inflight = inflight(p);
+	return NULL;
+}
+
 void probes_stat(struct core *c, struct probes_stat *ret)
 {
 	const struct probes *p = c->probes;
-	uint64_t ended;
 
 	memset(ret, 0, sizeof(*ret));
 	if (!p || !p->targets) {
@@ -394,8 +427,7 @@ void probes_stat(struct core *c, struct probes_stat *ret)
 	read_histogram(&p->counts->reclaim, &ret->reclaim);
 	read_histogram(&p->counts->fault, &ret->fault);
 	read_histogram(&p->counts->sched, &ret->sched);
-	ended = p->counts->disk_ended; /* first: what ends in between would be counted as less than none */
-	ret->disk_inflight = p->counts->disk_begun - ended;
+	ret->disk_inflight = inflight(p);
 	ret->lost = p->counts->lost;
 	ret->untracked = p->untracked;
 }

@@ -33,6 +33,13 @@ struct probes_stat {
 	struct histogram reclaim, fault;
 	struct histogram sched; /* runnable and not running: threads of the daemon's clients */
 };
+/* Of the NVMe tier's device, everybody's requests, since the loader began. */
+struct probes_disk {
+	uint64_t reads, read_ns, writes, write_ns; /* ended, and how long all of them took */
+	uint64_t inflight;
+};
+/* NULL: *ret is set. Else why there is nothing to read, one line that lives until the loop runs again. */
+const char *probes_disk(const struct core *c, struct probes_disk *ret);
 /* Copied. c may have no probes. */
 void probes_stat(struct core *c, struct probes_stat *ret);
 /* Opened by the first tick; tries again about once a second. Never waits. */

@@ -4,23 +4,34 @@
  * Writes to NVMe back off when reads that somebody waits for become slow: bytes of writes in flight stay below
  * a window, which is halved when such a read took longer than [nvme] throttle_target, or a write twice as long,
  * and grows while none does: a queue that is longer than that makes nothing faster, and the next reader would
- * wait for all of it. Event-loop thread.
+ * wait for all of it. Where the kernel's probes see the disk, it is halved as well when the disk's own
+ * requests, whoever made them, are that slow, or wait that long in its queue. Event-loop thread.
  *
  * Nothing starves and nothing is refused: one page may always be on its way, and of the writes that a client
  * waits for a few; memory pressure lifts the window.
  */
 #include <stdbool.h>
 #include <stdint.h>
+#include "daemon/probes.h"
 
 struct core;
 struct core_stat;
+
+/* The disk between two looks, in nanoseconds; 0: nothing to see. */
+struct throttle_sight {
+	uint64_t read_ns, write_ns; /* mean of those that ended */
+	uint64_t wait_ns;           /* until what was in the queue all the time has ended at that rate */
+};
 
 struct throttle {
 	uint64_t window;      /* bytes */
 	uint64_t inflight[2]; /* bytes: background, foreground */
 	uint64_t epoch_ns;    /* when the window was last changed */
 	uint64_t wait_ns;     /* not to be changed again for so long */
-	bool slow;            /* one of this epoch was */
+	uint64_t slow_ns;     /* the last of this epoch that was; 0: none */
+	struct probes_disk disk;
+	uint64_t disk_ns; /* when that was read; 0: never, or the probes were off since */
+	struct throttle_sight sight;
 };
 
 void throttle_init(struct core *c);
@@ -31,4 +42,9 @@ void throttle_end(struct core *c, uint32_t bytes, bool background);
 /* A read that somebody waits for, or a write, took so long in the tier. */
 void throttle_saw_read(struct core *c, uint64_t ns);
 void throttle_saw_write(struct core *c, uint64_t ns);
+/* Look at the disk, which others may have made slow. */
+void throttle_tick(struct core *c);
 void throttle_stat(const struct core *c, struct core_stat *ret);
+/* What was seen in `ns` nanoseconds. A queue is that long at least: the shorter one of both looks. */
+void throttle_see(const struct probes_disk *before, const struct probes_disk *now, uint64_t ns,
+		  struct throttle_sight *ret);

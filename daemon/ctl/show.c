@@ -201,10 +201,16 @@ static void show_tier_notes(const json_t *tiers)
 
 static void show_throttle(const json_t *t)
 {
-	if (flag(t, "on"))
-		printf("throttle   nvme writes have %s in flight at most, %s cuts, %s waits, %s delayed\n",
-		       fmt_bytes(num(t, "window_bytes")), fmt_count(num(t, "cuts")), fmt_count(num(t, "waits")),
-		       fmt_bytes(num(t, "delayed_bytes")));
+	if (!flag(t, "on"))
+		return;
+	printf("throttle   nvme writes have %s in flight at most, %s cuts, %s waits, %s delayed\n",
+	       fmt_bytes(num(t, "window_bytes")), fmt_count(num(t, "cuts")), fmt_count(num(t, "waits")),
+	       fmt_bytes(num(t, "delayed_bytes")));
+	printf("           by %.140s\n", clean(text(t, "by")));
+	if (flag(t, "by_disk"))
+		printf("           the disk: reads %s, writes %s, queue %s; %s cuts for it alone\n",
+		       fmt_ns(num(t, "disk_read_ns")), fmt_ns(num(t, "disk_write_ns")),
+		       fmt_ns(num(t, "disk_wait_ns")), fmt_count(num(t, "disk_cuts")));
 }
 
 static void show_limbo(const json_t *l)

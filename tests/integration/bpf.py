@@ -13,12 +13,14 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 from kvtier import ROWS_ALL, Client
 from kvtier.daemon import build_dir
 
+from lib import disk
 from lib.rows import Rows
 from lib.world import Skip, Tap, World, equal, expect, matches, until
 
@@ -298,6 +300,56 @@ def reclaim():
                 time.sleep(0.05)
 
 
+def busy_disk(path, seconds, until_true=lambda: False):
+    """Large writes, sixteen at a time, by this process."""
+    end = time.monotonic() + seconds
+
+    def write(i):
+        fd = os.open(f"{path}.{i}", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+        with mmap.mmap(-1, 4 << 20) as m:
+            while time.monotonic() < end:
+                os.pwrite(fd, m, 0)
+        os.close(fd)
+        os.unlink(f"{path}.{i}")
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(16)]
+    for x in threads:
+        x.start()
+    while time.monotonic() < end and not until_true():
+        time.sleep(0.05)
+    end = 0
+    for x in threads:
+        x.join()
+
+
+def others_slow_the_disk():
+    """The throttle acts on what others do to the disk: the daemon itself reads and writes nothing.
+    The disk is a loop device: it has a long queue, which many disks of virtual machines have not."""
+    need()
+    with tempfile.TemporaryDirectory() as t, disk.small_disk(192) as where, \
+            World(store=where, kvtierd={"bpf_socket": t + "/s"}, nvme={"throttle_target": 1, "size": "32M"}) as d:
+        with Loader(t + "/s"):
+            wait_on(d)
+            own, before = io(d), d.status()["throttle"]
+            equal((before["by_disk"], before["by"]), (True, "the tier's own I/O and the disk's"), "what it goes by")
+            busy_disk(d.store + "/others", 10, lambda: d.status()["throttle"]["disk_cuts"] > before["disk_cuts"] + 1)
+            now = d.status()["throttle"]
+            print(f"# {now}")
+            equal(io(d), own, "the daemon's own reads and writes")
+            expect(now["disk_cuts"] > before["disk_cuts"], f"sixteen writers of 4 MiB: {now}")
+            equal(now["cuts"] - before["cuts"], now["disk_cuts"] - before["disk_cuts"], "cuts")
+            text = subprocess.run([str(build_dir() / "kvtierctl"), "--socket", d.admin, "status"], capture_output=True,
+                                  text=True, check=True).stdout
+            matches(text, r"throttle .*\n +by the tier's own I/O and the disk's\n +the disk: reads .*; [1-9]\d* cuts for it alone",
+                    "text")
+        until("off", lambda: not probes(d)["on"], 5)
+        cuts = d.status()["throttle"]["cuts"]
+        busy_disk(d.store + "/others", 0.7)
+        now = d.status()["throttle"]
+        equal((now["by_disk"], now["cuts"]), (False, cuts), "by the disk, and cuts, without the probes")
+        matches(now["by"], r"^the tier's own I/O alone \(kvtierd-bpf", "what it goes by without them")
+
+
 # ---- with and without ------------------------------------------------------------------------------
 
 
@@ -507,6 +559,7 @@ def main():
     tap.case("the disk's and the ring's latencies are counted under load", disk_and_ring)
     tap.case("a client's waits for a processor and for pages are counted", stalls)
     tap.case("a client's reclaims at its control group's limit are counted", reclaim)
+    tap.case("others' I/O makes the throttle act, with the probes", others_slow_the_disk)
     tap.case("the loader comes, goes and comes back; the daemon goes on", comes_and_goes)
     tap.case("an impostor is not believed", impostors)
     tap.case("a stranger gets no maps; nobody can write the counts", strangers)
