@@ -166,6 +166,8 @@ static json_t *pressure_json(const struct core_stat *s)
 	set_num(o, "missing_bytes", s->memory_missing);
 	set_num(o, "squeezes", s->squeezes);
 	set_num(o, "psi_events", s->psi_events);
+	set_text(o, "reclaim", s->reclaim);
+	set_num(o, "reclaim_events", s->reclaim_events);
 	set_num(o, "ns_last", s->squeeze_ns_last);
 	set_num(o, "ns_max", s->squeeze_ns_max);
 	set_num(o, "returned_bytes", s->squeeze_returned_bytes);

@@ -90,8 +90,10 @@ struct core_stat {
 	uint64_t throttle_disk_read_ns, throttle_disk_write_ns, throttle_disk_wait_ns;
 	bool pressure_on, squeezed; /* the shrinker may act; it holds the tier below its size */
 	char psi[64];               /* the kernel's events come from there, or why they do not */
-	uint64_t dram_limit;        /* bytes that the DRAM tier may hold now */
-	uint64_t memory_missing;    /* bytes on the host or in a cgroup, as last seen */
+	char reclaim[128];          /* so much time in reclaim counts as such an event, or why it does not */
+	uint64_t reclaim_events;
+	uint64_t dram_limit;     /* bytes that the DRAM tier may hold now */
+	uint64_t memory_missing; /* bytes on the host or in a cgroup, as last seen */
 	uint64_t squeezes, psi_events, squeeze_ns_last, squeeze_ns_max; /* from trigger to memory returned */
 	uint64_t squeeze_returned_bytes;         /* in pieces of 2 MiB, beside whole segments */
 	uint64_t revokes, revoke_returned_bytes; /* published: times that segments were chosen; what went */

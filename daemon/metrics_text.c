@@ -165,6 +165,8 @@ const struct metric metrics_table[] = {
 	ROW(COUNTER, ONE, "squeezes_total", squeezes,
 	    "Times that memory pressure made the DRAM tier give back."),
 	ROW(COUNTER, ONE, "psi_events_total", psi_events, "Memory pressure events from the kernel."),
+	ROW(COUNTER, ONE, "reclaim_events_total", reclaim_events,
+	    "Times that the BPF programs counted as much time in reclaim as a memory pressure event takes."),
 	ROW(GAUGE, NS, "squeeze_last_seconds", squeeze_ns_last,
 	    "The last squeeze, from trigger to memory returned."),
 	ROW(GAUGE, NS, "squeeze_max_seconds", squeeze_ns_max,
@@ -252,6 +254,7 @@ const struct metric_left_out metrics_left_out[] = {
 	LEFT_OUT(tier[KVT_TIER_NVME].at, "a matter of memory"),
 	LEFT_OUT(numa, "a line for people: kvtierctl status"),
 	LEFT_OUT(throttle_by, "a line for people: kvtierctl status"),
+	LEFT_OUT(reclaim, "a line for people: kvtierctl status"),
 	LEFT_OUT(psi, "a line for people: kvtierctl status"),
 	LEFT_OUT(policy, "a label of kvtier_policy_info"),
 };

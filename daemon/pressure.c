@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * How much the DRAM tier may hold. What is missing on the host (or in a cgroup of ours) is taken off what the
- * tier holds now, at once; a PSI event takes an eighth. Up it goes in eighths of the capacity, each after a
- * quiet time and only into what is really free. Pressure that comes back soon after a step doubles that time,
- * so that the tier does not swing.
+ * tier holds now, at once; a PSI event, or as much time in reclaim, takes an eighth. Up it goes in eighths of
+ * the capacity, each after a quiet time and only into what is really free. Pressure that comes back soon after
+ * a step doubles that time, so that the tier does not swing.
  *
  * Rows whose only copy is in DRAM are dropped only when bytes are missing, never for stalls alone, and not
  * before `deadline` has gone by, so that nvme takes what it can.
@@ -29,6 +29,7 @@ struct pressure {
 	struct host *host;
 	struct give *give;
 	struct revoke revoke;
+	struct stall stall;
 	int psi_fd;
 	sd_event_source *psi, *watch;
 	char where[64];
@@ -223,12 +224,23 @@ static void look(struct core *c, bool stalls)
 	grow(c, now);
 }
 
+/* As a PSI event does, but it has to be asked for. */
+static bool stalled(struct core *c)
+{
+	uint64_t sum;
+
+	if (probes_short(c, &sum) || !stall_look(&c->pressure->stall, sum, now_ns()))
+		return false;
+	c->stat.reclaim_events++;
+	return true;
+}
+
 void pressure_tick(struct core *c)
 {
 	struct pressure *p = c->pressure;
 
 	if (on(c) && !c->freeing)
-		look(c, false);
+		look(c, stalled(c));
 	if (p && !c->freeing)
 		(void)revoke_look(c, &p->revoke);
 	/* Quiet for a long time: what was learnt of too early steps is forgotten. */
@@ -243,7 +255,7 @@ static int on_watch(sd_event_source *src, uint64_t usec, void *arg)
 	bool revoked = revoke_look(c, &c->pressure->revoke);
 
 	if (on(c))
-		look(c, false);
+		look(c, stalled(c));
 	if (c->pressure->giving)
 		mover_kick(c);
 	if (revoked || c->pressure->giving || now_ns() - c->pressure->last_ns < QUIET_NS)
@@ -275,6 +287,7 @@ static void listen_psi(struct core *c)
 	sd_event_source_disable_unref(p->psi);
 	p->psi = NULL;
 	close_fdp(&p->psi_fd);
+	stall_set(&p->stall, c->cfg.pressure_psi);
 	p->psi_fd = r = host_psi(p->host, c->cfg.pressure_psi, p->where);
 	if (r >= 0)
 		r = sd_event_add_io(c->ev, &p->psi, p->psi_fd, EPOLLPRI, on_psi, c);
@@ -345,10 +358,15 @@ bool pressure_gives(const struct core *c)
 void pressure_stat(const struct core *c, struct core_stat *ret)
 {
 	const struct pressure *p = c->pressure;
+	uint64_t sum;
 
 	ret->pressure_on = on(c);
 	ret->dram_limit = p && p->limit != UINT64_MAX ? p->limit : ret->tier[KVT_TIER_DRAM].capacity;
 	ret->memory_missing = p ? p->missing : 0;
 	ret->squeezed = p && p->limit != UINT64_MAX;
 	snprintf(ret->psi, sizeof(ret->psi), "%s", p ? p->where : "off: there is no dram tier");
+	if (p)
+		stall_says(&p->stall, probes_short(c, &sum), ret->reclaim, sizeof(ret->reclaim));
+	else
+		snprintf(ret->reclaim, sizeof(ret->reclaim), "%s", ret->psi);
 }

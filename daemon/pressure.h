@@ -6,6 +6,7 @@
  *
  *   pressure_host.c  what the host says: MemAvailable, limits of our cgroups, PSI
  *   pressure.c       how much the tier may hold: down at once, up in steps after a quiet time
+ *   pressure_stall.c  stalls in reclaim, as the kernel's probes see them
  *   pressure_revoke.c  published memory: whose clients have to let go of it
  *   pressure_give.c  what goes: rows with another copy, then to nvme, then lowest scores
  */
@@ -30,6 +31,20 @@ void pressure_pump(struct core *c);
 /* Memory is missing, and DRAM is being moved to nvme for it. */
 bool pressure_gives(const struct core *c);
 void pressure_stat(const struct core *c, struct core_stat *ret);
+
+/* ---- pressure_stall.c ----------------------------------------------------------------------- */
+/* Time in reclaim since `then`, at most a window ago; `next` takes its place after half of one. */
+struct stall {
+	uint64_t stall_ns, window_ns;          /* as psi says; window 0: off */
+	uint64_t then, then_ns, next, next_ns; /* sums, and when they were read; then_ns 0: not yet */
+	uint64_t quiet_ns;                     /* nothing is said before */
+};
+/* What psi says; as psi_parse(). */
+void stall_set(struct stall *st, const char *spec);
+/* `sum` was spent since the probes began: was it as much in a window as psi asks for? Once in a window. */
+bool stall_look(struct stall *st, uint64_t sum, uint64_t now);
+/* For people: what is looked at, or why not. */
+void stall_says(const struct stall *st, const char *why_off, char *ret, size_t size);
 
 /* ---- pressure_revoke.c ---------------------------------------------------------------------- */
 struct revoke {

@@ -360,18 +360,33 @@ static void read_histogram(const volatile struct histogram *h, struct histogram 
 	ret->sum = h->sum;
 }
 
+/* NULL: that one counts. */
+static const char *off(const struct probes *p, const struct probe_name *n)
+{
+	if (!n->on)
+		return n->why_off;
+	if (!strcmp(n->name, "disk"))
+		return p->why_no_disk[0] ? p->why_no_disk : NULL;
+	return p->foreign_pids ? "kvtierd is not in the host's PID namespace" : NULL;
+}
+
+static const char *off_by_name(const struct probes *p, const char *name)
+{
+	if (!p || !p->targets)
+		return p ? p->why_off : "not asked yet";
+	for (uint32_t i = 0; i < p->hello.names; i++)
+		if (!strcmp(p->hello.name[i].name, name))
+			return off(p, &p->hello.name[i]);
+	return "kvtierd-bpf does not count that";
+}
+
 static void program_stat(const struct probes *p, unsigned i, struct probe_program *ret)
 {
-	const struct probe_name *n = &p->hello.name[i];
-	bool disk = !strcmp(n->name, "disk");
+	const char *why = off(p, &p->hello.name[i]);
 
-	snprintf(ret->name, sizeof(ret->name), "%s", n->name);
-	ret->on = n->on && (disk ? !p->why_no_disk[0] : !p->foreign_pids);
-	if (!ret->on)
-		snprintf(ret->why_off, sizeof(ret->why_off), "%s",
-			 !n->on ? n->why_off
-			 : disk ? p->why_no_disk
-				: "kvtierd is not in the host's PID namespace");
+	snprintf(ret->name, sizeof(ret->name), "%s", p->hello.name[i].name);
+	ret->on = !why;
+	snprintf(ret->why_off, sizeof(ret->why_off), "%s", why ?: "");
 }
 
 /* What is between the two reads has begun and not ended, at most. */
@@ -385,19 +400,11 @@ static uint64_t inflight(const struct probes *p)
 const char *probes_disk(const struct core *c, struct probes_disk *ret)
 {
 	const struct probes *p = c->probes;
+	const char *why = off_by_name(p, "disk");
 	struct histogram h;
-	unsigned i = 0;
 
-	if (!p || !p->targets)
-		return p ? p->why_off : "not asked yet";
-	while (i < p->hello.names && strcmp(p->hello.name[i].name, "disk"))
-		i++;
-	if (i == p->hello.names)
-		return "kvtierd-bpf counts no disk";
-	if (!p->hello.name[i].on)
-		return p->hello.name[i].why_off;
-	if (p->why_no_disk[0])
-		return p->why_no_disk;
+	if (why)
+		return why;
 	read_histogram(&p->counts->disk_read, &h);
 	ret->reads = histogram_count(&h);
 	ret->read_ns = h.sum;
@@ -405,6 +412,17 @@ const char *probes_disk(const struct core *c, struct probes_disk *ret)
 	ret->writes = histogram_count(&h);
 	ret->write_ns = h.sum;
 	ret->inflight = inflight(p);
+	return NULL;
+}
+
+const char *probes_short(const struct core *c, uint64_t *ret_ns)
+{
+	const struct probes *p = c->probes;
+	const char *why = off_by_name(p, "reclaim");
+
+	if (why && off_by_name(p, "memcg_reclaim"))
+		return why;
+	*ret_ns = p->counts->short_ns;
 	return NULL;
 }
 

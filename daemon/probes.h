@@ -40,6 +40,11 @@ struct probes_disk {
 };
 /* NULL: *ret is set. Else why there is nothing to read, one line that lives until the loop runs again. */
 const char *probes_disk(const struct core *c, struct probes_disk *ret);
+/*
+ * Nanoseconds that threads of the daemon and its clients spent in reclaim because the host was short of memory,
+ * and the daemon's because a control group of its was; added up since the loader began. As probes_disk().
+ */
+const char *probes_short(const struct core *c, uint64_t *ret_ns);
 /* Copied. c may have no probes. */
 void probes_stat(struct core *c, struct probes_stat *ret);
 /* Opened by the first tick; tries again about once a second. Never waits. */

@@ -9,7 +9,7 @@
 #include "shm/histogram.h"
 
 #define PROBE_MAGIC 0x50424b56u /* "VKBP" */
-#define PROBE_VERSION 1u
+#define PROBE_VERSION 2u
 #define PROBE_MAPS 3u /* descriptors of the message: targets, counts, sums */
 #define PROBE_NAMES 16u
 #define PROBE_WAYS 4u
@@ -32,6 +32,7 @@ struct probe_counts { /* in nanoseconds, of what ended */
 	struct histogram disk_read, disk_write, uring, reclaim, fault, sched;
 	uint64_t disk_begun, disk_ended; /* requests of the disk: reads and writes */
 	uint64_t lost;                   /* events that found no room to be remembered in */
+	uint64_t short_ns; /* of reclaim: the host's, and the daemon's at a limit of its own control groups */
 };
 
 struct probe_sum { /* of all threads of the process in that slot, and of those that had it before */

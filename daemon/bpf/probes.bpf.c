@@ -223,7 +223,15 @@ static __always_inline int reclaim_from(void)
 	return 0;
 }
 
-static __always_inline int reclaim_to(void)
+/* A client at its own group's limit waits for nothing that the daemon could give. */
+static __always_inline bool ours_to_ease(bool host)
+{
+	struct probe_targets *t = whom();
+
+	return host || (t && t->daemon == bpf_get_current_pid_tgid() >> 32);
+}
+
+static __always_inline int reclaim_to(bool host)
 {
 	__s64 ns = end(&reclaim_begun, bpf_get_current_pid_tgid());
 	struct probe_counts *c = count();
@@ -233,6 +241,8 @@ static __always_inline int reclaim_to(void)
 	if (ns < 0 || !c)
 		return 0;
 	add(&c->reclaim, ns);
+	if (ours_to_ease(host))
+		__sync_fetch_and_add(&c->short_ns, ns);
 	slot = current_slot();
 	s = slot >= 0 ? sum_of(slot) : NULL;
 	if (s)
@@ -249,7 +259,7 @@ int reclaim_begin(void *x)
 SEC("raw_tp/mm_vmscan_direct_reclaim_end")
 int reclaim_end(void *x)
 {
-	return reclaim_to();
+	return reclaim_to(true);
 }
 
 SEC("raw_tp/mm_vmscan_memcg_reclaim_begin") /* the limit of a control group instead of the host's */
@@ -261,7 +271,7 @@ int memcg_begin(void *x)
 SEC("raw_tp/mm_vmscan_memcg_reclaim_end")
 int memcg_end(void *x)
 {
-	return reclaim_to();
+	return reclaim_to(false);
 }
 
 /*

@@ -228,6 +228,8 @@ static void show_pressure(const json_t *p)
 				     : "none",
 	       fmt_bytes(num(p, "dram_resident_bytes")), fmt_bytes(num(p, "dram_limit_bytes")),
 	       clean(text(p, "psi")));
+	printf("           stalls: %s events of psi, %s of reclaim (%.110s)\n", fmt_count(num(p, "psi_events")),
+	       fmt_count(num(p, "reclaim_events")), clean(text(p, "reclaim")));
 	if (num(p, "squeezes"))
 		printf("           %s times, last %s, longest %s; %s were on nvme, %s moved there, %s dropped "
 		       "(%s rows)\n",

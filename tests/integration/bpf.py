@@ -21,6 +21,8 @@ from kvtier import ROWS_ALL, Client
 from kvtier.daemon import build_dir
 
 from lib import disk
+from lib.big import Big
+from lib.group import Group, Within
 from lib.rows import Rows
 from lib.world import Skip, Tap, World, equal, expect, matches, until
 
@@ -300,6 +302,44 @@ def reclaim():
                 time.sleep(0.05)
 
 
+def reclaim_squeezes():
+    """A file fills the daemon's control group; each page that the DRAM tier takes then costs reclaim."""
+    if "memcg_reclaim" not in need():
+        raise Skip("the programs do not load here")
+    # What the floor leaves is taken whether or not the host's own PSI speaks first.
+    sections = {"dram": {"size": "192M", "segment": "64M"}, "nvme": {"size": "256M", "segment": "4M", "preallocate": "no"},
+                "pressure": {"psi": "some 1ms/2s", "floor": "96M", "reserve": "4M"}}
+    for on in (False, True):
+        with Group() as g, tempfile.TemporaryDirectory() as t, tempfile.NamedTemporaryFile(dir=build_dir()) as f, \
+                Within(g, sections | {"kvtierd": {"bpf_socket": t + "/s"}}) as d, Client(d.socket) as c:
+            loader = Loader(t + "/s") if on else None
+            try:
+                if on:
+                    wait_on(d)
+                g.limit(g.used() + (256 << 20))
+                f.truncate(320 << 20)
+                with g.inside():
+                    while f.read(1 << 20):
+                        pass
+                b = Big(c, 1)
+                b.fill(8192, nvme=ROWS_ALL)
+                until(lambda: f"{d.status()['pressure']}",
+                      lambda: not on or d.status()["pressure"]["reclaim_events"], 5)
+                p = d.status()["pressure"]
+                print(f"# {p['reclaim']}: {p['reclaim_events']} events, {p['psi_events']} of psi, {p['squeezes']} squeezes")
+                equal(g.killed(), 0, "processes that the OOM killer took")
+                if on:
+                    equal(p["reclaim"], "1 ms in 2 s", "what is looked at")
+                    expect(p["squeezed"] and p["dram_limit_bytes"] < 192 << 20, f"it was not answered: {p}")
+                else:
+                    matches(p["reclaim"], r"^off: kvtierd-bpf", "what is looked at")
+                equal(p["reclaim_events"] > 0, on, "events of reclaim")
+                equal(p["dropped_rows"], 0, "rows dropped for stalls")
+            finally:
+                if loader:
+                    loader.kill()
+
+
 def busy_disk(path, seconds, until_true=lambda: False):
     """Large writes, sixteen at a time, by this process."""
     end = time.monotonic() + seconds
@@ -383,7 +423,7 @@ def comes_and_goes():
 
 def hello(**wrong):
     """The message as shm/probe.h has it, with sizes as a real loader says them."""
-    head = dict(magic=0x50424b56, version=1, busy=0, names=6, targets=4104, counts=2184, sums=32768, reserved=0)
+    head = dict(magic=0x50424b56, version=2, busy=0, names=6, targets=4104, counts=2192, sums=32768, reserved=0)
     head.update(wrong)
     return struct.pack("<8I", *head.values()) + bytes(16 * 128)
 
@@ -416,7 +456,7 @@ def impostors():
     cases = [("not root", hello(), [memfd] * 3, 65534, r"not root"),
              ("another magic", hello(magic=7), [memfd] * 3, 0, r"not kvtierd-bpf"),
              ("cut short", hello()[:-1], [memfd] * 3, 0, r"not kvtierd-bpf"),
-             ("another version", hello(version=2), [memfd] * 3, 0, r"another version"),
+             ("another version", hello(version=1), [memfd] * 3, 0, r"another version"),
              ("wrong sizes", hello(counts=8), [memfd] * 3, 0, r"wrong sizes"),
              ("too many names", hello(names=17), [memfd] * 3, 0, r"wrong sizes"),
              ("no descriptors", hello(), [], 0, r"wrong sizes or descriptors"),
@@ -456,7 +496,7 @@ def strangers():
             s.connect(t + "/s")
             msg, fds, _, _ = socket.recv_fds(s, 4096, 8)
             equal((len(msg), len(fds)), (len(hello()), 3), "what root gets")
-            for fd, size, writable in zip(fds, (4104, 2184, 32768), (True, False, False)):
+            for fd, size, writable in zip(fds, (4104, 2192, 32768), (True, False, False)):
                 try:
                     mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE).close()
                     expect(writable, f"a map of {size} bytes of counts can be written from user space")
@@ -559,6 +599,7 @@ def main():
     tap.case("the disk's and the ring's latencies are counted under load", disk_and_ring)
     tap.case("a client's waits for a processor and for pages are counted", stalls)
     tap.case("a client's reclaims at its control group's limit are counted", reclaim)
+    tap.case("the daemon's time in reclaim makes the DRAM tier give, as PSI does", reclaim_squeezes)
     tap.case("others' I/O makes the throttle act, with the probes", others_slow_the_disk)
     tap.case("the loader comes, goes and comes back; the daemon goes on", comes_and_goes)
     tap.case("an impostor is not believed", impostors)
