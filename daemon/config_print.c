@@ -5,24 +5,35 @@
 #include "daemon/config_keys.h"
 #include "shm/util.h"
 
-/* file, line: where it was set; line 0: it was not. */
+/* What a reader of lines takes of one, without its newline (INI_MAX_LINE of libinih less 2). */
+#define LINE_MAX_BYTES 198
+#define FILE_SHOWN 64
+
+/* file, line: where it was set; line 0: it was not. What is printed must be read again: no line gets too long.
+ */
 static void print_key(int fd, const struct config_key *k, const void *base, const char *file, unsigned line)
 {
 	const char *def = k->def ?: "the tenant's name with .sock, kvtierd.sock for \"default\"";
+	size_t n = strlen(file), cut = n > FILE_SHOWN ? n - FILE_SHOWN : 0;
 	char value[CONFIG_PATH];
+	const char *equals;
 
 	config_value_format(k, base, value, sizeof(value));
+	/* After a blank a semicolon begins a comment. */
+	equals = !*value || *value == ';' ? " =" : " = ";
+	if (strlen(k->name) + strlen(equals) + strlen(value) > LINE_MAX_BYTES)
+		equals = "=";
 	dprintf(fd, "# %s", k->doc);
 	if (k->unit)
 		dprintf(fd, " [%s]", k->unit);
 	dprintf(fd, "\n# default: %s; ", *def ? def : "empty");
 	if (line)
-		dprintf(fd, "set at %s:%u", file, line);
+		dprintf(fd, "set at %s%s:%u", cut ? "..." : "", file + cut, line);
 	else
 		dprintf(fd, "%s",
 			!k->def || !strcmp(def, value) ? "not set" : "follows from other keys or an option");
 	dprintf(fd, "%s", k->reload ? "; follows a reload" : "");
-	dprintf(fd, "\n%s =%s%s\n", k->name, *value ? " " : "", value);
+	dprintf(fd, "\n%s%s%s\n", k->name, equals, value);
 }
 
 void config_print(const struct config *c, int fd)

@@ -147,8 +147,8 @@ int trace_check_header(const struct trace_header *h, char *err, size_t errsize)
 	if (h->rope_type != TRACE_ROPE_NONE && h->k_dim % 2)
 		return refuse(err, errsize, "offset %zu: k_dim: %u, must be even with RoPE",
 			      offsetof(struct trace_header, k_dim), h->k_dim);
-	if (h->rope_type != TRACE_ROPE_NONE && !(isfinite(h->rope_theta) && h->rope_theta > 0))
-		return refuse(err, errsize, "offset %zu: rope_theta: %g, must be finite and above 0",
+	if (h->rope_type != TRACE_ROPE_NONE && !(isfinite(h->rope_theta) && h->rope_theta >= 1))
+		return refuse(err, errsize, "offset %zu: rope_theta: %g, must be finite and at least 1",
 			      offsetof(struct trace_header, rope_theta), (double)h->rope_theta);
 	if (h->cuts && !h->rows)
 		return refuse(err, errsize, "offset %zu: cuts: %u, must be 0 without rows",

@@ -496,6 +496,27 @@ static void a_print_says_default_and_source(void **state)
 	assert_non_null(strstr(print(&f->cfg), "# default: 4G; not set\nsize = 4G\n"));
 }
 
+/* Values at the edge of what a line can say, from a file with a name that no line has room for. */
+static void odd_values_are_printed_so_that_they_are_read_again(void **state)
+{
+	struct fixture *f = *state;
+	char text[512], *printed;
+	struct config c;
+
+	snprintf(text, sizeof(text), "[kvtierd]\nadmin_socket=;x\n[policy]\nmodel_dir=/%0187d\n", 0);
+	if (load(f, text) < 0)
+		fail_msg("%s", f->err);
+	assert_string_equal(f->cfg.admin_socket, ";x");
+	memset(f->cfg.file, 'f', sizeof(f->cfg.file) - 1);
+	c = f->cfg;
+	printed = print(&c);
+	for (char *line = printed, *end; (end = strchr(line, '\n')); line = end + 1)
+		assert_in_range(end - line, 0, 198);
+	assert_int_equal(load(f, printed), 0);
+	assert_string_equal(f->cfg.admin_socket, ";x");
+	assert_string_equal(f->cfg.model_dir, c.model_dir);
+}
+
 /* stderr of fn, in a static buffer. */
 static const char *logged(void (*fn)(void))
 {
@@ -560,6 +581,7 @@ int main(void)
 		cmocka_unit_test(a_tenant_needs_no_keys),
 		cmocka_unit_test(unknown_is_refused),
 		cmocka_unit_test(changes_are_named_with_old_and_new),
+		cmocka_unit_test(odd_values_are_printed_so_that_they_are_read_again),
 		cmocka_unit_test(a_print_says_default_and_source),
 		cmocka_unit_test(malformed_lines_are_refused),
 		cmocka_unit_test(bad_values_name_value_and_limit),

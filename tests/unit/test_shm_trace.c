@@ -115,6 +115,7 @@ static void test_headers_refused(void **state)
 	WITH(h.dtype = 0, "dtype");
 	WITH(h.rope_type = 3, "rope_type");
 	WITH(h.rope_theta = 0, "rope_theta");
+	WITH(h.rope_theta = 0.99f, "rope_theta"); /* angles would pass what the rotation can reduce */
 	WITH(h.rope_theta = 1.0f / 0.0f, "rope_theta");
 	WITH(h.keys = 2, "keys");
 	WITH(h.rows = TRACE_MAX_ROWS + 1, "rows");
