@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include "daemon/workers.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define URGENT_ROW 4u /* urgent jobs one after the other while others wait: enough of them never end */
@@ -297,7 +298,7 @@ void workers_put(struct workers *w, struct job *j)
 	w->jobs++;
 	pthread_mutex_lock(&w->lock);
 	/* Back from idleness: no credit for the time away, whether or not somebody waits just now. */
-	if (!q->head && !j->urgent)
+	if (!q->head && !j->urgent && !planted("credit-for-absence"))
 		q->served = MAX(q->served, w->served);
 	queue_put(q, j);
 	wake = w->idle > 0;

@@ -25,8 +25,10 @@
 struct harness {
 	char dir[64], sock[2][108];
 	struct config cfg;
-	const struct tier_keep *keep; /* what its DRAM outlives it in; NULL: it does not */
-	const struct nodes *nodes;    /* of a host that is made up; NULL: of this one */
+	const struct tier_keep *keep;           /* what its DRAM outlives it in; NULL: it does not */
+	const struct nodes *nodes;              /* of a host that is made up; NULL: of this one */
+	const struct tier_ops *tier[KVT_TIERS]; /* in the place of the tier's own; NULL: that */
+	bool stepped;                           /* no worker threads: harness_step() */
 	struct core *core;
 	pthread_t thread;
 	int call_fd;
@@ -65,9 +67,11 @@ static inline void *harness_main(void *arg)
 	char err[256] = "no event loop";
 	int r = sd_event_new(&ev);
 
+	struct core_seams seams = {.keep = h->keep, .nodes = h->nodes, .stepped = h->stepped};
+
+	memcpy(seams.tier, h->tier, sizeof(seams.tier));
 	if (r >= 0)
-		r = core_new_with(&h->core, &h->cfg, &(struct core_seams){.keep = h->keep, .nodes = h->nodes},
-				  ev, err, sizeof(err));
+		r = core_new_with(&h->core, &h->cfg, &seams, ev, err, sizeof(err));
 	for (uint32_t t = 0; t < h->cfg.tenants && r >= 0; t++) {
 		int fd = sock_listen(h->sock[t], 0600, 16);
 
