@@ -145,6 +145,7 @@ static json_t *throttle_json(const struct core_stat *s)
 	set_num(o, "cuts", s->throttle_cuts);
 	set_num(o, "waits", s->throttle_waits);
 	set_num(o, "delayed_bytes", s->throttle_delayed_bytes);
+	set_num(o, "cleaner_bytes", s->throttle_cleaner_bytes);
 	set_text(o, "by", s->throttle_by);
 	set_bool(o, "by_disk", s->throttle_disk);
 	set_num(o, "disk_cuts", s->throttle_disk_cuts);

@@ -81,6 +81,7 @@ static int open_tier(struct core *c, int t, char *err, size_t errsize)
 		.node = cfg->dram_node,
 		.nodes = &c->near->nodes->table,
 		.keep = c->seams.keep,
+		.pace = throttle_pace(c),
 	};
 
 	if (dram ? !cfg->dram_size : !cfg->nvme_enabled)

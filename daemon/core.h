@@ -82,10 +82,11 @@ struct core_stat {
 	bool throttle_on;
 	uint64_t throttle_window_bytes; /* of writes to nvme in flight, now */
 	uint64_t throttle_waits, throttle_cuts,
-		throttle_delayed_bytes; /* delayed: written below the full window */
-	bool throttle_disk;             /* it goes by the kernel's probes of the disk, too */
-	char throttle_by[160];          /* what it goes by, and why not by the disk */
-	uint64_t throttle_disk_cuts;    /* of the cuts: only the disk asked for them */
+		throttle_delayed_bytes;  /* delayed: written below the full window */
+	bool throttle_disk;              /* it goes by the kernel's probes of the disk, too */
+	char throttle_by[160];           /* what it goes by, and why not by the disk */
+	uint64_t throttle_cleaner_bytes; /* that the tier's cleaner was let copy */
+	uint64_t throttle_disk_cuts;     /* of the cuts: only the disk asked for them */
 	/* At the last look: mean of what ended; what a request would have waited for. 0: nothing to see. */
 	uint64_t throttle_disk_read_ns, throttle_disk_write_ns, throttle_disk_wait_ns;
 	bool pressure_on, squeezed; /* the shrinker may act; it holds the tier below its size */

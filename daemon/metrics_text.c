@@ -146,6 +146,8 @@ const struct metric metrics_table[] = {
 	    "Times that slow reads, slow writes or a slow disk made the window smaller."),
 	ROW(COUNTER, ONE, "throttle_disk_cuts_total", throttle_disk_cuts,
 	    "Times that only the disk, as the kernel sees it, made the window smaller."),
+	ROW(COUNTER, ONE, "throttle_cleaner_bytes_total", throttle_cleaner_bytes,
+	    "Bytes that the NVMe tier's cleaner was let copy, in turn with other writes."),
 	ROW(GAUGE, FLAG, "throttle_by_disk", throttle_disk,
 	    "1: the throttle goes by the disk as the kernel sees it, too; 0: by the tier's own I/O alone."),
 	ROW(GAUGE, NS, "throttle_disk_read_seconds", throttle_disk_read_ns,

@@ -142,6 +142,47 @@ void throttle_saw_write(struct core *c, uint64_t ns)
 	saw(c, ns, 2 * target_ns(c));
 }
 
+/* ---- the cleaner ------------------------------------------------------------------------------ */
+
+static uint32_t take(void *arg, uint32_t bytes, bool urgent)
+{
+	struct core *c = arg;
+	struct throttle *t = &c->throttle;
+	uint64_t room = t->window - MIN(t->window, t->inflight[0]);
+
+	if (!c->cfg.nvme_throttle || pressure_gives(c))
+		room = bytes;
+	else if (urgent || !t->inflight[0])
+		room = MAX(room, LEAST);
+	if (room < MIN(bytes, LEAST)) {
+		c->stat.throttle_waits++;
+		return 0;
+	}
+	bytes = (uint32_t)MIN(bytes, room);
+	t->inflight[0] += bytes;
+	return bytes;
+}
+
+static void ended(void *arg, uint32_t bytes, uint64_t ns)
+{
+	struct core *c = arg;
+
+	throttle_end(c, bytes, true);
+	if (!ns)
+		return;
+	c->stat.throttle_cleaner_bytes += bytes;
+	throttle_saw_write(c, ns);
+	if (c->mover)
+		mover_kick(c);
+}
+
+struct tier_pace throttle_pace(struct core *c)
+{
+	return (struct tier_pace){.arg = c, .take = take, .ended = ended};
+}
+
+/* ---- looking ---------------------------------------------------------------------------------- */
+
 void throttle_tick(struct core *c)
 {
 	if (c->pages.tier[KVT_TIER_NVME] && c->cfg.nvme_throttle && !c->seams.stepped)

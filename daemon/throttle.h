@@ -8,11 +8,13 @@
  * requests, whoever made them, are that slow, or wait that long in its queue. Event-loop thread.
  *
  * Nothing starves and nothing is refused: one page may always be on its way, and of the writes that a client
- * waits for a few; memory pressure lifts the window.
+ * waits for a few; memory pressure lifts the window. The tier's own copies, the cleaner's, are background
+ * writes; when it runs out of places they go first.
  */
 #include <stdbool.h>
 #include <stdint.h>
 #include "daemon/probes.h"
+#include "tiers/tier.h"
 
 struct core;
 struct core_stat;
@@ -22,6 +24,9 @@ struct throttle_sight {
 	uint64_t read_ns, write_ns; /* mean of those that ended */
 	uint64_t wait_ns;           /* until what was in the queue all the time has ended at that rate */
 };
+
+/* How the tier asks for its own copies. */
+struct tier_pace throttle_pace(struct core *c);
 
 struct throttle {
 	uint64_t window;      /* bytes */

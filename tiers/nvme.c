@@ -37,6 +37,7 @@ static int configure(struct nvme *t, const struct tier_cfg *cfg, const struct nv
 	t->segment_bytes = cfg->segment ? cfg->segment : DEFAULT_SEGMENT;
 	t->store_bytes = cfg->size;
 	t->depth = cfg->depth ? cfg->depth : 32;
+	t->pace = cfg->pace;
 	t->deadline_ms = cfg->deadline_ms ? cfg->deadline_ms : 10000;
 	if (!cfg->path || !*cfg->path || strlen(cfg->path) >= sizeof(t->path))
 		return bad(err, errsize, "path length", cfg->path ? strlen(cfg->path) : 0, "must be 1 to 255");

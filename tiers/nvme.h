@@ -155,6 +155,8 @@ struct nvme_cleaner {
 	char *buf;
 	struct nvme_seg *to;
 	uint32_t to_unit, units, picks;
+	uint32_t granted;  /* bytes that the owner lets it copy now */
+	uint64_t write_ns; /* when the write was sent; 0: not */
 	uint32_t pick[NVME_SLAB / KVT_UNIT];
 	bool added[NVME_SLAB / KVT_UNIT]; /* has an entry in the table of `to` */
 };
@@ -196,6 +198,7 @@ struct nvme {
 	struct nvme_stream stream[2][NVME_MAX_STREAMS], cold;
 	struct nvme_sealer sealer;
 	struct nvme_cleaner cleaner;
+	struct tier_pace pace;
 	uint64_t *pos; /* scratch: NVME_MAX_POS_WORDS */
 	struct tier_stat stat;
 	uint32_t bad_tables, seal_errors;
@@ -292,6 +295,8 @@ void nvme_maps_start(struct nvme *t, bool sync);
 
 /* ---- nvme_clean.c -------------------------------------------------------------------------- */
 void nvme_clean_pump(struct nvme *t);
+/* Nothing of its comes back any more: the tier is offline. */
+void nvme_clean_stop(struct nvme *t);
 /* Sources that died after they were copied: their copies are dead too. */
 void nvme_clean_reconcile(struct nvme *t, struct nvme_seg *s);
 void nvme_clean_announce(struct nvme *t,

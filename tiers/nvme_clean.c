@@ -11,7 +11,8 @@
  * in the meantime dies with it (reconcile). If the daemon dies in between, the copy's table entry
  * names its source, so that the restart finds one of the two.
  *
- * Copying goes on as completions come in; the owner is told from tick() alone.
+ * Copying goes on as completions come in, a chunk at a time as far as the owner lets it; the owner is told of
+ * moves from tick() alone.
  */
 #include <string.h>
 
@@ -86,6 +87,12 @@ static uint32_t low_mark(const struct nvme *t)
 	return t->reserve + MAX(2u, t->segments / 16);
 }
 
+/* Writers will soon find no free segment. */
+static bool urgent(const struct nvme *t)
+{
+	return t->nfree <= t->reserve + (low_mark(t) - t->reserve) / 2;
+}
+
 static struct nvme_seg *choose(struct nvme *t)
 {
 	struct nvme_seg *best = NULL;
@@ -133,6 +140,30 @@ static void victim_done(struct nvme *t)
 	c->error = 0;
 }
 
+static bool grant(struct nvme *t)
+{
+	struct nvme_cleaner *c = &t->cleaner;
+
+	c->granted = t->pace.take ? t->pace.take(t->pace.arg, NVME_SLAB, urgent(t)) : NVME_SLAB;
+	c->write_ns = 0;
+	return c->granted > 0;
+}
+
+static void give_back(struct nvme *t)
+{
+	struct nvme_cleaner *c = &t->cleaner;
+
+	if (t->pace.ended && c->granted)
+		t->pace.ended(t->pace.arg, c->granted, c->write_ns ? now_ns() - c->write_ns : 0);
+	c->granted = 0;
+}
+
+void nvme_clean_stop(struct nvme *t)
+{
+	t->cleaner.write_ns = 0;
+	give_back(t);
+}
+
 static void chunk_done(struct nvme *t, struct nvme_req *r)
 {
 	struct nvme_cleaner *c = &t->cleaner;
@@ -159,6 +190,7 @@ static void chunk_done(struct nvme *t, struct nvme_req *r)
 	nvme_stage_put(t, c->slab, 1);
 	c->slab = NULL;
 	c->picks = 0;
+	give_back(t);
 	nvme_seg_settle(t, to);
 }
 
@@ -197,6 +229,7 @@ static void chunk_write(struct nvme *t)
 	if (r) {
 		r->data = true;
 		crash_point("nvme.clean.copy");
+		c->write_ns = now_ns();
 		nvme_send(t, r);
 		return;
 	}
@@ -251,7 +284,8 @@ static void chunk_start(struct nvme *t)
 		chunk_write(t);
 }
 
-/* Pick the next live pages, up to a slab, as long as they land side by side in one segment. */
+/* Pick the next live pages, up to a slab and to what is granted, but one at least, as long as they land side by
+ * side in one segment. */
 static bool chunk_pick(struct nvme *t)
 {
 	struct nvme_cleaner *c = &t->cleaner;
@@ -264,6 +298,8 @@ static bool chunk_pick(struct nvme *t)
 
 		if (!bits_test(c->victim->live, e->unit))
 			continue;
+		if (c->picks && (uint64_t)(c->units + units) * KVT_UNIT > c->granted)
+			break;
 		if (c->units + units > NVME_SLAB / KVT_UNIT ||
 		    nvme_place(t, &t->cold, NVME_COLD, units, entry_need(e), &to, &unit) < 0)
 			break;
@@ -343,14 +379,19 @@ void nvme_clean_pump(struct nvme *t)
 		victim_done(t);
 		return;
 	}
-	c->buf = nvme_stage_get(t, &c->slab, NVME_SLAB / KVT_UNIT, SLAB_CLEAN);
-	if (!c->buf)
+	if (!grant(t))
 		return;
+	c->buf = nvme_stage_get(t, &c->slab, NVME_SLAB / KVT_UNIT, SLAB_CLEAN);
+	if (!c->buf) {
+		give_back(t);
+		return;
+	}
 	if (chunk_pick(t)) {
 		chunk_start(t);
 		return;
 	}
 	nvme_stage_put(t, c->slab, 1);
+	give_back(t);
 	if (c->next == c->table.pages)
 		victim_done(t);
 	else /* no segment left to copy to: seal what there is, so that its sources become free */

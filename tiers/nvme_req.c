@@ -132,6 +132,7 @@ void nvme_check_deadline(struct nvme *t)
 	if (!r || now_ns() - r->start_ns < (uint64_t)t->deadline_ms * 1000000)
 		return;
 	t->offline = true;
+	nvme_clean_stop(t);
 	while ((r = TAILQ_FIRST(&t->inflight))) {
 		TAILQ_REMOVE(&t->inflight, r, link);
 		TAILQ_INSERT_TAIL(&t->orphans, r, link);

@@ -142,7 +142,7 @@ enum {
 	TIER_NODE_OFF = -3,    /* wherever the kernel takes it from */
 };
 
-#define TIER_REVOKE_MS 1000u /* a client has so long to let go of a revoked segment */
+#define TIER_REVOKE_MS 1000u                   /* a client has so long to let go of a revoked segment */
 #define TIER_SEGMENT_GRAIN (UINT64_C(2) << 20) /* published segments are multiples */
 
 /* What an owner takes; owner 0: all that is private. */
@@ -173,6 +173,19 @@ struct tier_keep {
 	unsigned n;
 };
 
+/*
+ * nvme: copies that nobody waits for, the cleaner's, take their turn among the owner's writes. Owner thread.
+ *
+ * take: how many of these bytes may be copied now; 0: none, and the tier asks again when I/O ends, or at the
+ * tick. urgent: places run out, so it must not be 0. A page that is larger is copied all the same. They are
+ * under way until ended(), which tells what the write took; ns 0: there was none.
+ */
+struct tier_pace {
+	void *arg;
+	uint32_t (*take)(void *arg, uint32_t bytes, bool urgent);
+	void (*ended)(void *arg, uint32_t bytes, uint64_t ns);
+};
+
 struct tier_cfg {
 	const char *path;     /* nvme: directory of the container files */
 	uint64_t size;        /* capacity in bytes */
@@ -186,6 +199,7 @@ struct tier_cfg {
 	int node;             /* dram: NUMA node, or TIER_NODE_* */
 	const struct tier_nodes *nodes; /* dram: of the host; copied. NULL: nothing is known */
 	const struct tier_keep *keep;   /* dram: NULL: its memory ends with the process */
+	struct tier_pace pace;          /* nvme; take NULL: as it comes */
 	const char *fault; /* fault: "seed=N,write_eio=P,...,delay_us=N", keys in tiers/fault.h, P in 1/1000 */
 	const struct tier_ops *lower_ops; /* fault: what it wraps */
 };
@@ -260,8 +274,8 @@ struct tier_ops {
 	/*
 	 * revoke: choose published segments with about so much memory; returns how much was chosen. From now on
 	 * their pages are to be moved and freed, and their owners get no new places until they are gone or the
-	 * limit is lifted. revoked: the page at addr lies in one. reclaim: close those in which no page lies and
-	 * that no other process has; returns how much memory that was. All NULL without published memory.
+	 * limit is lifted. revoked: the page at addr lies in one. reclaim: close those in which no page lies
+	 * and that no other process has; returns how much memory that was. All NULL without published memory.
 	 */
 	uint64_t (*revoke)(struct tier *t, uint64_t bytes);
 	bool (*revoked)(struct tier *t, tier_addr addr);

@@ -206,7 +206,10 @@ static void show_throttle(const json_t *t)
 	printf("throttle   nvme writes have %s in flight at most, %s cuts, %s waits, %s delayed\n",
 	       fmt_bytes(num(t, "window_bytes")), fmt_count(num(t, "cuts")), fmt_count(num(t, "waits")),
 	       fmt_bytes(num(t, "delayed_bytes")));
-	printf("           by %.140s\n", clean(text(t, "by")));
+	printf("           by %.140s", clean(text(t, "by")));
+	if (num(t, "cleaner_bytes"))
+		printf("; the cleaner had its turn for %s", fmt_bytes(num(t, "cleaner_bytes")));
+	printf("\n");
 	if (flag(t, "by_disk"))
 		printf("           the disk: reads %s, writes %s, queue %s; %s cuts for it alone\n",
 		       fmt_ns(num(t, "disk_read_ns")), fmt_ns(num(t, "disk_write_ns")),

@@ -84,6 +84,35 @@ static void one_page_may_always_go(void **state)
 	assert_true(throttle_may(c, 1u << 20, true));
 }
 
+static void the_cleaner_takes_its_turn(void **state)
+{
+	struct core *c = *state;
+	struct tier_pace p = throttle_pace(c);
+	uint64_t *bg = &c->throttle.inflight[0], window = c->throttle.window; /* 4 MiB */
+	const uint32_t mib = 1u << 20, least = 256u << 10;
+
+	assert_int_equal(p.take(p.arg, mib, false), mib);
+	assert_int_equal(*bg, mib); /* others wait for it as for each other */
+	assert_false(throttle_may(c, (uint32_t)window, true));
+	p.ended(p.arg, mib, 1);
+	assert_int_equal(*bg, 0);
+	assert_int_equal(c->stat.throttle_cleaner_bytes, mib);
+	window = c->throttle.window;
+	throttle_begin(c, (uint32_t)window - mib / 2, true);
+	assert_int_equal(p.take(p.arg, mib, false), mib / 2); /* what the others leave */
+	assert_int_equal(p.take(p.arg, mib, false), 0);
+	assert_int_equal(p.take(p.arg, mib, true), least); /* places run out */
+	assert_int_equal(*bg, window + least);
+	p.ended(p.arg, least, 0); /* it found nothing to do */
+	p.ended(p.arg, mib / 2, 1000 * MS);
+	assert_int_equal(c->stat.throttle_cleaner_bytes, mib + mib / 2);
+	c->throttle.epoch_ns = 0;
+	throttle_saw_read(c, 1);
+	assert_true(c->throttle.window < window); /* its slow writes count */
+	c->cfg.nvme_throttle = false;
+	assert_int_equal(p.take(p.arg, mib, false), mib);
+}
+
 static void without_probes_a_tick_changes_nothing(void **state)
 {
 	struct core *c = *state;
@@ -134,6 +163,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(a_slow_read_halves_it_once_an_epoch, setup, teardown),
 		cmocka_unit_test_setup_teardown(it_grows_while_all_is_fast_up_to_the_staging, setup, teardown),
 		cmocka_unit_test_setup_teardown(one_page_may_always_go, setup, teardown),
+		cmocka_unit_test_setup_teardown(the_cleaner_takes_its_turn, setup, teardown),
 		cmocka_unit_test_setup_teardown(without_probes_a_tick_changes_nothing, setup, teardown),
 		cmocka_unit_test_setup_teardown(the_disk_is_seen_by_means_and_by_its_queue, setup, teardown),
 	};

@@ -185,6 +185,76 @@ static void a_pinned_source_is_not_reused(void **state)
 	free(want);
 }
 
+struct turns {
+	struct fx *f;
+	uint32_t grant, taken; /* what is granted, to whom it is not urgent: not; bytes under way */
+	unsigned asked, urgent, ended, wrote;
+};
+
+static uint32_t turn_take(void *arg, uint32_t bytes, bool urgent)
+{
+	struct turns *x = arg;
+
+	assert_int_equal(x->taken, 0);
+	x->asked++;
+	x->urgent += urgent;
+	x->taken = urgent ? MIN(bytes, x->grant) : 0;
+	return x->taken;
+}
+
+static void turn_ended(void *arg, uint32_t bytes, uint64_t ns)
+{
+	struct turns *x = arg;
+
+	assert_int_equal(bytes, x->taken);
+	if (ns)
+		assert_true(nvme(x->f->t)->cleaner.units * KVT_UNIT <= bytes);
+	x->taken = 0;
+	x->ended++;
+	x->wrote += ns > 0;
+}
+
+/* It asks before each chunk, copies no more than it may, says when that has ended; what writers need it insists
+ * on.
+ */
+static void the_cleaner_waits_for_its_turn(void **state)
+{
+	struct fx *f = *state;
+	struct turns x = {.f = f, .grant = 3 * 32768};
+	struct nvme *t;
+	unsigned more = 0, n;
+	int why = 0;
+
+	f->cfg.pace = (struct tier_pace){.arg = &x, .take = turn_take, .ended = turn_ended};
+	fx_open(f);
+	t = nvme(f->t);
+	do { /* until it would like to clean, and need not yet */
+		n = (unsigned)f->next;
+		fx_write(f, 8, 32768, TIER_LONG, &why);
+		thin_out(f, n, f->next, 4);
+	} while (t->nfree >= t->reserve + 4);
+	assert_int_equal(why, 0);
+	for (int i = 0; i < 50; i++) {
+		fx_tick(f);
+		assert_int_equal(fx_verify(f), fx_live(f));
+	}
+	assert_true(x.asked > 0);
+	assert_int_equal(x.urgent + x.ended + f->moves, 0);
+	for (int i = 0; i < 10000 && more < 3000; i++) {
+		n = (unsigned)f->next;
+		more += fx_write(f, 8, 32768, TIER_LONG, &why);
+		thin_out(f, n, f->next, 4);
+		fx_tick(f);
+		if (why)
+			usleep(200);
+	}
+	assert_true(more >= 3000); /* far more than there is room for at once */
+	assert_true(x.urgent > 0 && x.wrote > 0 && f->moves > 0);
+	assert_int_equal(fx_verify(f), fx_live(f));
+	fx_close(f);
+	assert_int_equal(x.taken, 0);
+}
+
 /* Sequences come and go at random at 80 % of capacity; the model is checked all along and after a restart. */
 static void churn_at_80_percent_keeps_every_page(void **state)
 {
@@ -246,6 +316,7 @@ int main(void)
 		T(a_restart_between_copy_and_freeing_finds_each_page_once),
 		T(an_owner_that_answers_dead_frees_both),
 		T(a_pinned_source_is_not_reused),
+		T(the_cleaner_waits_for_its_turn),
 		T(churn_at_80_percent_keeps_every_page),
 		cmocka_unit_test_setup_teardown(churn_at_80_percent_keeps_every_page, setup_threads, teardown),
 	};
