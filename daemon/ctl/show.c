@@ -206,14 +206,13 @@ static void show_throttle(const json_t *t)
 	printf("throttle   nvme writes have %s in flight at most, %s cuts, %s waits, %s delayed\n",
 	       fmt_bytes(num(t, "window_bytes")), fmt_count(num(t, "cuts")), fmt_count(num(t, "waits")),
 	       fmt_bytes(num(t, "delayed_bytes")));
-	printf("           by %.140s", clean(text(t, "by")));
-	if (num(t, "cleaner_bytes"))
-		printf("; the cleaner had its turn for %s", fmt_bytes(num(t, "cleaner_bytes")));
-	printf("\n");
+	printf("           by %.66s\n", clean(text(t, "by")));
 	if (flag(t, "by_disk"))
-		printf("           the disk: reads %s, writes %s, queue %s; %s cuts for it alone\n",
+		printf("           disk: reads %s, writes %s, queue %s, %s cuts\n",
 		       fmt_ns(num(t, "disk_read_ns")), fmt_ns(num(t, "disk_write_ns")),
 		       fmt_ns(num(t, "disk_wait_ns")), fmt_count(num(t, "disk_cuts")));
+	if (num(t, "cleaner_bytes"))
+		printf("           the cleaner had its turn for %s\n", fmt_bytes(num(t, "cleaner_bytes")));
 }
 
 static void show_limbo(const json_t *l)
@@ -231,7 +230,7 @@ static void show_pressure(const json_t *p)
 				     : "none",
 	       fmt_bytes(num(p, "dram_resident_bytes")), fmt_bytes(num(p, "dram_limit_bytes")),
 	       clean(text(p, "psi")));
-	printf("           stalls: %s events of psi, %s of reclaim (%.110s)\n", fmt_count(num(p, "psi_events")),
+	printf("           events: psi %s, reclaim %s (%.36s)\n", fmt_count(num(p, "psi_events")),
 	       fmt_count(num(p, "reclaim_events")), clean(text(p, "reclaim")));
 	if (num(p, "squeezes"))
 		printf("           %s times, last %s, longest %s; %s were on nvme, %s moved there, %s dropped "
