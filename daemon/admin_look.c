@@ -235,6 +235,8 @@ static json_t *status_all(const struct core_stat *s)
 	set_num(o, "staging_bytes", s->staging_bytes);
 	set_num(o, "plan_bytes", s->plan_bytes);
 	set_num(o, "directory_bytes", s->directory_bytes);
+	set_num(o, "worker_jobs", s->worker_jobs);
+	set_num(o, "page_requests", s->page_requests);
 	set_num(o, "loop_max_ns", s->loop_max_ns);
 	set_num(o, "loop_recent_max_ns", s->loop_recent_max_ns);
 	set_num(o, "loop_cpu_max_ns", s->loop_cpu_max_ns);

@@ -62,9 +62,10 @@ struct core_stat {
 	uint64_t recalls, rows_recalled; /* searches asked for, rows copied out for them */
 	uint64_t direct_demotions, hangups_protocol, admin_mutations;
 	uint64_t index_bytes, staging_bytes, plan_bytes, directory_bytes;
-	uint64_t loop_max_ns;        /* longest slice of the event loop */
-	uint64_t loop_recent_max_ns; /* of the last one to two seconds */
-	uint64_t loop_cpu_max_ns;    /* the same by the loop's own processor time; 0: none was long */
+	uint64_t worker_jobs, page_requests; /* now: with the workers; between us and the tiers */
+	uint64_t loop_max_ns;                /* longest slice of the event loop */
+	uint64_t loop_recent_max_ns;         /* of the last one to two seconds */
+	uint64_t loop_cpu_max_ns;            /* the same by the loop's own processor time; 0: none was long */
 	uint64_t loop_cpu_recent_max_ns;
 	/* Nanoseconds. Of plans: from their beginning to the decision; of that, the decision's own job, its
 	 * wait for a worker included. Of tiers: pages, from submission until the loop knows the result, good or

@@ -129,6 +129,8 @@ const struct metric metrics_table[] = {
 	ROW(GAUGE, ONE, "staging_bytes", staging_bytes, "Memory of the I/O buffers."),
 	ROW(GAUGE, ONE, "plan_bytes", plan_bytes, "Memory of published plans."),
 	ROW(GAUGE, ONE, "directory_bytes", directory_bytes, "Memory of directories of published pages."),
+	ROW(GAUGE, ONE, "worker_jobs", worker_jobs, "Jobs given to the workers that are not done."),
+	ROW(GAUGE, ONE, "page_requests", page_requests, "Pages on their way between the daemon and a tier."),
 	ROW(GAUGE, NS, "loop_slice_max_seconds", loop_max_ns,
 	    "Longest slice of the event loop since the start."),
 	ROW(GAUGE, NS, "loop_slice_recent_max_seconds", loop_recent_max_ns,

@@ -24,6 +24,8 @@ void core_stat(struct core *c, struct core_stat *ret)
 	ret->models = c->n_models;
 	ret->rows[KVT_TIER_DEVICE] += c->fresh_rows;
 	ret->directory_bytes = c->directory_bytes;
+	ret->worker_jobs = workers_busy(c->workers);
+	ret->page_requests = c->pios;
 	ret->loop_recent_max_ns = MAX(c->slices.now_ns, c->slices.before_ns);
 	ret->loop_cpu_recent_max_ns = MAX(c->slices.cpu_now_ns, c->slices.cpu_before_ns);
 	LIST_FOREACH(g, &c->all_regions, all)
@@ -66,11 +68,11 @@ bool core_tenant_next(struct core *c, uint32_t *cursor, struct core_tenant_stat 
 	return true;
 }
 
-static const char *plan_state(const struct plan *p)
+static const char *plan_state(const struct seq *s)
 {
 	static const char *const names[] = {"scoring", "deciding", "moving", "ready"};
 
-	return !p || p->over ? "none" : names[p->phase];
+	return s->plan && !s->plan->over ? names[s->plan->phase] : s->requested ? "asked" : "none";
 }
 
 static void fill(const struct seq *s, struct core_seq_stat *ret)
@@ -104,7 +106,7 @@ static void fill(const struct seq *s, struct core_seq_stat *ret)
 		.plan_ns_last = s->plan_ns_last,
 		.refaults = s->refaults,
 		.misses = s->misses,
-		.plan_state = plan_state(s->plan),
+		.plan_state = plan_state(s),
 	};
 	memcpy(ret->key, s->key, sizeof(ret->key));
 	memcpy(ret->tier_rows, s->tier_rows, sizeof(ret->tier_rows));

@@ -269,6 +269,8 @@ static void show_counters(const json_t *j)
 	printf("loop       longest slice %s, %s of processor time; lately %s, %s\n",
 	       fmt_ns(num(j, "loop_max_ns")), fmt_ns(num(j, "loop_cpu_max_ns")),
 	       fmt_ns(num(j, "loop_recent_max_ns")), fmt_ns(num(j, "loop_cpu_recent_max_ns")));
+	printf("under way  %s jobs of workers, %s pages\n", fmt_count(num(j, "worker_jobs")),
+	       fmt_count(num(j, "page_requests")));
 	printf("others     %s direct demotions, %s clients cut off\n", fmt_count(num(j, "direct_demotions")),
 	       fmt_count(num(j, "hangups_protocol")));
 }

@@ -34,6 +34,7 @@ class Trial:
     def __init__(self, d, pulse):
         self.d, self.pulse, self.pid = d, pulse, d.pid
         self.wild = os.path.join(d.run, "wild.sock")
+        self.plans, self.plans_since, self.told = [], 0, False
         self.each = seconds(1.6 * len(KINDS), 2 * len(KINDS)) / len(KINDS)
         self.slowest, self.next_look, self.most_fds, self.most_rss = 0, 0, 0, 0
         self.fds, self.rss = d.fds(), self.resident()
@@ -41,6 +42,30 @@ class Trial:
         self.max_fds = self.fds + 6 * MAX_CLIENTS + 2 * MAX_SEQS + 64
         # the largest control segment has 12 MiB; plans, index and the rest: 2 MiB a client
         self.max_rss = self.rss + DRAM + REGIONS + MAX_CLIENTS * (14 << 20)
+
+    def stand(self, what):
+        """Where everything waits, in a few lines: for who reads why the neighbour's plan was late."""
+        seqs, s = self.d.seqs(), self.d.status()
+        print(f"# {what}: {s['worker_jobs']} jobs with workers, {s['page_requests']} pages with tiers, longest slice lately "
+              f"{s['loop_recent_max_ns'] / 1e6:.1f} ms, throttle waits {s['throttle']['waits']}")
+        for tenant, state in sorted({(q["tenant"], q["plan_state"]) for q in seqs}):
+            n = sum((q["tenant"], q["plan_state"]) == (tenant, state) for q in seqs)
+            print(f"# {what}: tenant {tenant}: {n} sequences {state}")
+        for q in filter(lambda q: q["tenant"] == "default", seqs):
+            print(f"# {what}: neighbour: plan {q['plan_id']} {q['plan_state']}")
+            for x in self.d.ctl("trace", q["handle"])["plans"][-3:]:
+                took = ", ".join(f"{k} {x[k + '_ns'] / 1e6:.2f} ms" for k in ("score", "decide", "move", "ack"))
+                print(f"# {what}: neighbour: plan {x['plan']}: {x['outcome']}, out {x['out']}, in {x['in']}: {took}")
+
+    def watch(self, name):
+        """A plan takes a millisecond: one that has not come for a second is told of while it waits."""
+        plans = [(q["handle"], q["plan_id"], q["plan_state"]) for q in self.d.seqs() if q["tenant"] == "default"]
+        now = time.monotonic()
+        if plans != self.plans:
+            self.plans, self.plans_since, self.told = plans, now, False
+        elif now - self.plans_since > 1 and not self.told:
+            self.told = True
+            self.stand(f"{name}: no plan of the neighbour's for {now - self.plans_since:.1f} s")
 
     def resident(self):
         """Its own memory, and all of the segments that it made, mapped or not."""
@@ -64,6 +89,7 @@ class Trial:
         t = time.monotonic()
         self.d.ctl("status")
         self.slowest = max(self.slowest, time.monotonic() - t)
+        self.watch(name)
         self.most_fds, self.most_rss = max(self.most_fds, self.d.fds()), max(self.most_rss, self.resident())
         expect(self.most_fds <= self.max_fds, f"{name}: {self.most_fds} descriptors, at most {self.max_fds}")
         expect(self.most_rss <= self.max_rss, f"{name}: {self.most_rss >> 20} MiB, at most {self.max_rss >> 20}")
@@ -96,6 +122,8 @@ class Trial:
         print(f"# figure: {what}: neighbour's p50 {bad['p50_us'] / 1000:.2f} ms ({base['p50_us'] / 1000:.2f}), p99 "
               f"{bad['p99_us'] / 1000:.2f} ms, {ratio:.2f} x beside a burner of {share:.2f} cores")
         expect(bad["n"] > 10, f"{what}: the neighbour hardly moved: {bad}")
+        if FULL and ratio > 1.2:
+            self.stand(f"{what}, just after")
         expect(not FULL or ratio <= 1.2, f"{what}: p99 {ratio:.2f} x, must be at most 1.2: {bad}, {base}")
 
     def bounded(self):
