@@ -132,7 +132,7 @@ def seeds(target):
 def words():
     """A dictionary: names of configuration keys and values that sit at limits."""
     text = (ROOT / "systemd" / "kvtierd.conf").read_text()
-    keys = sorted(set(re.findall(r"^#?([a-z_]+)=", text, re.M)))
+    keys = sorted(set(re.findall(r"^#?([a-z_]+) *=", text, re.M)))
     return "".join(f'"{k}="\n' for k in keys) + '"4K"\n"1T"\n"yes"\n"no"\n"%"\n"[tenant "\n'
 
 
