@@ -161,6 +161,9 @@ def rules():
         p = subprocess.run([tool("promtool"), *argv], cwd=RULES.parent, capture_output=True, text=True, timeout=60,
                            check=False)
         expect(p.returncode == 0, f"promtool {' '.join(argv)}: {p.stdout}{p.stderr}")
+    told = re.findall(r"^      - alert: (\w+)$", RULES.read_text(), re.M)
+    fires = re.findall(r"alertname: (\w+)\n +exp_alerts:\n", (RULES.parent / "kvtier.test.yml").read_text())
+    equal(set(told) - set(fires), set(), "alerts that no test sees fire")
 
 
 def names_exist(port):
