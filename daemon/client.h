@@ -29,6 +29,7 @@ struct tenant {
 	struct config_tenant limit;
 	uint32_t seqs;
 	uint64_t region_bytes;           /* device memory charged */
+	struct in_job *in_batch;         /* pages read for its plans, not yet with a worker */
 	struct workers *writer;          /* one thread that writes imported files, from the first import on */
 	uint64_t spent_ns;               /* of the loop, lately; see fair.c */
 	struct log_bucket said, audited; /* lines about its clients; what they steered */

@@ -67,8 +67,8 @@ struct core {
 
 	/* mover */
 	struct mover *mover;
-	struct in_job *in_batch;    /* pages read, not yet with a worker */
 	unsigned in_jobs, out_jobs; /* with the workers */
+	uint32_t in_turn;           /* tenant whose batch of pages read goes next */
 	uint32_t pios;              /* pages between a tier and us */
 	STAILQ_HEAD(, seq) recounts;
 	STAILQ_HEAD(, repack) repack_wait; /* for a buffer to write from */

@@ -85,6 +85,14 @@ static void plan_done(struct job *j)
 		plan_unref(p);
 }
 
+/* Of each lane. */
+static uint32_t rows_to_score(const struct plan *p)
+{
+	bool all = p->rescore || (p->use->ops->caps & POLICY_CONTEXT);
+
+	return p->watermark - (all ? 0 : p->from);
+}
+
 static int put_job(struct plan *p, uint32_t lo, uint32_t hi, bool last, bool here)
 {
 	struct plan_job *pj = calloc(1, sizeof(*pj));
@@ -101,7 +109,7 @@ static int put_job(struct plan *p, uint32_t lo, uint32_t hi, bool last, bool her
 	pj->job.done = plan_done;
 	pj->job.urgent = last;
 	pj->job.tenant = p->seq->tenant->index;
-	pj->job.bytes = (uint64_t)(hi - lo) * (p->watermark - p->from) * 64;
+	pj->job.bytes = (uint64_t)(hi - lo) * rows_to_score(p) * 64;
 	if (here)
 		workers_run_inline(w, &pj->job);
 	else
@@ -135,10 +143,8 @@ void manager_scored(struct plan *p)
 
 static int put_scoring(struct plan *p)
 {
-	uint32_t lanes = p->seq->ix.lanes, rows = p->watermark - p->from, per;
+	uint32_t lanes = p->seq->ix.lanes, rows = rows_to_score(p), per;
 
-	if (p->rescore || (p->use->ops->caps & POLICY_CONTEXT))
-		rows = p->watermark;
 	per = MAX(1u, MIN(DIV_UP(lanes, 2 * workers_count(p->seq->core->workers)), DIV_UP(SCORE_ROWS, rows)));
 	p->phase = PHASE_SCORE;
 	for (uint32_t lo = 0; lo < lanes; lo += per) {

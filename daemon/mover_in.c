@@ -26,7 +26,7 @@ struct write_job {
 struct in_job {
 	struct job job;
 	unsigned n;
-	struct pio *io[JOB_PAGES];          /* of any plans */
+	struct pio *io[JOB_PAGES];          /* of any plans of one tenant, who is charged */
 	struct write_job *write[JOB_PAGES]; /* of those in imported regions */
 };
 
@@ -167,37 +167,44 @@ static void in_done(struct job *j)
 	free(b);
 }
 
-void mover_in_flush(struct core *c)
+static void put_batch(struct core *c, struct tenant *t)
 {
-	struct in_job *b = c->in_batch;
+	struct in_job *b = TAKE_PTR(t->in_batch);
 
-	/* Reads end one by one; while the workers are busy anyway the batch may grow. */
-	if (!b || (b->n < JOB_PAGES && c->in_jobs >= workers_count(c->workers)))
-		return;
-	c->in_batch = NULL;
 	c->in_jobs++;
 	b->job.run = in_run;
 	b->job.done = in_done;
-	b->job.tenant = ((struct plan *)b->io[0]->owner)->seq->tenant->index;
+	b->job.tenant = t->index;
 	workers_put(c->workers, &b->job);
+}
+
+/* Reads end one by one; while the workers are busy anyway batches may grow. */
+void mover_in_flush(struct core *c)
+{
+	for (uint32_t i = 0; i < c->tenants && c->in_jobs < workers_count(c->workers); i++) {
+		c->in_turn = (c->in_turn + 1) % c->tenants;
+		if (c->tenant[c->in_turn].in_batch)
+			put_batch(c, &c->tenant[c->in_turn]);
+	}
 }
 
 /* To a worker. */
 static void in_put(struct pio *io)
 {
-	struct core *c = io->core;
+	struct tenant *t = ((struct plan *)io->owner)->seq->tenant;
+	struct in_job *b = t->in_batch;
 
-	if (!c->in_batch)
-		c->in_batch = calloc(1, sizeof(*c->in_batch));
-	if (!c->in_batch) {
+	if (!b)
+		b = t->in_batch = calloc(1, sizeof(*b));
+	if (!b) {
 		io->error = -ENOMEM;
 		in_finish(io);
 		return;
 	}
-	c->in_batch->io[c->in_batch->n++] = io;
-	c->in_batch->job.bytes += io->page->bytes;
-	if (c->in_batch->n == JOB_PAGES)
-		mover_in_flush(c);
+	b->io[b->n++] = io;
+	b->job.bytes += io->page->bytes;
+	if (b->n == JOB_PAGES)
+		put_batch(io->core, t);
 }
 
 static void in_end(struct pio *io)

@@ -24,6 +24,7 @@ struct making {
 	struct scorer_hdr h;
 	struct seg seg;
 	int error;
+	uint32_t tenant;  /* of who asked first: it is that one's turn at the workers */
 	uint32_t waiting; /* jobs */
 	char err[WIRE_TEXT];
 };
@@ -143,6 +144,7 @@ static void put_job(struct making *k, uint32_t lane, void (*run)(struct job *, s
 	*f = (struct fold_job){.making = k, .lane = lane};
 	f->job.run = run;
 	f->job.done = done;
+	f->job.tenant = k->tenant;
 	f->job.bytes = LANE_BYTES;
 	k->waiting++;
 	workers_put(k->core->workers, &f->job);
@@ -161,13 +163,15 @@ static void read_done(struct job *j)
 		made(k);
 }
 
-static int make(struct core *c, struct policy_use *u)
+static int make(struct client *cl, struct policy_use *u)
 {
+	struct core *c = cl->core;
 	struct making *k = calloc(1, sizeof(*k));
 
 	if (!k)
 		return -ENOMEM;
 	k->core = c;
+	k->tenant = cl->tenant->index;
 	k->use = policies_ref(u);
 	k->model = model_ref(u->model);
 	k->seg = (struct seg)SEG_INIT;
@@ -241,7 +245,7 @@ static int answer(struct client *cl, const struct wire_scorer *m, struct policy_
 		client_fail(cl, &m->hdr, KVT_E_NOENT, u->scorer.refusal);
 		return 0;
 	}
-	if (!u->scorer.making && make(cl->core, u) < 0) {
+	if (!u->scorer.making && make(cl, u) < 0) {
 		client_fail(cl, &m->hdr, KVT_E_NOMEM, "daemon: out of memory");
 		return 0;
 	}

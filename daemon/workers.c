@@ -8,7 +8,8 @@
 #include "shm/trial.h"
 #include "shm/util.h"
 
-#define URGENT_ROW 4u /* urgent jobs one after the other while others wait: enough of them never end */
+#define JOB_LEAST 4096u /* bytes: what any job costs, however little it moves */
+#define URGENT_ROW 4u   /* urgent jobs one after the other while others wait: enough of them never end */
 
 struct queue {
 	struct job *head, **tail;
@@ -106,7 +107,7 @@ static struct job *next_fair(struct workers *w)
 	if (!best)
 		return NULL;
 	w->served = MAX(w->served, best->served);
-	best->served += best->head->bytes;
+	best->served += MAX(best->head->bytes, JOB_LEAST);
 	return queue_get(best);
 }
 

@@ -11,14 +11,11 @@
  * wait the first asks for one more.
  */
 #include <inttypes.h>
-#include "daemon/internal.h"
-#include "tests/unit/core_harness.h"
+#include "tests/unit/stepped_fixture.h"
 
-#define ROWS 400u
 #define KEEP 200u
 #define BEFORE 24u /* plans of the early one: more than it takes to make the newcomer's */
 #define AT_ONCE 16u
-#define WAIT_NS UINT64_C(20000000000)
 
 static int fail(const char *what, int r)
 {
@@ -26,70 +23,11 @@ static int fail(const char *what, int r)
 	return -1;
 }
 
-static void step(struct core *c, void *arg)
-{
-	*(bool *)arg = workers_step(c->workers, false);
-	workers_finish(c->workers);
-}
-
-static bool ready(struct rt_seq *q)
-{
-	struct kvtier_plan p = {.size = sizeof(p)};
-
-	return kvtier_plan_peek(q->s, &p) == 1 && p.state == KVT_PLAN_READY;
-}
-
-/* Keys to be scored, by workers. */
-static int come(struct runtime *rt, const char *sock)
-{
-	struct kvtier_layer_desc layer[2];
-	struct kvtier_model_desc d = {.size = sizeof(d),
-				      .name = "late",
-				      .layers = layer,
-				      .n_layers = 2,
-				      .dtype = KVT_DTYPE_F16,
-				      .head_dim = 32,
-				      .world = 1};
-	int r = rt_open_dims(rt, sock, 2, 3, 64, 64, 64, 0);
-
-	for (unsigned i = 0; i < 2; i++)
-		layer[i] = (struct kvtier_layer_desc){.kv_heads = 3, .k_bytes = 64, .v_bytes = 64};
-	if (r)
-		return r;
-	kvtier_model_release(rt->m);
-	return kvtier_model_register(rt->c, &d, &rt->m);
-}
-
-/* A sequence with rows to score and to copy, and the request for its plan. */
 static int ask(struct rt_seq *q, struct runtime *rt, uint32_t id)
 {
-	struct kvtier_budget b = {.size = sizeof(b),
-				  .device_rows = KEEP,
-				  .dram_rows = KVT_ROWS_ALL,
-				  .manual = 1,
-				  .policy = "knorm"};
-	uint64_t plan;
-	int r = rt_prepare(q, rt, id, ROWS, 64, ROWS);
+	int r = step_make(q, rt, id);
 
-	if (!r)
-		r = rt_seq_open(q, KVT_EPHEMERAL, &b);
-	if (!r)
-		r = rt_append(q, ROWS);
-	return r ? r : kvtier_plan_request(q->s, &b, &plan);
-}
-
-/* Job by job until its plan is there. */
-static int work_for(struct harness *h, struct rt_seq *q)
-{
-	uint64_t end = now_ns() + WAIT_NS;
-	bool did;
-
-	while (!ready(q)) {
-		harness_call(h, step, &did);
-		if (now_ns() > end)
-			return fail("no plan", KVT_E_TIMEOUT);
-	}
-	return 0;
+	return r ? r : step_want(q, "knorm", KEEP);
 }
 
 static int take(struct rt_seq *q)
@@ -107,7 +45,7 @@ static int serve_before(struct harness *h, struct runtime *early)
 
 		if (r)
 			return fail("early", r);
-		if (work_for(h, &q) || take(&q))
+		if (step_until(h, &q) || take(&q))
 			return -1;
 		rt_seq_free(&q, true);
 	}
@@ -126,14 +64,15 @@ static int race(struct harness *h, struct runtime *early, struct runtime *late)
 	r = ask(&one, early, 200);
 	if (r)
 		return fail("early", r);
-	if (work_for(h, &one))
-		return -1;
+	r = step_until(h, &one);
+	if (r)
+		return fail("no plan", r);
 	for (uint32_t i = 0; i < AT_ONCE; i++)
-		before += ready(&many[i]);
+		before += step_ready(&many[i]);
 	if (take(&one))
 		return -1;
 	for (uint32_t i = 0; i < AT_ONCE; i++) {
-		if (work_for(h, &many[i]) || take(&many[i]))
+		if (step_until(h, &many[i]) || take(&many[i]))
 			return -1;
 		rt_seq_free(&many[i], true);
 	}
@@ -151,9 +90,9 @@ static int life(int swap)
 	h.stepped = true;
 	if (!harness_start(&h))
 		return -1;
-	r = come(&early, h.sock[swap]);
+	r = step_open(&early, h.sock[swap]);
 	if (!r)
-		r = come(&late, h.sock[!swap]);
+		r = step_open(&late, h.sock[!swap]);
 	before = r ? fail("connect", r) : serve_before(&h, &early) ? -1 : race(&h, &early, &late);
 	if (before >= 0) {
 		rt_close(&early);

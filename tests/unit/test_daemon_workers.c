@@ -109,6 +109,23 @@ static void equal_bytes(void **state)
 		workers_finish(f->w);
 }
 
+/* Jobs that move nothing are not for nothing: enough of them never end. */
+static void every_job_costs(void **state)
+{
+	struct fix *f = *state;
+	struct seen none[32], one;
+	unsigned order = 0;
+
+	for (unsigned i = 0; i < ARRAY_SIZE(none); i++)
+		put(f, &none[i], 0, false, 0, &order);
+	put(f, &one, 1, false, MiB, &order);
+	step(f);
+	step(f);
+	assert_in_range(one.at, 1, 2);
+	while (workers_step(f->w, false))
+		workers_finish(f->w);
+}
+
 /* Decisions without end of one tenant do not keep another's copies waiting. */
 static void decisions_end(void **state)
 {
@@ -148,6 +165,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test_setup_teardown(newcomer_has_no_credit, setup, teardown),
 		cmocka_unit_test_setup_teardown(equal_bytes, setup, teardown),
+		cmocka_unit_test_setup_teardown(every_job_costs, setup, teardown),
 		cmocka_unit_test_setup_teardown(decisions_end, setup, teardown),
 		cmocka_unit_test_setup_teardown(decisions_by_turns, setup, teardown),
 	};
