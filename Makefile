@@ -48,6 +48,7 @@ LAB    := $(wildcard policy/lab/*.c)
 CUDA   := $(wildcard policy/train/cuda/*.cu)
 UNIT   := $(wildcard tests/unit/test_*.c)
 BENCH  := $(wildcard tests/bench/bench_*.c)
+BENCH_PY := $(wildcard tests/bench/bench_*.py)
 HELPERS := $(wildcard tests/integration/*.c)
 TORTURE := $(wildcard tests/torture/*.c)
 
@@ -342,7 +343,7 @@ check-planted: tests-bin ## each of those tests, short, with each bug that it mu
 
 .PHONY: bench
 bench: bench-bin ## measure against floors and rivals; writes build/bench.json
-	$(Q)$(TESTENV) tests/bench/run --json $(BUILD)/bench.json $(BENCH_BINS)
+	$(Q)$(TESTENV) tests/bench/run --json $(BUILD)/bench.json $(BENCH_BINS) $(BENCH_PY)
 
 .PHONY: bench-policies
 bench-policies: all ## perplexity under each policy without weights (six minutes; needs the model)
