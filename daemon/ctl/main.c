@@ -23,8 +23,8 @@ static const struct verb verbs[] = {
 #undef CTL_ROW
 	/* These are made of the daemon's verbs here. */
 	{"top", "", "a live view of everything, for a terminal", 0, 0},
-	{"doctor", "", "check this host and say what to do about each finding", 0, 0},
-	{"plot", "[SEQ]", "a picture of where rows are and what they are worth", 0, 1},
+	{"doctor", "", "what this host lacks, and what to do about it", 0, 0},
+	{"plot", "[SEQ]", "a picture of where rows are and their worth", 0, 1},
 };
 
 /* Verbs whose answer is more than yes; the others ask and are silent. */
@@ -209,7 +209,7 @@ static void usage(void)
 	       "      --lane LANE       plot: this lane only, or LANE+: it and those after it\n"
 	       "      --policy NAME     plot: what a policy or a weight file prefers, no SEQ\n"
 	       "      --rows N          plot: what it prefers among N rows\n"
-	       "      --config FILE     doctor: the daemon's configuration, not the installed one\n"
+	       "      --config FILE     doctor: this configuration, not the installed\n"
 	       "      --root DIR        doctor: files of the host are below DIR, for tests\n"
 	       "      --version         print the version, exit\n"
 	       "  -h, --help            print this, exit\n\n"
