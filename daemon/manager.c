@@ -28,6 +28,40 @@ struct plan_job {
 	bool decide;
 };
 
+static int why_given_up(int error)
+{
+	switch (error) {
+	case -ENOSPC:
+		return KVT_E_NOSPC;
+	case -EILSEQ:
+		return KVT_E_CORRUPT;
+	case -EBUSY:
+		return KVT_E_BUSY;
+	default:
+		return KVT_E_IO;
+	}
+}
+
+/* What was asked for does not come. Who waits for it looks when it is told of a cancelled plan. */
+static void given_up(struct seq *s, int error)
+{
+	s->plan_id = MAX(s->plan_id, s->requested); /* the next request is another one */
+	s->requested = 0;
+	if (s->client)
+		plan_give_up((char *)s->client->plans->seg.addr + s->plan_off, s->plan_id,
+			     (uint32_t)-why_given_up(error));
+}
+
+/* The same where no plan was published. */
+static void refused(struct seq *s, int error)
+{
+	if (!s->requested)
+		return;
+	given_up(s, error);
+	if (s->client)
+		client_notify(s->client, Q_PLAN, s->handle, s->plan_id, PLAN_CANCELLED);
+}
+
 /* Memory comes back: what is due waits for it. What failed otherwise would fail again at once: it waits for the
  * next request or rows. */
 static void failed(struct seq *s, int error)
@@ -37,7 +71,7 @@ static void failed(struct seq *s, int error)
 	if (error == -ENOMEM && !planted("oom-gives-up"))
 		manager_put_off(s);
 	else
-		s->requested = 0;
+		refused(s, error);
 }
 
 void manager_put_off(struct seq *s)
@@ -344,7 +378,7 @@ static void decided(struct plan *p)
 			account(p); /* observe, frozen: counted and not published */
 			journal_over(p, JOURNAL_COUNTED, 0);
 			p->over = true;
-			s->requested = 0;
+			refused(s, -EBUSY);
 		} else if (nothing_moves(p) && !p->requested) {
 			account(p);
 			p->phase = PHASE_READY;
@@ -398,6 +432,8 @@ void manager_moved(struct plan *p)
 						: strerror(-p->error),
 			  again ? "planned again" : "given up until the next rows");
 		p->cause = p->missed ? JOURNAL_MISSED : JOURNAL_FAILED;
+		if (!again && p->requested)
+			given_up(s, p->error);
 		plan_cancel(p);
 		manager_again(p, again);
 		if (p->error == -ENOMEM)

@@ -168,6 +168,7 @@ static void bind(struct opening *o, struct seq *s)
 	atomic_store_explicit(&slot->len, seq_len_pack(s->epoch, s->rows), memory_order_release);
 	/* The area may still show a plan of its last owner. */
 	atomic_store(&((struct plan_hdr *)((char *)cl->plans->seg.addr + s->plan_off))->id, 0);
+	plan_give_up((char *)cl->plans->seg.addr + s->plan_off, 0, 0);
 	manager_headroom(s);
 	seq_touch(s);
 	core_feed(cl->core, FEED_SEQ_OPEN, s, 0, 0, NULL);

@@ -331,6 +331,9 @@ KVT_PUBLIC int kvtier_plan_peek(struct kvtier_seq *s, struct kvtier_plan *ret);
  * CANCELLED. A cancelled plan is followed by one with a later id, so a wait for
  * READY just goes on. Errors: BUSY when an earlier plan is READY (apply and
  * acknowledge it first: the awaited one is made then), TIMEOUT, DAEMON as soon as its end is seen, STALE.
+ * Where the daemon gave up what min_id was asked for, at once: NOSPC, IO, CORRUPT (what a window held was not
+ * what was announced) or BUSY (frozen meanwhile). Nothing changed then; ask again when it suits you, or append:
+ * new rows make a plan due as ever. min_id 0 waits for whatever comes next.
  */
 KVT_PUBLIC int kvtier_plan_wait(struct kvtier_seq *s, uint64_t min_id, uint32_t state, uint32_t timeout_ms,
 				struct kvtier_plan *ret);

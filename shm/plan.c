@@ -136,8 +136,30 @@ void plan_set_staged(void *area, uint32_t staged)
 
 void plan_publish(struct plan_tables *t, uint64_t id, enum plan_state state)
 {
+	atomic_store_explicit(&t->hdr->given_up, 0, memory_order_release);
 	atomic_store_explicit(&t->hdr->state, state, memory_order_release);
 	atomic_store_explicit(&t->hdr->id, id, memory_order_release);
+}
+
+void plan_give_up(void *area, uint64_t id, uint32_t why)
+{
+	struct plan_hdr *h = area;
+
+	atomic_store_explicit(&h->given_why, why, memory_order_relaxed);
+	atomic_store_explicit(&h->given_up, id, memory_order_release);
+}
+
+uint64_t plan_given_up(const void *area, size_t bytes, uint32_t *ret_why)
+{
+	const struct plan_hdr *h = area;
+	uint64_t id;
+
+	if (!area || bytes < sizeof(*h) || (uintptr_t)area % _Alignof(struct plan_hdr))
+		return 0;
+	id = atomic_load_explicit(&h->given_up, memory_order_acquire);
+	if (id)
+		*ret_why = atomic_load_explicit(&h->given_why, memory_order_relaxed);
+	return id;
 }
 
 void plan_set_state(void *area, enum plan_state state)

@@ -9,7 +9,8 @@
  *   DECIDED  tables are final; rows in copy_out must not be overwritten yet
  *   READY    every copy_out row is safe below, every bring_in row is staged:
  *            the client may apply the plan
- *   CANCELLED  forget it (truncate, fork, a missed promotion): nothing changed
+ *   CANCELLED  forget it (truncate, fork, a missed promotion): nothing changed;
+ *              another one follows, unless `given_up` says that none does
  *
  * Rows at or past `watermark` always stay. In the device tier rows are packed in
  * ascending position, so a row's slot is the number of resident rows below it.
@@ -54,9 +55,12 @@ struct plan_hdr {
 	uint64_t rows_out, rows_in, rows_drop; /* over all lanes */
 	uint32_t policy;                       /* enum policy_id, for display */
 	uint32_t out_pages;                    /* PLAN_F_WINDOW: entries of plan_page */
-	_Atomic uint32_t taken;  /* of those the daemon has copied, in order: their places are free */
-	_Atomic uint32_t staged; /* records in the in ring so far */
-	uint64_t reserved[6];
+	_Atomic uint32_t taken;     /* of those the daemon has copied, in order: their places are free */
+	_Atomic uint32_t staged;    /* records in the in ring so far */
+	_Atomic uint64_t given_up;  /* no plan of an id up to this one comes any more; 0: none was given up */
+	_Atomic uint32_t given_why; /* of that: a KVT_E_*, as a positive number */
+	uint32_t reserved32;
+	uint64_t reserved[4];
 };
 _Static_assert(sizeof(struct plan_hdr) == 128, "two cache lines");
 _Static_assert(offsetof(struct plan_hdr, decided_ns) == 32, "layout");
@@ -106,6 +110,11 @@ int plan_begin(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, str
 int plan_begin_window(void *area, size_t bytes, uint32_t lanes, uint32_t watermark, struct plan_tables *ret);
 /* Daemon. Make it visible with this id in state DECIDED (or READY when nothing has to move). */
 void plan_publish(struct plan_tables *t, uint64_t id, enum plan_state state);
+/*
+ * Daemon. Whoever waits for a plan of an id up to this one waits in vain: it could not be made or carried out,
+ * why: a KVT_E_* without its sign. Until the next plan is published; survives plan_begin().
+ */
+void plan_give_up(void *area, uint64_t id, uint32_t why);
 /* Daemon. Advance the state of the visible plan. */
 void plan_set_state(void *area, enum plan_state state);
 /* Daemon. Advance the cursors of a visible plan with a window. */
@@ -117,6 +126,8 @@ void plan_set_staged(void *area, uint32_t staged);
  * 0 none, -EPROTO when the tables do not fit in `bytes` or in `lanes`.
  */
 int plan_peek(const void *area, size_t bytes, uint32_t lanes, struct plan_view *ret);
+/* Client. The id up to which plans were given up, 0 none; *ret_why is set then. */
+uint64_t plan_given_up(const void *area, size_t bytes, uint32_t *ret_why);
 /* Client. The cursors as they are now. Only while plan_still() says that they are this plan's. */
 uint32_t plan_taken(const struct plan_view *v);
 uint32_t plan_staged(const struct plan_view *v);

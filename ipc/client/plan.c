@@ -86,6 +86,18 @@ int plan_current(struct kvtier_seq *s, uint64_t id, struct plan_view *ret)
 
 /* ---- waiting --------------------------------------------------------------------------- */
 
+/* 0, or why the daemon will not make the awaited plan. */
+static int given_up(const struct kvtier_seq *s, uint64_t min_id)
+{
+	uint32_t why = 0;
+	uint64_t id = plan_given_up(s->plan_area, s->plan_bytes, &why);
+
+	if (!min_id || id < min_id)
+		return 0;
+	return err_set(why <= (uint32_t)-KVT_E_INVAL || why > (uint32_t)-KVT_E_GPU ? KVT_E_IO : -(int)why,
+		       "plan %llu: given up by kvtierd", (unsigned long long)min_id);
+}
+
 /* 1 when the awaited plan is there, 0, or an error that ends the wait. */
 static int arrived(struct kvtier_seq *s, uint64_t min_id, uint32_t state, struct plan_view *v)
 {
@@ -95,13 +107,13 @@ static int arrived(struct kvtier_seq *s, uint64_t min_id, uint32_t state, struct
 		return r;
 	r = look(s, v);
 	if (r <= 0)
-		return r;
+		return r ? r : given_up(s, min_id);
 	/* One plan at a time: the awaited one is not made before this one is acknowledged. */
 	if (v->id < min_id && v->state == PLAN_READY)
 		return err_set(KVT_E_BUSY, "plan %llu: ready, to be acknowledged before plan %llu is made",
 			       (unsigned long long)v->id, (unsigned long long)min_id);
 	if (v->id < min_id || (v->state == PLAN_CANCELLED) != (state == PLAN_CANCELLED))
-		return 0;
+		return given_up(s, min_id);
 	return v->state >= state;
 }
 

@@ -25,10 +25,9 @@
 struct harness {
 	char dir[64], sock[2][108];
 	struct config cfg;
-	const struct tier_keep *keep;           /* what its DRAM outlives it in; NULL: it does not */
-	const struct nodes *nodes;              /* of a host that is made up; NULL: of this one */
-	const struct tier_ops *tier[KVT_TIERS]; /* in the place of the tier's own; NULL: that */
-	bool stepped;                           /* no worker threads: harness_step() */
+	const struct tier_keep *keep; /* what its DRAM outlives it in; NULL: it does not */
+	const struct nodes *nodes;    /* of a host that is made up; NULL: of this one */
+	bool stepped;                 /* no worker threads: see stepped_fixture.h */
 	struct core *core;
 	pthread_t thread;
 	int call_fd;
@@ -63,13 +62,11 @@ static inline int harness_on_call(sd_event_source *s, int fd, uint32_t revents, 
 static inline void *harness_main(void *arg)
 {
 	struct harness *h = arg;
+	const struct core_seams seams = {.keep = h->keep, .nodes = h->nodes, .stepped = h->stepped};
 	sd_event *ev = NULL;
 	char err[256] = "no event loop";
 	int r = sd_event_new(&ev);
 
-	struct core_seams seams = {.keep = h->keep, .nodes = h->nodes, .stepped = h->stepped};
-
-	memcpy(seams.tier, h->tier, sizeof(seams.tier));
 	if (r >= 0)
 		r = core_new_with(&h->core, &h->cfg, &seams, ev, err, sizeof(err));
 	for (uint32_t t = 0; t < h->cfg.tenants && r >= 0; t++) {

@@ -587,6 +587,13 @@ static void test_plan_life(void **state)
 	assert_int_equal(kvtier_plan_wait(w->s, id + 1, KVT_PLAN_READY, 30, &p), KVT_E_TIMEOUT);
 	assert_int_equal(kvtier_plan_wait(w->s, id + 1, KVT_PLAN_CANCELLED, 1000, &p), 0);
 	assert_int_equal(p.id, id + 1);
+	/* none follows: who waits for it learns why, and only that one */
+	plan_give_up(w->f->seq[0].area, id + 1, (uint32_t)-KVT_E_NOSPC);
+	assert_int_equal(kvtier_plan_wait(w->s, id + 1, KVT_PLAN_READY, 60000, &p), KVT_E_NOSPC);
+	assert_int_equal(kvtier_plan_wait(w->s, id + 2, KVT_PLAN_READY, 30, &p), KVT_E_TIMEOUT);
+	assert_int_equal(kvtier_plan_wait(w->s, 0, KVT_PLAN_READY, 30, &p), KVT_E_TIMEOUT);
+	plan_give_up(w->f->seq[0].area, id + 1, 7);
+	assert_int_equal(kvtier_plan_wait(w->s, id + 1, KVT_PLAN_READY, 60000, &p), KVT_E_IO);
 	publish_keep(w, 130, 30, PLAN_READY);
 	assert_int_equal(kvtier_plan_wait(w->s, id + 1, KVT_PLAN_READY, 1000, &p), 0);
 	assert_int_equal(p.id, id + 2);
