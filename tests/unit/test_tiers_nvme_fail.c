@@ -248,6 +248,56 @@ static void a_silent_device_takes_the_tier_offline(void **state)
 	assert_true(now_ns() - start < UINT64_C(5000000000));
 }
 
+struct granted {
+	uint32_t bytes; /* and not given back */
+	unsigned n;
+};
+
+static uint32_t grant_and_fall_silent(void *arg, uint32_t bytes, bool urgent)
+{
+	struct granted *g = arg;
+
+	fake.hold = true;
+	g->bytes += bytes;
+	g->n++;
+	return bytes;
+}
+
+static void given_back(void *arg, uint32_t bytes, uint64_t ns)
+{
+	((struct granted *)arg)->bytes -= bytes;
+	assert_int_equal(ns, 0); /* nothing was written */
+}
+
+/* Else the owner's other writes would wait for it for ever, instead of failing. */
+static void what_the_cleaner_was_granted_comes_back_at_the_deadline(void **state)
+{
+	struct fx *f = *state;
+	struct granted g = {0};
+	struct tier_stat st;
+	unsigned n;
+	int why;
+
+	f->cfg.size = 32 << 20;
+	f->cfg.deadline_ms = 1500;
+	f->cfg.pace = (struct tier_pace){.arg = &g, .take = grant_and_fall_silent, .ended = given_back};
+	f->knobs.engine = &fake_ops;
+	fx_open(f);
+	n = fx_write(f, 2000, 32768, TIER_LONG, &why);
+	assert_int_equal(why, -ENOSPC);
+	for (uint64_t no = 0; no < n; no++)
+		if (no % 4)
+			fx_kill(f, no);
+	do {
+		fx_tick(f);
+		usleep(5000);
+		fx_stat(f, &st);
+	} while (!st.offline);
+	assert_true(g.n > 0);
+	assert_int_equal(g.bytes, 0);
+	fx_close(f);
+}
+
 static void a_failed_write_is_dead_and_harmless(void **state)
 {
 	struct fx *f = *state;
@@ -295,8 +345,11 @@ static void a_failed_write_is_dead_and_harmless(void **state)
 int main(int argc, char **argv)
 {
 	const struct CMUnitTest tests[] = {
-		T(without_io_uring_threads_serve),          T(without_memlock_buffers_stay_unregistered),
-		T(consecutive_pages_travel_as_one_request), T(a_silent_device_takes_the_tier_offline),
+		T(without_io_uring_threads_serve),
+		T(without_memlock_buffers_stay_unregistered),
+		T(consecutive_pages_travel_as_one_request),
+		T(a_silent_device_takes_the_tier_offline),
+		T(what_the_cleaner_was_granted_comes_back_at_the_deadline),
 		T(a_failed_write_is_dead_and_harmless),
 	};
 
