@@ -230,8 +230,9 @@ static void show_pressure(const json_t *p)
 				     : "none",
 	       fmt_bytes(num(p, "dram_resident_bytes")), fmt_bytes(num(p, "dram_limit_bytes")),
 	       clean(text(p, "psi")));
-	printf("           events: psi %s, reclaim %s (%.36s)\n", fmt_count(num(p, "psi_events")),
-	       fmt_count(num(p, "reclaim_events")), clean(text(p, "reclaim")));
+	printf("           events: psi %s, reclaim %s%s\n", fmt_count(num(p, "psi_events")),
+	       fmt_count(num(p, "reclaim_events")),
+	       strncmp(text(p, "reclaim"), "off", 3) ? "" : " (not seen: probes are off)");
 	if (num(p, "squeezes"))
 		printf("           %s times, last %s, longest %s; %s were on nvme, %s moved there, %s dropped "
 		       "(%s rows)\n",
@@ -266,9 +267,9 @@ static void show_counters(const json_t *j)
 	       fmt_count(num(j, "recalls")));
 	printf("memory     index %s, staging %s, plans %s\n", fmt_bytes(num(j, "index_bytes")),
 	       fmt_bytes(num(j, "staging_bytes")), fmt_bytes(num(j, "plan_bytes")));
-	printf("loop       longest slice %s, %s of processor time; lately %s, %s\n",
-	       fmt_ns(num(j, "loop_max_ns")), fmt_ns(num(j, "loop_cpu_max_ns")),
-	       fmt_ns(num(j, "loop_recent_max_ns")), fmt_ns(num(j, "loop_cpu_recent_max_ns")));
+	printf("loop       longest slice %s (processor: %s), lately %s (%s)\n", fmt_ns(num(j, "loop_max_ns")),
+	       fmt_ns(num(j, "loop_cpu_max_ns")), fmt_ns(num(j, "loop_recent_max_ns")),
+	       fmt_ns(num(j, "loop_cpu_recent_max_ns")));
 	printf("under way  %s jobs of workers, %s pages\n", fmt_count(num(j, "worker_jobs")),
 	       fmt_count(num(j, "page_requests")));
 	printf("others     %s direct demotions, %s clients cut off\n", fmt_count(num(j, "direct_demotions")),
