@@ -1,32 +1,18 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The manager: when a plan is due, from scores to a published decision, and
- * what an acknowledgement means. The cost of a plan depends on the rows of its
- * sequence alone.
+ * The manager: when a plan is due, from its beginning to a published decision, and what becomes of one that
+ * cannot be carried out. The cost of a plan depends on the rows of its sequence alone.
  *
- *   manager_plan → [score jobs] → decide job → decided() → publish → mover →
- *   manager_moved → READY → the client applies and acks → manager_applied
+ *   manager_consider → manager_plan → manager_work: [score jobs] → decide job → manager_decided → publish →
+ *   mover → manager_moved → READY → the client applies and acks → manager_applied
  */
 #include <string.h>
 #include "daemon/internal.h"
 #include "daemon/usdt.h"
-#include "policy/adaptive.h"
-#include "policy/decide.h"
 #include "shm/trial.h"
 #include "shm/util.h"
 
 #define AGAIN_NS UINT64_C(100000000) /* there was no memory */
-#define INLINE_ROWS 65536u           /* row-lanes decided on the loop: a hand-over costs more */
-#define WEIGH_COST 8u                /* what a row-lane costs whose worth is looked up, in such row-lanes */
-#define FUSED_ROWS 1048576u          /* row-lanes whose given scores are read by the worker that decides */
-#define SCORE_ROWS 16384u            /* row-lanes of one scoring job at least */
-
-struct plan_job {
-	struct job job;
-	struct plan *plan;
-	uint32_t lo, hi; /* lanes to score */
-	bool decide;
-};
 
 static int why_given_up(int error)
 {
@@ -62,9 +48,7 @@ static void refused(struct seq *s, int error)
 		client_notify(s->client, Q_PLAN, s->handle, s->plan_id, PLAN_CANCELLED);
 }
 
-/* Memory comes back: what is due waits for it. What failed otherwise would fail again at once: it waits for the
- * next request or rows. */
-static void failed(struct seq *s, int error)
+void manager_failed(struct seq *s, int error)
 {
 	log_about(&s->tenant->said, 3, "plan: seq %016llx: %s", (unsigned long long)s->handle,
 		  strerror(-error));
@@ -89,116 +73,6 @@ bool manager_waits(struct seq *s)
 }
 
 /* ---- starting --------------------------------------------------------------------- */
-
-static void plan_run(struct job *j, struct worker_ctx *w)
-{
-	struct plan_job *pj = container_of(j, struct plan_job, job);
-	struct plan *p = pj->plan;
-	int r = 0;
-
-	if (pj->hi > pj->lo)
-		r = score_lanes(p, pj->lo, pj->hi, w);
-	if (!r && pj->decide)
-		r = plan_decide(p);
-	if (r < 0)
-		__atomic_store_n(&p->error, r, __ATOMIC_RELAXED);
-}
-
-static void decided(struct plan *p);
-
-static void plan_done(struct job *j)
-{
-	struct plan_job *pj = container_of(j, struct plan_job, job);
-	struct plan *p = pj->plan;
-	bool last = pj->decide;
-
-	free(pj);
-	if (last)
-		decided(p);
-	else
-		plan_unref(p);
-}
-
-/* Of each lane. */
-static uint32_t rows_to_score(const struct plan *p)
-{
-	bool all = p->rescore || (p->use->ops->caps & POLICY_CONTEXT);
-
-	return p->watermark - (all ? 0 : p->from);
-}
-
-static int put_job(struct plan *p, uint32_t lo, uint32_t hi, bool last, bool here)
-{
-	struct plan_job *pj = calloc(1, sizeof(*pj));
-	struct workers *w = p->seq->core->workers;
-
-	if (!pj)
-		return -ENOMEM;
-	p->refs++;
-	pj->plan = p;
-	pj->lo = lo;
-	pj->hi = hi;
-	pj->decide = last;
-	pj->job.run = plan_run;
-	pj->job.done = plan_done;
-	pj->job.urgent = last;
-	pj->job.tenant = p->seq->tenant->index;
-	pj->job.bytes = (uint64_t)(hi - lo) * rows_to_score(p) * 64;
-	if (here)
-		workers_run_inline(w, &pj->job);
-	else
-		workers_put(w, &pj->job);
-	return 0;
-}
-
-static int put_decide(struct plan *p, bool fused)
-{
-	uint64_t rows = p->watermark + (p->bid ? ADAPTIVE_BINS : 0u);
-	uint64_t work = p->seq->ix.lanes * rows * (p->worth ? WEIGH_COST : 1);
-
-	p->phase = PHASE_DECIDE;
-	p->decide_ns = now_ns();
-	return put_job(p, 0, fused ? p->seq->ix.lanes : 0, true, work <= INLINE_ROWS);
-}
-
-void manager_scored(struct plan *p)
-{
-	struct seq *s = p->seq;
-
-	p->refs++; /* a decision made here and now may end p before put_decide() returns */
-	if (!p->error && p->epoch == s->epoch)
-		p->error = put_decide(p, false);
-	if (p->error && !p->over)
-		failed(s, p->error);
-	if (p->error || p->epoch != s->epoch)
-		p->over = true;
-	p->refs--;
-}
-
-static int put_scoring(struct plan *p)
-{
-	uint32_t lanes = p->seq->ix.lanes, rows = rows_to_score(p), per;
-
-	per = MAX(1u, MIN(DIV_UP(lanes, 2 * workers_count(p->seq->core->workers)), DIV_UP(SCORE_ROWS, rows)));
-	p->phase = PHASE_SCORE;
-	for (uint32_t lo = 0; lo < lanes; lo += per) {
-		int r = put_job(p, lo, MIN(lanes, lo + per), false, false);
-
-		if (r < 0)
-			return r;
-	}
-	return 0;
-}
-
-/* Scores that are there already or cost next to nothing are read where the decision is made. */
-static bool cheap(const struct plan *p)
-{
-	uint64_t rows = p->watermark - (p->rescore ? 0 : p->from);
-
-	return (p->from == p->watermark && !p->rescore) ||
-	       (score_given(p) && p->seq->ix.lanes * rows <= FUSED_ROWS) ||
-	       !(p->use->ops->caps & (POLICY_NEEDS_K | POLICY_NEEDS_V | POLICY_CONTEXT));
-}
 
 static uint64_t weights_of(const struct policy_use *u)
 {
@@ -261,11 +135,9 @@ int manager_plan(struct seq *s, bool save)
 	settle_stop(s);
 	seq_touch(s);
 	p->refs = 1; /* ours, until every job is out */
-	r = p->error   ? p->error
-	    : cheap(p) ? put_decide(p, from < p->watermark || p->rescore || p->keys || p->worth)
-		       : put_scoring(p);
+	r = p->error ? p->error : manager_work(p);
 	if (r < 0) {
-		failed(s, r);
+		manager_failed(s, r);
 		p->error = r;
 		p->over = true;
 	}
@@ -349,8 +221,7 @@ static void publish(struct plan *p)
 	}
 }
 
-/* On the loop, holding the job's reference: the tables are filled. */
-static void decided(struct plan *p)
+void manager_decided(struct plan *p)
 {
 	struct seq *s = p->seq;
 
@@ -369,7 +240,7 @@ static void decided(struct plan *p)
 	free(p->keys);
 	p->keys = NULL;
 	if (p->error)
-		failed(s, p->error);
+		manager_failed(s, p->error);
 	if (!p->over) {
 		sum_up(p);
 		if (p->wanted && s->wanted)
@@ -456,81 +327,7 @@ void manager_moved(struct plan *p)
 	seq_unref(s);
 }
 
-/* ---- applying -------------------------------------------------------------------------- */
-
-void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack)
-{
-	struct core *c = s->core;
-	struct index *ix = &s->ix;
-
-	for (uint32_t l = 0; l < ix->lanes; l++) {
-		const uint64_t *after = p->t.resident + (uint64_t)l * p->words,
-			       *drop = p->drop + (uint64_t)l * p->words;
-
-		if (nack && bits_test(nack, l) && !planted("nack-ignored"))
-			continue;
-		memcpy(index_bits(ix, KVT_TIER_DEVICE, l), after, p->words * sizeof(uint64_t));
-		if (p->dropped[l])
-			for (int t = 0; t < KVT_TIERS; t++) {
-				uint64_t *on = index_bits(ix, t, l);
-
-				for (uint32_t w = 0; w < p->words; w++)
-					on[w] &= ~drop[w];
-			}
-		ix->resident[l] = bits_rank(index_bits(ix, KVT_TIER_DEVICE, l), ix->rows);
-		c->stat.rows_dropped += p->dropped[l];
-		if (p->dropped[l])
-			USDT(drop, s->handle, l, p->dropped[l]);
-		index_sweep(ix, &c->pages, l);
-	}
-	if (p->win)
-		s->look_twice = nack && p->win->direct;
-	c->stat.plans_acked += p->id != 0;
-	journal_over(p,
-		     p->saving ? JOURNAL_SAVED
-		     : p->id   ? JOURNAL_ACKED
-			       : JOURNAL_NOTHING,
-		     nack ? bits_rank(nack, ix->lanes) : 0);
-	USDT(plan_acked, s->handle, p->id, now_ns() - p->started_ns);
-	if (p->id)
-		core_feed(c, FEED_ACK, s, p->id, 0, NULL);
-	share_settled(p, !nack);
-	settle_start(s, p->to_nvme, p->words);
-	compact_start(s);
-	p->over = true; /* done with */
-	seq_recount(s);
-	manager_headroom(s);
-}
-
-/* How many rows may come before a lane exceeds its budget by the slack, and what its layout can hold. */
-void manager_headroom(struct seq *s)
-{
-	const struct config *cfg = &s->core->cfg;
-	uint64_t room = ROWS_ALL, head = ROWS_ALL;
-
-	for (uint32_t l = 0; s->layout && l < s->ix.lanes; l++) {
-		uint64_t have = s->ix.resident[l], cap = s->layout[s->model->lane_layer[l]].cap;
-		uint64_t budget = s->device_table ? s->device_table[l] : s->budget[KVT_TIER_DEVICE];
-
-		if (s->adaptive)
-			budget = s->adaptive[l];
-
-		room = MIN(room, cap > have ? cap - have : 0);
-		if (s->budget_default)
-			budget = ROWS_ALL;
-		budget = MIN(budget, s->device_cap);
-		if (budget != ROWS_ALL)
-			head = MIN(head, budget + s->slack > have ? budget + s->slack - have : 0);
-	}
-	if (s->write_through)
-		head = MIN(head, s->slack);
-	/* A share of a growing length: due when the length grew by the slack and a sixteenth. */
-	if (s->budget_default && (cfg->budget_device || cfg->budget_dram || cfg->budget_nvme))
-		head = MIN(head, s->slack + s->ix.rows / 16);
-	s->room = (uint32_t)room;
-	/* Where a plan could not reach the budget the next one waits for new rows all the same. */
-	s->headroom = (uint32_t)MAX(head, s->slack);
-}
+/* ---- when ---------------------------------------------------------------------------------- */
 
 void manager_consider(struct seq *s)
 {
@@ -545,5 +342,5 @@ void manager_consider(struct seq *s)
 	s->again = false;
 	r = manager_plan(s, false);
 	if (r < 0)
-		failed(s, r);
+		manager_failed(s, r);
 }

@@ -76,8 +76,28 @@ void manager_put_off(struct seq *s);
 bool manager_waits(struct seq *s);
 /* Begin a plan now: 0, or -errno. save: nobody applies it, nothing is kept in the device tier. */
 int manager_plan(struct seq *s, bool save);
+/* The decide job of p ended; its reference is ours now: the tables are filled, or p->error says why not. */
+void manager_decided(struct plan *p);
+/*
+ * No plan, for this -errno. Memory comes back: what is due waits for it. What failed otherwise would fail again
+ * at once: it waits for the next request or rows, and whoever asked is told.
+ */
+void manager_failed(struct seq *s, int error);
+/* A cancelled plan is made anew: what it was asked for is not forgotten. */
+void manager_again(struct plan *p, bool at_once);
+/* What a client does cancels the plan, if there is one. If it was asked for, the next one answers. */
+void manager_redo(struct seq *s);
+/* All moves of p ended. */
+void manager_moved(struct plan *p);
+/* ---- manager_work.c ----------------------------------------------------------------- */
+/* Give the workers what p needs. It may be decided, and over, when this returns. 0 or -errno. */
+int manager_work(struct plan *p);
 /* Every scoring job of p ended: decide. */
 void manager_scored(struct plan *p);
+/* ---- manager_applied.c -------------------------------------------------------------- */
+/* The client (or nobody, when saving) applied the plan. nack: bitmap of lanes or NULL. */
+void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack);
+/* Count anew how many rows may come before a plan is due. */
 void manager_headroom(struct seq *s);
 /* ---- plan.c ------------------------------------------------------------------------- */
 /* Scratch and tables for the rows of the plan; on failure plan_free() the plan. */
@@ -98,14 +118,6 @@ void plan_cancel(struct plan *p);
 void plan_unref(struct plan *p);
 /* Nothing is lent any more: forget it. */
 void plan_forget(struct plan *p);
-/* The client (or nobody, when saving) applied the plan. nack: bitmap of lanes or NULL. */
-void manager_applied(struct seq *s, struct plan *p, const uint64_t *nack);
-/* A cancelled plan is made anew: what it was asked for is not forgotten. */
-void manager_again(struct plan *p, bool at_once);
-/* What a client does cancels the plan, if there is one. If it was asked for, the next one answers. */
-void manager_redo(struct seq *s);
-/* All moves of p ended. */
-void manager_moved(struct plan *p);
 
 /* ---- budget.c ---------------------------------------------------------------------- */
 /* Rows per lane and tier that this plan may use: what was asked for, clipped by quota and space. */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * One sequence, one lane, from append to acknowledgement, with everything that may come between: shm/plan.h and
- * shm/ctl.h as the daemon (words.c, manager.c, plan.c, mover_out.c, mover_in.c, seq.c, leave.c, open.c, request.c) and the
+ * shm/ctl.h as the daemon (words.c, manager*.c, plan.c, mover_out.c, mover_in.c, seq.c, leave.c, open.c, request.c) and the
  * client library (rows.c, plan.c, apply.c, fork.c, call.c) follow them. How a plan becomes visible is peek.pml's
  * matter; here its tables are there at once. A slice of the event loop, and a call of the library where it holds its lock, is
  * one step; workers, moving rows in the region, and the two words of an acknowledgement are several.
