@@ -33,7 +33,9 @@ struct give {
 	uint64_t (*worth)[BUCKETS]; /* [tenants] bytes */
 	struct {
 		uint64_t bytes, left;
-		uint32_t cut; /* buckets up to here go */
+		uint32_t cut;        /* buckets up to here go, */
+		double part;         /* of that one this part */
+		uint64_t seen, gone; /* of that one: bytes looked at, bytes that went */
 	} * tenant;
 	uint16_t *key; /* scratch */
 	uint32_t keys;
@@ -193,16 +195,26 @@ static void count_lane(struct give *g, struct seq *s, uint32_t lane)
 	}
 }
 
-/* A page is its tenant's turn: it goes, and is counted. */
+/*
+ * A page is its tenant's turn: it goes, and is counted. Of the last bucket only a part goes, evenly over all
+ * lanes and sequences: pages in it are worth the same, and those that the walk meets first are no worse.
+ */
 static bool goes(struct give *g, const struct core *c, const struct page *p, uint32_t bucket)
 {
-	uint32_t t = p->origin->charge;
+	typeof(*g->tenant) *t = &g->tenant[p->origin->charge];
+	uint64_t room = page_room(p->bytes);
 
 	if (revoked(c, p))
 		return g->took = true;
-	if (bucket > g->tenant[t].cut || !g->tenant[t].left)
+	if (bucket > t->cut || !t->left)
 		return false;
-	g->tenant[t].left -= MIN(g->tenant[t].left, page_room(p->bytes));
+	if (bucket == t->cut) {
+		t->seen += room;
+		if ((double)t->gone >= t->part * (double)t->seen)
+			return false;
+		t->gone += room;
+	}
+	t->left -= MIN(t->left, room);
 	g->took = true;
 	return true;
 }
@@ -309,10 +321,12 @@ static void divide(struct core *c, struct give *g)
 		uint32_t cut = 0;
 
 		mine = over ? (uint64_t)((double)MIN(g->need, total) * ((double)mine / (double)over)) : 0;
-		while (cut < BUCKETS - 1 && (sum += g->worth[t][cut]) < mine)
-			cut++;
+		while (cut < BUCKETS - 1 && sum + g->worth[t][cut] < mine)
+			sum += g->worth[t][cut++];
 		g->tenant[t].cut = cut;
+		g->tenant[t].part = g->worth[t][cut] ? (double)(mine - sum) / (double)g->worth[t][cut] : 1;
 		g->tenant[t].left = mine;
+		g->tenant[t].seen = g->tenant[t].gone = 0;
 	}
 }
 

@@ -243,8 +243,8 @@ uint64_t settle_choose(struct seq *s, uint32_t lane, settle_choice_fn choose, vo
 		const struct page *p = lp->v[i];
 		uint32_t alive = index_alive(&s->ix, p, KVT_TIER_DRAM, mask);
 
-		/* One that is at work already keeps to what it was made for. */
-		if (t && (t->lane >= lane || t->words < BITS_WORDS(s->ix.rows)))
+		/* Lanes that are done are not gone back to; the one being worked at is looked at again. */
+		if (t && (t->lane > lane || t->words < BITS_WORDS(s->ix.rows)))
 			break;
 		if (!alive || !choose(arg, s, p, mask, alive))
 			continue;
