@@ -347,6 +347,8 @@ void pressure_reload(struct core *c)
 	if (!c->cfg.pressure_shrink) {
 		p->giving = false;
 		set_limit(c, UINT64_MAX);
+	} else if (!c->freeing) {
+		look(c, false); /* what is to stay available may be another */
 	}
 }
 
