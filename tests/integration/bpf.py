@@ -23,6 +23,7 @@ from lib.probes import GROUPS, LOADER, Loader, need, probes, wait_on, world
 from lib.rows import Rows
 from lib.world import Skip, Tap, World, equal, expect, matches, until
 
+
 def io(d):
     t = d.tier("nvme")
     return t["reads"] + t["writes"]
