@@ -23,15 +23,15 @@ m = mmap.mmap(-1, int(sys.argv[1]) << 20)
 for i in range(0, len(m), 4096):
     m[i] = 1
     if i % (2 << 20) == 0:
-        time.sleep(0.05)
+        time.sleep(float(sys.argv[2]))
 print("full", flush=True)
 sys.stdin.readline()
 """
 
 
 class Balloon:
-    def __init__(self, group, mib):
-        self.p = subprocess.Popen([sys.executable, "-c", BALLOON, str(mib)], stdin=subprocess.PIPE,
+    def __init__(self, group, mib, pause):
+        self.p = subprocess.Popen([sys.executable, "-c", BALLOON, str(mib), str(pause)], stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE, text=True, preexec_fn=lambda: group.add(os.getpid()))
 
     def full(self):
@@ -62,11 +62,12 @@ SECTIONS = {"dram": {"size": "192M", "segment": "64M"}, "nvme": {"size": "256M",
             "policy": {"default": "random", "protect_last": 16}}
 
 
-def squeeze(d, g, mib, balloon_mib):
-    """Another process of the same cgroup wants what the tier holds, then there is room again. What was dropped."""
+def squeeze(d, g, mib, pause):
+    """Another process of the same cgroup wants what the tier holds, 2 MiB after each pause, then there is room again.
+    What was dropped."""
     equal(pressure(d)["squeezed"], False, "squeezed before anything happened")
     g.limit(g.used() + mib * MIB)
-    with Balloon(g, balloon_mib) as balloon:
+    with Balloon(g, 100, pause) as balloon:
         balloon.full()
         equal(g.killed(), 0, "processes that the OOM killer took")
         expect(d.alive(), "the daemon was killed")
@@ -88,7 +89,7 @@ def squeezed_in_a_cgroup():
             s.fill(4096)
         before = pressure(d)
         expect(before["dram_resident_bytes"] >= 120 * MIB, f"128 MiB are in DRAM: {before}")
-        equal(squeeze(d, g, 48, 100), 0, "rows dropped")
+        equal(squeeze(d, g, 48, 0.15), 0, "rows dropped")
         expect(pressure(d)["demoted_bytes"] > 0, f"nothing moved to nvme: {pressure(d)}")
         equal(a.read_back() + b.read_back(), 0, "rows that cannot be had")
         expect(d.alive(), "the daemon died")
@@ -117,7 +118,7 @@ def lowest_scores_go():
             s.append(PAGE)
             s.plan(0, ROWS_ALL)
         equal(sum(s["tiers"]["dram"]["rows"] for s in d.seqs()), GROUPS * PAGE * LANES, "rows in DRAM")
-        dropped = squeeze(d, g, 40, 100)
+        dropped = squeeze(d, g, 40, 0.05)
         expect(dropped > 0, "nothing was dropped")
         gone = {r: 0 for r in rank}  # lanes of which that page is gone
         for n, s in enumerate(seqs):
