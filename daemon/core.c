@@ -127,11 +127,9 @@ static void set_limits(struct core *c)
 
 static unsigned worker_threads(const struct core *c)
 {
-	long n = sysconf(_SC_NPROCESSORS_ONLN);
-
 	if (c->seams.stepped)
 		return 0;
-	return c->cfg.workers ? c->cfg.workers : n > 2 ? (unsigned)n - 1 : 1;
+	return c->cfg.workers ? c->cfg.workers : workers_fitting();
 }
 
 static int core_open(struct core *c, char *err, size_t errsize)

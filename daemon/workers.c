@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <unistd.h>
 #include "daemon/workers.h"
 #include "shm/trial.h"
 #include "shm/util.h"
@@ -312,6 +314,14 @@ void workers_run_inline(struct workers *w, struct job *j)
 {
 	j->run(j, &w->inline_ctx);
 	j->done(j);
+}
+
+unsigned workers_fitting(void)
+{
+	cpu_set_t set;
+	long n = sched_getaffinity(0, sizeof(set), &set) < 0 ? sysconf(_SC_NPROCESSORS_ONLN) : CPU_COUNT(&set);
+
+	return n > 2 ? (unsigned)n - 1 : 1;
 }
 
 unsigned workers_busy(const struct workers *w)

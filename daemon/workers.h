@@ -4,7 +4,8 @@
  * Threads that score, rank, copy and check. A job's memory is lent to its
  * worker from workers_put() until done() runs on the event-loop thread.
  * Urgent jobs (decisions) go first, tenants by turns, but one of the others after every few. Those are
- * served by tenant, the one with the fewest bytes so far first; who had none waiting starts where the others are.
+ * served by tenant, the one with the fewest bytes so far first; who had none waiting starts where the others
+ * are.
  */
 #include <stdbool.h>
 #include <stddef.h>
@@ -45,5 +46,10 @@ void workers_finish(struct workers *w);
 /* Jobs given and not yet done. */
 unsigned workers_busy(const struct workers *w);
 unsigned workers_count(const struct workers *w);
+/*
+ * Threads for the processors that this process may run on (taskset, CPUAffinity=, cpusets), one of them left to
+ * the loop; at least 1. More would take turns with the loop, and clients would wait for that.
+ */
+unsigned workers_fitting(void);
 /* Nanoseconds since the longest running job began; 0 when none runs. */
 uint64_t workers_stuck_ns(struct workers *w);

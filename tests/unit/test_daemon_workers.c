@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /* Whose job a worker takes next. Without threads: each step is one job. */
+#include <sched.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -160,6 +161,26 @@ static void decisions_by_turns(void **state)
 		workers_finish(f->w);
 }
 
+/* Processors that others have are none of ours. */
+static void threads_fit_the_affinity(void **state)
+{
+	cpu_set_t all, few;
+
+	assert_int_equal(sched_getaffinity(0, sizeof(all), &all), 0);
+	if (CPU_COUNT(&all) < 2) {
+		print_message("# SKIP one processor: no fewer to be had\n");
+		skip();
+	}
+	assert_int_equal(workers_fitting(), MAX(CPU_COUNT(&all) - 1, 1));
+	CPU_ZERO(&few);
+	for (int i = 0; !CPU_COUNT(&few); i++)
+		if (CPU_ISSET(i, &all))
+			CPU_SET(i, &few);
+	assert_int_equal(sched_setaffinity(0, sizeof(few), &few), 0);
+	assert_int_equal(workers_fitting(), 1);
+	assert_int_equal(sched_setaffinity(0, sizeof(all), &all), 0);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -168,6 +189,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(every_job_costs, setup, teardown),
 		cmocka_unit_test_setup_teardown(decisions_end, setup, teardown),
 		cmocka_unit_test_setup_teardown(decisions_by_turns, setup, teardown),
+		cmocka_unit_test(threads_fit_the_affinity),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
