@@ -98,7 +98,7 @@ int config_reloadable(const struct config *old, const struct config *new_, char 
 /* "[section] key: old -> new" for each key that differs; of configurations that are reloadable. */
 void config_changes(const struct config *old, const struct config *new_,
 		    void (*each)(void *arg, const char *line), void *arg);
-/* Print every key with its value and one comment line, in config syntax. */
+/* Print every key with its value, in config syntax; comments tell its meaning, the default and its reason. */
 void config_print(const struct config *c, int fd);
 /* Log through the journal's level prefixes on stderr (the only logging in the house). */
 void log_set_level(uint32_t level);

@@ -36,6 +36,7 @@ struct config_key {
 	const char *def;  /* the default, as it would stand in the file; NULL: set by code */
 	const char *unit; /* printed after the default, NULL when it has none */
 	const char *doc;  /* one line */
+	const char *why;  /* one line: why this default, and when to change it */
 };
 
 extern const struct config_key config_keys[];

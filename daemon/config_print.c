@@ -26,6 +26,7 @@ static void print_key(int fd, const struct config_key *k, const void *base, cons
 	dprintf(fd, "# %s", k->doc);
 	if (k->unit)
 		dprintf(fd, " [%s]", k->unit);
+	dprintf(fd, "\n# why: %s", k->why);
 	dprintf(fd, "\n# default: %s; ", *def ? def : "empty");
 	if (line)
 		dprintf(fd, "set at %s%s:%u", cut ? "..." : "", file + cut, line);

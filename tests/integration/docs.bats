@@ -94,6 +94,45 @@ man_options() {
 	same table man
 }
 
+@test "configuration: every default has one reason, the same in table, page and default file" {
+	"$build/kvtierd" -c /dev/null --print-config |
+		sed -nE 's/^# (why: )/\1/; s/^\[tenant .*/[tenant]/; /^\[|^why: |^[a-z_]+ =/p' |
+		awk '/^\[/ { s = $1; next } /^why: / { w = substr($0, 6); next } { print s, $1, (w == "" ? "NO REASON" : w); w = "" }' \
+			> "$BATS_TEST_TMPDIR/table"
+	[ "$(grep -c 'NO REASON' "$BATS_TEST_TMPDIR/table")" = 0 ]
+	awk '/^## \[/ { s = $2; sub(/\]?$/, "]", s) } /^\*[a-z_]+\* =/ { k = $1; gsub(/\*/, "", k) }
+	     sub(/^\tWhy: /, "") && k != "" { sub(/\.$/, ""); gsub(/\\/, ""); print s, k, $0; k = "" }' "$man/kvtierd.conf.5.scd" > "$BATS_TEST_TMPDIR/man"
+	same table man
+	awk '/^\[/ { s = $1; sub(/\]?$/, "]", s); w = "" }
+	     sub(/^# Why: /, "") { w = $0; next } /^# / && w != "" { w = w " " substr($0, 3) }
+	     /^#[a-z_]+ =/ { k = $1; sub(/#/, "", k); sub(/\.$/, "", w); print s, k, w; w = "" }' "$root/systemd/kvtierd.conf" \
+		> "$BATS_TEST_TMPDIR/file"
+	same table file
+}
+
+@test "configuration: what --print-config prints is a configuration again, and the same one" {
+	cat > "$BATS_TEST_TMPDIR/first.conf" <<-CONF
+		[dram]
+		size = 1G
+		segment = 64M
+		[policy]
+		slack = 9
+		[tenant one]
+		max_dram = 512M
+		[tenant two]
+		socket_mode = 0600
+	CONF
+	"$build/kvtierd" -c "$BATS_TEST_TMPDIR/first.conf" --print-config > "$BATS_TEST_TMPDIR/second.conf"
+	"$build/kvtierd" -c "$BATS_TEST_TMPDIR/second.conf" --check-config
+	"$build/kvtierd" -c "$BATS_TEST_TMPDIR/second.conf" --print-config > "$BATS_TEST_TMPDIR/third.conf"
+	for n in second third; do
+		grep -vE '^# default: |^$' "$BATS_TEST_TMPDIR/$n.conf" > "$BATS_TEST_TMPDIR/$n" # it tells where a key was set
+	done
+	grep -qx 'slack = 9' "$BATS_TEST_TMPDIR/third"
+	grep -qx 'max_dram = 512M' "$BATS_TEST_TMPDIR/third"
+	cmp "$BATS_TEST_TMPDIR/second" "$BATS_TEST_TMPDIR/third"
+}
+
 @test "configuration: keys that follow a reload are marked in page and file" {
 	grep -E '^	(GLOBAL|TEXT|TENANT)\(' "$root/daemon/config_keys.c" |
 		sed -nE 's/.*TENANT\("([a-z_]+)", KEY_[A-Z]+, true.*/[tenant] \1/p;
@@ -103,8 +142,9 @@ man_options() {
 	same table man
 	# In the default file "R." opens the comment above a key or a run of keys.
 	awk '/^\[/ { s = $1; sub(/\]?$/, "]", s); r = 0 }
-	     /^# / { if (!c) r = 0; c = 1; if ($2 == "R.") r = 1 }
-	     /^#[a-z_]+ =/ { c = 0; k = $1; sub(/#/, "", k); if (r) print s, k }' "$root/systemd/kvtierd.conf" \
+	     /^# Why: / { why = 1 }
+	     /^# / && !why { if (!c) r = 0; c = 1; if ($2 == "R.") r = 1 }
+	     /^#[a-z_]+ =/ { c = why = 0; k = $1; sub(/#/, "", k); if (r) print s, k }' "$root/systemd/kvtierd.conf" \
 		> "$BATS_TEST_TMPDIR/file"
 	same table file
 }
