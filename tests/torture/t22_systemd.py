@@ -126,7 +126,7 @@ def furnish(top):
     return m
 
 
-def boot(m):
+def boot(m, seconds=460 if FULL else 130):
     """Boot, wait for the end, return what the inside said and the console."""
     env = dict(os.environ, SYSTEMD_SECCOMP="0")
     cmd = ["systemd-nspawn", "--register=no", "--keep-unit", "-D", str(m), "--capability=all", "--console=pipe",
@@ -134,7 +134,7 @@ def boot(m):
     with open(m / "kvt/console", "wb") as console:
         p = subprocess.Popen(cmd, env=env, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT)
         try:
-            p.wait(460 if FULL else 130)
+            p.wait(seconds)
         except subprocess.TimeoutExpired:
             p.kill()
             p.wait()
