@@ -101,7 +101,7 @@ static void compact_lane(struct seq *s, uint32_t lane, int tier)
 void compact_start(struct seq *s)
 {
 	s->compact_lane = 0;
-	if (s->compacting)
+	if (s->compacting || !s->model) /* without its shape rows cannot be merged */
 		return;
 	s->compacting = true;
 	s->refs++;

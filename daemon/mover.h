@@ -75,7 +75,8 @@ struct repack;
 /*
  * Write rows of one lane that lie in `src` pages of tier `from` as one page of
  * tier `to`: the bitmap take[span] from position first names them. whole: the only source, all
- * of whose rows are taken; it keeps its identity. 0, -ENOMEM.
+ * of whose rows are taken; it keeps its identity. 0, -ENOMEM; -ENODATA: not whole, of a sequence that a restart
+ * found and whose client, which knows the shape of its rows, has not come back.
  */
 int repack_start(struct seq *s, struct page *const *src, unsigned n, int from, int to, bool whole,
 		 uint32_t first, const uint64_t *take, uint32_t span);
