@@ -8,6 +8,7 @@
  */
 #include <string.h>
 #include "daemon/internal.h"
+#include "shm/trial.h"
 #include "shm/util.h"
 
 #define IN_FLIGHT (UINT64_C(4) << 20) /* bytes of background moves beyond which this waits */
@@ -41,11 +42,30 @@ static void bounds(const struct page *p, const uint64_t *mask, uint32_t *ret_fir
 	*ret_end = p->first + b * 64 - (uint32_t)__builtin_clzll(mask[b - 1]);
 }
 
+/*
+ * Rows that a later life would find in dram are not put where it would not: a few short rows far from each
+ * other may have more positions than there is room for beside them.
+ */
+static bool hides_rows(const struct seq *s, const struct heap *h, int tier)
+{
+	struct tier *t = s->core->pages.tier[tier];
+	uint32_t bytes = h->rows * (h->src[0]->bytes / h->src[0]->rows), words = (h->end - h->first + 63) / 64;
+
+	if (tier != KVT_TIER_DRAM || s->lifetime != KVT_LEASED || !t->ops->finds || t->ops->finds(t, bytes, h->word, words) ||
+	    planted("merged-unfound"))
+		return false;
+	for (unsigned i = 0; i < h->n; i++)
+		if (!tier_published(h->src[i]->addr[tier - 1]) &&
+		    t->ops->finds(t, h->src[i]->bytes, h->src[i]->pos, h->src[i]->span))
+			return true;
+	return false;
+}
+
 static void flush(struct seq *s, struct heap *h, int tier)
 {
 	bool worth = h->n >= WORTH_PAGES || h->dead || (h->n > 1 && h->rows >= WORTH_ROWS);
 
-	if (h->n && worth)
+	if (h->n && worth && !hides_rows(s, h, tier))
 		repack_start(s, h->src, h->n, tier, tier, false, h->first, h->word,
 			     (h->end - h->first + 63) / 64);
 	memset(h, 0, sizeof(*h));

@@ -253,6 +253,11 @@ static void dram_op_forget(struct tier *t, tier_addr addr)
 	dram_forget(dram_of(t), addr);
 }
 
+static bool dram_finds(struct tier *t, uint32_t bytes, const uint64_t *pos, uint32_t pos_words)
+{
+	return dram_of(t)->keep && dir_fits(bytes, pos, pos_words);
+}
+
 static void dram_owner_stat(struct tier *t, uint64_t owner, struct tier_owner *ret)
 {
 	struct dram *d = dram_of(t);
@@ -313,6 +318,7 @@ const struct tier_ops tier_dram_ops = {
 	.release = dram_release,
 	.free = dram_free,
 	.forget = dram_op_forget,
+	.finds = dram_finds,
 	.event_fd = dram_event_fd,
 	.stat = dram_stat,
 	.tick = dram_tick,

@@ -249,6 +249,14 @@ static void seq_put(struct dram_dir *d, uint32_t i)
 
 /* ---- pages -------------------------------------------------------------------------------- */
 
+bool dir_fits(uint32_t bytes, const uint64_t *pos, uint32_t pos_words)
+{
+	uint32_t flags;
+
+	return pos_words <= DIR_POS_WORDS &&
+	       SLOT_HEAD + nvme_pos_size(pos, pos_words, &flags) <= (size_t)DIV_UP(bytes, KVT_UNIT) * DIR_SLOT;
+}
+
 void dir_put(struct dram_dir *d, uint32_t unit, const struct alloc_place *p, const struct page_meta *m,
 	     const struct seq_record *seq)
 {

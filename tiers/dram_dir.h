@@ -60,6 +60,8 @@ int dir_make(struct dram_dir *ret, const struct seg *s, uint64_t payload, uint64
  */
 int dir_adopt(struct dram_dir *ret, const struct seg *s, uint64_t id, uint64_t *ret_payload, const char **why);
 void dir_free(struct dram_dir *d);
+/* Have these positions room in the slots of a page of so many bytes? */
+bool dir_fits(uint32_t bytes, const uint64_t *pos, uint32_t pos_words);
 /* A page that is now in its place: remember it, or not where there is no room for that. */
 void dir_put(struct dram_dir *d, uint32_t unit, const struct alloc_place *p, const struct page_meta *m,
 	     const struct seq_record *seq);

@@ -365,6 +365,13 @@ static void fault_forget(struct tier *t, tier_addr addr)
 		l->ops->forget(l, addr);
 }
 
+static bool fault_finds(struct tier *t, uint32_t bytes, const uint64_t *pos, uint32_t pos_words)
+{
+	struct tier *l = fault_of(t)->lower;
+
+	return l->ops->finds && l->ops->finds(l, bytes, pos, pos_words);
+}
+
 static int fault_sync(struct tier *t)
 {
 	struct tier *l = fault_of(t)->lower;
@@ -474,6 +481,7 @@ const struct tier_ops tier_fault_ops = {
 	.release = fault_release,
 	.free = fault_free,
 	.forget = fault_forget,
+	.finds = fault_finds,
 	.sync = fault_sync,
 	.event_fd = fault_event_fd,
 	.stat = fault_stat,

@@ -230,6 +230,11 @@ struct tier_ops {
 	void (*free)(struct tier *t, tier_addr addr, uint32_t bytes);
 	/* The page stays, but no later life shall find it. NULL: it can not be had. */
 	void (*forget)(struct tier *t, tier_addr addr);
+	/*
+	 * Would a later life find a private page of so many bytes with these positions, once it is written? NULL:
+	 * as durable() says. Pages that a later life finds are not to be traded for one that it would not.
+	 */
+	bool (*finds)(struct tier *t, uint32_t bytes, const uint64_t *pos, uint32_t pos_words);
 	/* Flush what is buffered so that it survives a restart. May block. NULL for volatile tiers. */
 	int (*sync)(struct tier *t);
 	/*

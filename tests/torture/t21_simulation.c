@@ -5,7 +5,7 @@
  * quick: 250 seeds, and those that once found something
  * full: 10,000 seeds, and those that once found something
  * plants: ready-before-copied nack-ignored quota-leak reuse-before-ack
- * plants: source-freed-before-the-seal restart-keeps-both orphan-taken-apart
+ * plants: source-freed-before-the-seal restart-keeps-both orphan-taken-apart merged-unfound
  *
  * The daemon's core runs as it is, with its index, manager, mover, restart and both tiers. Only what makes a
  * run differ from the next is replaced: time (sim_world.h), worker threads (workers_step()), and the engine
@@ -41,6 +41,7 @@ static const struct {
 	{6450, "pages of a sequence whose client had not come back were merged without knowing where V begins"},
 	{9790, "the same"},
 	{7071, "the same"},
+	{5468, "rows far from each other were merged into a page of which dram's directory had no room for a record"},
 };
 
 /* ---- a seed ----------------------------------------------------------------------------------- */
