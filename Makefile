@@ -8,6 +8,7 @@ PREFIX    ?= /usr
 SYSCONFDIR ?= /etc
 LIBDIR    ?= $(PREFIX)/lib/$(shell $(CC) -print-multiarch 2>/dev/null)
 UNITDIR   ?= $(PREFIX)/lib/systemd/system
+ZSHDIR    ?= $(PREFIX)/share/zsh/site-functions
 PYTHON    ?= python3
 CC        ?= gcc
 SCDOC     ?= scdoc
@@ -462,6 +463,9 @@ install: all ## into DESTDIR, PREFIX, SYSCONFDIR
 	install -m 644 systemd/grafana/kvtier.json $(D)$(PREFIX)/share/kvtier/grafana/
 	install -m 644 systemd/prometheus/kvtier.rules.yml $(D)$(PREFIX)/share/kvtier/prometheus/
 	install -m 644 systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/
+	install -D -m 644 systemd/completion/kvtierctl.bash $(D)$(PREFIX)/share/bash-completion/completions/kvtierctl
+	install -D -m 644 systemd/completion/_kvtierctl $(D)$(ZSHDIR)/_kvtierctl
+	install -D -m 644 systemd/completion/kvtierctl.fish $(D)$(PREFIX)/share/fish/vendor_completions.d/kvtierctl.fish
 	install -m 644 $(wildcard ipc/python/kvtier/*.py) $(D)$(PREFIX)/share/kvtier/python/kvtier/
 	install -m 644 $(wildcard ipc/python/kvtier/data/*) $(D)$(PREFIX)/share/kvtier/python/kvtier/data/
 	install -m 644 README.md LICENSE daemon/DESIGN.md $(D)$(PREFIX)/share/doc/kvtier/
@@ -474,7 +478,9 @@ uninstall: ## remove what install put there (configuration that was edited stays
 	rm -f $(D)$(PREFIX)/sbin/kvtierd $(D)$(PREFIX)/sbin/kvtierd-bpf $(addprefix $(D)$(PREFIX)/bin/,kvtierctl $(notdir $(TOOL_BINS))) \
 		$(D)$(LIBDIR)/libkvtier.* $(D)$(LIBDIR)/pkgconfig/libkvtier.pc \
 		$(addprefix $(D)$(UNITDIR)/,$(notdir $(wildcard systemd/*.service systemd/*.socket))) \
-		$(D)$(PREFIX)/lib/sysusers.d/kvtier.conf $(D)$(PREFIX)/lib/tmpfiles.d/kvtier.conf
+		$(D)$(PREFIX)/lib/sysusers.d/kvtier.conf $(D)$(PREFIX)/lib/tmpfiles.d/kvtier.conf \
+		$(D)$(PREFIX)/share/bash-completion/completions/kvtierctl $(D)$(ZSHDIR)/_kvtierctl \
+		$(D)$(PREFIX)/share/fish/vendor_completions.d/kvtierctl.fish
 	for m in $(notdir $(MAN)); do rm -f $(D)$(PREFIX)/share/man/man$${m##*.}/$$m; done
 	rm -rf $(D)$(LIBDIR)/kvtier $(D)$(PREFIX)/include/kvtier $(D)$(PREFIX)/share/kvtier $(D)$(PREFIX)/share/doc/kvtier
 	cmp -s systemd/kvtierd.conf $(D)$(SYSCONFDIR)/kvtier/kvtierd.conf && rm -f $(D)$(SYSCONFDIR)/kvtier/kvtierd.conf || true

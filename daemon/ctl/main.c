@@ -5,27 +5,11 @@
 #include <string.h>
 #include <time.h>
 #include "daemon/ctl/ctl.h"
-#include "daemon/verbs.h"
+#include "daemon/ctl/words.h"
 #include "shm/util.h"
 
-#define DEFAULT_SOCKET "/run/kvtier/admin.sock"
 #define DEFAULT_TIMEOUT_MS 5000
 #define VERIFY_POLL_NS 100000000
-
-struct verb {
-	const char *name, *args, *doc;
-	unsigned least, most;
-};
-
-static const struct verb verbs[] = {
-#define CTL_ROW(name, args, least, most, flags, doc) {#name, args, doc, least, most},
-	ADMIN_VERBS(CTL_ROW)
-#undef CTL_ROW
-	/* These are made of the daemon's verbs here. */
-	{"top", "", "a live view of everything, for a terminal", 0, 0},
-	{"doctor", "", "what this host lacks, and what to do about it", 0, 0},
-	{"plot", "[SEQ]", "a picture of where rows are and their worth", 0, 1},
-};
 
 /* Verbs whose answer is more than yes; the others ask and are silent. */
 static const struct {
@@ -158,17 +142,9 @@ int ctl_verify(struct ctl *c, unsigned argc, const char *const argv[])
 	return r;
 }
 
-static const struct verb *find_verb(const char *name)
-{
-	for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++)
-		if (!strcmp(verbs[i].name, name))
-			return &verbs[i];
-	return NULL;
-}
-
 static int run(struct ctl *c, unsigned argc, const char *const argv[])
 {
-	const struct verb *v = find_verb(argv[0]);
+	const struct ctl_verb *v = ctl_find_verb(argv[0]);
 	void (*show)(const json_t *) = NULL;
 	json_t *j = NULL;
 	int r;
@@ -194,34 +170,23 @@ static int run(struct ctl *c, unsigned argc, const char *const argv[])
 static void usage(void)
 {
 	printf("Usage: kvtierctl [OPTION]... VERB [ARGUMENT]...\n"
-	       "Look at and steer kvtierd.\n\n"
-	       "      --socket PATH     the daemon's socket: the admin socket, or a tenant's\n"
-	       "                        (default $KVTIER_ADMIN_SOCKET, then\n"
-	       "                        " DEFAULT_SOCKET ")\n"
-	       "      --json            print JSON instead of tables\n"
-	       "      --timeout SECONDS give up when the daemon is silent this long (default 5)\n"
-	       "      --count N         watch: end after N events\n"
-	       "      --past            watch: begin with events that are already over\n"
-	       "      --once            top: print one frame as text and end\n"
-	       "      --interval SECONDS top: between two looks at the daemon (default 1)\n"
-	       "      --out FILE        plot: into FILE, .png or .svg, instead of the terminal\n"
-	       "      --width N         plot: pixels of the file, or columns of text\n"
-	       "      --lane LANE       plot: this lane only, or LANE+: it and those after it\n"
-	       "      --policy NAME     plot: what a policy or a weight file prefers, no SEQ\n"
-	       "      --rows N          plot: what it prefers among N rows\n"
-	       "      --config FILE     doctor: this configuration, not the installed\n"
-	       "      --root DIR        doctor: files of the host are below DIR, for tests\n"
-	       "      --version         print the version, exit\n"
-	       "  -h, --help            print this, exit\n\n"
-	       "Verbs:\n");
-	for (unsigned i = 0; i < ARRAY_SIZE(verbs); i++) {
+	       "Look at and steer kvtierd.\n\n");
+	for (size_t i = 0; i < ctl_option_count; i++) {
+		const struct ctl_option *o = &ctl_options[i];
+		char left[32];
+
+		snprintf(left, sizeof(left), "--%s%s%s", o->name, *o->arg ? " " : "", o->arg);
+		printf("%s%-17s %s\n", strcmp(o->name, "help") ? "      " : "  -h, ", left, o->doc);
+	}
+	printf("\nVerbs:\n");
+	for (size_t i = 0; i < ctl_verb_count; i++) {
 		char left[64];
 
-		snprintf(left, sizeof(left), "%s %s", verbs[i].name, verbs[i].args);
+		snprintf(left, sizeof(left), "%s %s", ctl_verbs[i].name, ctl_verbs[i].args);
 		if (strlen(left) > 26)
-			printf("  %s\n%30s%s\n", left, "", verbs[i].doc);
+			printf("  %s\n%30s%s\n", left, "", ctl_verbs[i].doc);
 		else
-			printf("  %-26s  %s\n", left, verbs[i].doc);
+			printf("  %-26s  %s\n", left, ctl_verbs[i].doc);
 	}
 	printf("\nSEQ is a handle (0x...), a key (32 hex digits) or a unique prefix of one.\n"
 	       "Exit status: 0 done, 1 refused by the daemon, 2 bad usage, 3 no daemon there,\n"
@@ -245,49 +210,24 @@ static double number(const char *option, const char *s, double min, double max)
 int main(int argc, char *argv[])
 {
 	enum {
-		OPT_SOCKET = 256,
-		OPT_JSON,
-		OPT_TIMEOUT,
-		OPT_COUNT,
-		OPT_PAST,
-		OPT_ONCE,
-		OPT_INTERVAL,
-		OPT_OUT,
-		OPT_WIDTH,
-		OPT_LANE,
-		OPT_POLICY,
-		OPT_ROWS,
-		OPT_CONFIG,
-		OPT_ROOT,
-		OPT_VERSION
+		OPT_FIRST = 255,
+#define OPTION_ID(id, name, arg, doc) OPT_##id,
+		CTL_OPTIONS(OPTION_ID)
 	};
 	static const struct option options[] = {
-		{"socket", required_argument, NULL, OPT_SOCKET},
-		{"json", no_argument, NULL, OPT_JSON},
-		{"timeout", required_argument, NULL, OPT_TIMEOUT},
-		{"count", required_argument, NULL, OPT_COUNT},
-		{"past", no_argument, NULL, OPT_PAST},
-		{"once", no_argument, NULL, OPT_ONCE},
-		{"interval", required_argument, NULL, OPT_INTERVAL},
-		{"out", required_argument, NULL, OPT_OUT},
-		{"width", required_argument, NULL, OPT_WIDTH},
-		{"lane", required_argument, NULL, OPT_LANE},
-		{"policy", required_argument, NULL, OPT_POLICY},
-		{"rows", required_argument, NULL, OPT_ROWS},
-		{"config", required_argument, NULL, OPT_CONFIG},
-		{"root", required_argument, NULL, OPT_ROOT},
-		{"version", no_argument, NULL, OPT_VERSION},
-		{"help", no_argument, NULL, 'h'},
-		{},
+#define OPTION_ROW(id, name, arg, doc) {name, sizeof(arg) > 1 ? required_argument : no_argument, NULL, OPT_##id},
+		CTL_OPTIONS(OPTION_ROW){},
 	};
 	struct ctl c = {.fd = -1, .timeout_ms = DEFAULT_TIMEOUT_MS, .interval = 1};
 	double v;
 	int o, r;
 
+	if (argc > 1 && !strcmp(argv[1], "--complete"))
+		return ctl_complete((unsigned)(argc - 2), (const char *const *)argv + 2);
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	c.socket = getenv("KVTIER_ADMIN_SOCKET");
 	if (!c.socket || !*c.socket)
-		c.socket = DEFAULT_SOCKET;
+		c.socket = CTL_SOCKET;
 	while ((o = getopt_long(argc, argv, "h", options, NULL)) >= 0) {
 		switch (o) {
 		case OPT_SOCKET:
@@ -345,7 +285,10 @@ int main(int argc, char *argv[])
 		case OPT_VERSION:
 			puts("kvtierctl " KVT_VERSION);
 			return CTL_OK;
+		case OPT_COMPLETE:
+			return ctl_fail(CTL_USAGE, "--complete: must be the first word");
 		case 'h':
+		case OPT_HELP:
 			usage();
 			return CTL_OK;
 		default:
