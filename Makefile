@@ -322,6 +322,11 @@ demo: ## the main job on a real model: keep, demote to DRAM and NVMe, drop, brin
 	$(Q)$(MAKE) --no-print-directory all
 	$(Q)$(TESTENV) $(PY) -m kvtier.demo $(DEMO_ARGS)
 
+.PHONY: tour
+tour: all ## record README's tour anew: kvtierctl beside the model
+	$(Q).ci/deps model
+	$(Q)$(TESTENV) $(PY) tests/runtime/tour.py
+
 .PHONY: test
 test: ## install what is missing, build, run every test
 	$(Q).ci/deps all
@@ -384,8 +389,8 @@ coverage: ## lines and branches that the tests reach, by room and file (build/co
 .PHONY: check-layers check-docs
 check-layers: ## who includes whom
 	$(Q)tests/check-layers
-check-docs: all ## manual pages, --help, configuration and README agree
-	$(Q)$(TESTENV) $(PYTHON) tests/run $(wildcard tests/integration/docs.* tests/integration/readme.*)
+check-docs: tests-bin ## manual pages, --help, configuration and README agree
+	$(Q)$(TESTENV) $(PYTHON) tests/run $(wildcard tests/integration/docs.* tests/integration/readme.* tests/integration/commands.* tests/integration/recipes.*)
 
 # ---- fuzzing ------------------------------------------------------------------------
 # Every object once more with libFuzzer's counters and the sanitizers, and with planted bugs (asleep, as in build/trial).
